@@ -1,0 +1,214 @@
+"""The one dispatch point between a model and the code that computes it.
+
+What lives here: the values that cross the line (specs, weights, paged K/V, sampling rows), the `Ops` table of callables with each
+contract written once, and `select_ops`. What must not: a formula, a model family, a request. Called by `service/model`,
+`service/runner`, training, tests and benchmarks.
+
+Shape suffixes: T tokens, S sequences, D model width, N query heads, K key/value heads, H head width, F feed-forward width,
+B blocks in the pool, P places in a block, W blocks in the widest table, R sampled rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """Which keys a query may see, as data. A query at position p sees a key at position j when j <= p and
+    (window is None or p - j < window or j < sink).
+
+    window: tokens a query sees, itself included; None sees all. sink: first positions that stay visible behind the window.
+    scale: factor on q.k. softcap: c > 0 replaces a score s by c * tanh(s / c); 0 is off.
+    """
+
+    scale: float
+    window: int | None = None
+    sink: int = 0
+    softcap: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """The numbers of one decoder layer that its kernels need."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    attention: AttentionSpec
+    norm_eps: float
+    activation: Activation
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Int8Weight:
+    """A matrix [out, in] as int8 with one scale per output row: weight ~ values * scales[:, None].
+
+    packed: the back end's own form of the same numbers, made by `Ops.pack`; None before that. A back end may drop `values`
+    (leave it an empty tensor) once it has packed them.
+    """
+
+    out_features: int
+    in_features: int
+    values: Tensor  # int8 [out, in]
+    scales: Tensor  # float32 [out]
+    packed: object | None = None
+
+
+Weight = Tensor | Int8Weight
+"""A matrix [out, in]: dense, or quantised."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LayerWeights:
+    """The parameters of one decoder layer, and the rotary table of its base.
+
+    qkv [(N + 2K) * H, D] and qkv_bias [(N + 2K) * H] hold the query, key and value rows in this order; gate_up [2F, D] the gate
+    rows, then the up rows; rotary [positions, 2, H / 2] float32 cos then sin; q_norm and k_norm [H].
+    """
+
+    spec: LayerSpec
+    attention_norm: Tensor  # [D]
+    qkv: Weight
+    out: Weight  # [D, N * H]
+    mlp_norm: Tensor  # [D]
+    gate_up: Weight
+    down: Weight  # [D, F]
+    rotary: Tensor
+    qkv_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+@dataclass(eq=False, slots=True)
+class PagedBatch:
+    """Where the tokens of one step live, for one group of layers. Sequences with exactly one query token come first.
+
+    slots int64 [T]: block * P + offset that a token's K/V goes to; -1 writes nothing (padding).
+    block_table int32 [S, W]: entry i holds positions i * P ... i * P + P - 1; entries that the mask hides may hold anything valid.
+    query_start int32 [S + 1]: tokens of sequence s are rows query_start[s] ... query_start[s + 1] - 1.
+    context_len int32 [S]: tokens of the sequence once this step is written, its query tokens included; 0 for a padded row.
+    num_decodes: how many leading sequences have one query token. max_query_len: the longest of the others, 0 with none.
+    max_context_len: an upper bound of context_len known on the host (for a graph: the captured maximum).
+    """
+
+    slots: Tensor
+    block_table: Tensor
+    query_start: Tensor
+    context_len: Tensor
+    num_decodes: int
+    max_query_len: int
+    max_context_len: int
+
+
+@dataclass(eq=False, slots=True)
+class PagedKV:
+    """One layer's keys and values in the paged pool, and where this step's tokens are.
+
+    keys, values [B, K, P, H] (views of the pool: only the last dimension is sure to be contiguous; blocks may be strided).
+    """
+
+    keys: Tensor
+    values: Tensor
+    batch: PagedBatch
+
+
+@dataclass(eq=False, slots=True)
+class SampleRows:
+    """What one sampling call needs beside the logits, a row per sampled sequence. All tensors lie on the logits' device.
+
+    temperature float32 [R], 0 picks the arg-max. top_k int32 [R], 0 is off. top_p float32 [R], 1 is off. min_p float32 [R], 0 is off.
+    seeds, positions int64 [R]: the noise of a row is a function of (seed, position, token) and of nothing else.
+    mask int32 [R, ceil(V / 32)] or None: bit (v % 32) of word (v // 32) set means that token v is allowed.
+    counts int32 [R, V] or None: how often the sequence has generated v; `seen` bool [R, V] or None: v is in prompt or output.
+    repetition (1 is off), presence, frequency (0 is off) float32 [R]; read only when `counts` and `seen` are given.
+    num_top: how many of the likeliest tokens to report with their logprobs; 0 reports none. logprobs: report any at all.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seeds: Tensor
+    positions: Tensor
+    mask: Tensor | None = None
+    counts: Tensor | None = None
+    seen: Tensor | None = None
+    repetition: Tensor | None = None
+    presence: Tensor | None = None
+    frequency: Tensor | None = None
+    num_top: int = 0
+    logprobs: bool = False
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Sampled:
+    """ids int64 [R]; logprobs float32 [R] of the chosen ids; top_ids int64 and top_logprobs float32 [R, num_top], likeliest first.
+
+    Logprobs are the log-softmax of the logits as the model gave them, before penalties, mask and temperature. None where not asked.
+    """
+
+    ids: Tensor
+    logprobs: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """A back end: every callable a model step needs. A coarse op is *defined* as its composition of fine ops; a back end may
+    override the coarse op with a fused one, or only the fine ones (`kernels/compose.py` builds the former from the latter).
+
+    Coarse, three a layer. `residual` may be updated in place: use only the returned one.
+      qkv(x [T, D], residual [T, D] or None, weights, positions int64 [T], kv) -> (q [T, N, H], residual [T, D])
+          residual = residual + x (x itself when None); RMSNorm; product (+ bias); q/k norm; rotary; K and V written into kv.
+      attend(q [T, N, H], kv, spec) -> y [T, N * H]
+      out_mlp(y [T, N * H], residual, weights) -> (x [T, D], residual)
+          residual = residual + out(y); RMSNorm; x = down(gated(gate_up(norm))). The caller adds x at the next norm.
+    Fine.
+      linear(x [M, in], weight) -> [M, out], x's dtype; an int8 weight quantises each row of x by its own scale, so that a row's
+          result is bit-equal whatever the other rows are.
+      embed(ids int64 [T], weight [V, D], dtype) -> [T, D]
+      rms_norm(x [T, D], residual or None, weight [D], eps) -> (normed [T, D], residual [T, D])
+      kv_write(qkv [T, (N + 2K) * H], weights, positions, kv) -> q [T, N, H]
+          the product's rows split, normed, rotated (half-split pairs: i with i + H/2), K/V stored. Mutates: kv.keys, kv.values.
+      gated(gate_up [T, 2F], activation) -> [T, F]
+      sample(logits float32 [R, V], rows) -> Sampled. Source of the noise: kernels/sample/reference.py.
+    Set-up.
+      pack(weight) -> weight: once per matrix at load; brings it into the form `linear` reads fastest.
+    """
+
+    name: str
+    qkv: Callable[[Tensor, Tensor | None, LayerWeights, Tensor, PagedKV], tuple[Tensor, Tensor]]
+    attend: Callable[[Tensor, PagedKV, AttentionSpec], Tensor]
+    out_mlp: Callable[[Tensor, Tensor, LayerWeights], tuple[Tensor, Tensor]]
+    linear: Callable[[Tensor, Weight], Tensor]
+    embed: Callable[..., Tensor]
+    rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    kv_write: Callable[[Tensor, LayerWeights, Tensor, PagedKV], Tensor]
+    gated: Callable[[Tensor, Activation], Tensor]
+    sample: Callable[[Tensor, SampleRows], Sampled]
+    pack: Callable[[Weight], Weight]
+
+
+def select_ops(name: Literal["triton", "cpu", "reference"]) -> Ops:
+    """The named back end. Imports it here, late, because Triton or the compiled CPU library may be absent.
+
+    Raises: ValueError for an unknown name; ImportError when "triton" is not installed. "cpu" without its compiled library is
+    plain PyTorch with stock int8 products, and says so once in the log.
+    """
+    if name == "reference":
+        from kernels.reference_ops import reference_ops as build
+    elif name == "cpu":
+        from kernels.cpu.ops import cpu_ops as build
+    elif name == "triton":
+        from kernels.triton_ops import triton_ops as build
+    else:
+        raise ValueError(f"unknown back end {name!r}; there are triton, cpu and reference")
+    return build()

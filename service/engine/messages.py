@@ -1,0 +1,166 @@
+"""What the HTTP process and the engine process say to each other. Frozen, typed, msgpack; nothing else crosses.
+
+msgspec checks every field's type when it decodes; stdlib dataclasses (`SamplingParams`) travel as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from service.scheduling.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error", "deadline"]
+
+
+class ModelSource(msgspec.Struct, frozen=True):
+    """One model to load: its public name, and the file (GGUF) or folder (safetensors) that holds it."""
+
+    name: str
+    path: str
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """The first message down. memory_bytes: for weights and K/V of all models; 0 lets the engine decide. dtype and device as the
+    flags say. max_context 0: the model's own."""
+
+    models: tuple[ModelSource, ...]
+    dtype: Literal["auto", "float32", "bfloat16", "int8"]
+    device: str
+    memory_bytes: int
+    max_context: int
+    max_batch_tokens: int
+    max_sequences: int
+    prefix_cache: bool
+    threads: int = 0
+
+
+class Generate(msgspec.Struct, frozen=True, tag=True):
+    """num_choices sequences over one prompt; choice i draws with seed + i. tenant salts the prefix-cache keys. priority: smaller
+    runs earlier, 0 is usual. timeout_s counts from arrival in the engine; 0 is none."""
+
+    request_id: str
+    model: str
+    prompt: list[int]
+    sampling: SamplingParams
+    num_choices: int = 1
+    priority: int = 0
+    timeout_s: float = 0.0
+    tenant: str = ""
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """All choices of a request, or one of them; unknown or finished ones are no error. `finished` says that the text met a stop
+    string, so that the choice is counted as a stop and not as an abort."""
+
+    request_id: str
+    choice: int | None = None
+    finished: bool = False
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Finish nothing, deliver nothing more, exit 0."""
+
+
+Down = Load | Generate | Abort | Shutdown
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """Start-up, for people and machines: phase (such as "weights", "kv_cache", "warm_up") and the share done, 0 ... 1."""
+
+    phase: str
+    fraction: float
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What a loaded model can do. kv_tokens: how many tokens its K/V pool holds. num_kv_blocks counts blocks of block_size."""
+
+    name: str
+    max_context: int
+    vocab_size: int
+    dtype: str
+    weight_bytes: int
+    kv_tokens: int
+    num_kv_blocks: int
+    block_size: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    models: tuple[ModelInfo, ...]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """logprob of the drawn id, and (id, logprob) of the likeliest."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Usage(msgspec.Struct, frozen=True, array_like=True):
+    """Of one finished choice. Times in seconds: waiting before the first slice, first slice to first id, first id to last."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    preemptions: int = 0
+
+
+class Event(msgspec.Struct, frozen=True, array_like=True):
+    """New ids of one choice (maybe none), and its end when finish is set. stop_id: the id that ended it, not among `tokens`.
+    Exactly one event of each choice has finish and usage set, and it is the last. error: text for finish "error"."""
+
+    request_id: str
+    choice: int
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish: FinishReason | None = None
+    stop_id: int | None = None
+    usage: Usage | None = None
+    error: str | None = None
+
+
+class LaneStats(msgspec.Struct, frozen=True):
+    """One model's state after a step, and its totals since start."""
+
+    model: str
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_blocks_total: int
+    preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    prefix_queries: int
+    prefix_hits: int
+    steps: int
+
+
+class Delivery(msgspec.Struct, frozen=True, tag=True):
+    """Everything one step produced, in one message. step_tokens: tokens computed in it (0: none ran)."""
+
+    events: list[Event]
+    stats: list[LaneStats]
+    step_tokens: int = 0
+    step_s: float = 0.0
+
+
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """Sent twice a second by a thread of its own: the engine lives. step_age_s: how long the step in hand has run (0: idle),
+    step_estimate_s: how long it was expected to."""
+
+    step_age_s: float
+    step_estimate_s: float
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The engine can't go on (or could not start) and exits. message is fit for people, without paths of the program."""
+
+    message: str
+
+
+Up = Progress | Ready | Delivery | Beat | Failed

@@ -1,0 +1,78 @@
+"""What a decoder is, in numbers: one `ModelConfig` for every family. Read from a checkpoint by `families`, used by `transformer`,
+`weights`, the runner's K/V cache and `braid plan`. No torch, no files.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from service.errors import WeightsError
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Llama-3 style frequency scaling, or linear (factor alone). Source: Llama 3.1 release, `rope_scaling` of its config."""
+
+    kind: str  # "linear" or "llama3"
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """One layer's attention: window in tokens (None: all), sink positions, rotary base and its scaling, softcap (0: off)."""
+
+    window: int | None = None
+    sink: int = 0
+    rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    softcap: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """layers holds one `LayerAttention` per decoder layer, so a hybrid local/global model is data. scale None: 1 / sqrt(head_width)."""
+
+    vocab_size: int
+    width: int
+    feed_forward_width: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    layers: tuple[LayerAttention, ...]
+    max_context: int
+    norm_eps: float = 1e-5
+    activation: str = "silu"
+    has_tied_head: bool = False
+    has_qkv_bias: bool = False
+    has_qk_norm: bool = False
+    scale: float | None = None
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "feed_forward_width", "num_heads", "num_kv_heads", "head_width", "max_context"):
+            if not 0 < getattr(self, name) < 2**31:
+                raise WeightsError(f"the model's config has {name} = {getattr(self, name)}; it must be a positive whole number")
+        if not self.layers:
+            raise WeightsError("the model's config has no layers")
+        if self.num_heads % self.num_kv_heads:
+            raise WeightsError(f"{self.num_heads} query heads can't be shared by {self.num_kv_heads} key/value heads")
+        if self.head_width % 2:
+            raise WeightsError(f"head_width {self.head_width} is odd; rotary embedding needs pairs")
+
+    @property
+    def attention_scale(self) -> float:
+        return self.scale if self.scale is not None else 1 / math.sqrt(self.head_width)
+
+    @property
+    def num_parameters(self) -> int:
+        heads = (self.num_heads + 2 * self.num_kv_heads) * self.head_width
+        per_layer = self.width * (heads + self.num_heads * self.head_width + 3 * self.feed_forward_width + 2)
+        per_layer += heads if self.has_qkv_bias else 0
+        per_layer += 2 * self.head_width if self.has_qk_norm else 0
+        tables = 1 if self.has_tied_head else 2
+        return len(self.layers) * per_layer + tables * self.vocab_size * self.width + self.width

@@ -1,0 +1,88 @@
+"""The one value that crosses from the scheduler to the runner: which tokens of which sequences a step computes. Ints and tuples only.
+
+There is no prefill and no decode here: a slice is "this sequence, from here, these tokens". The scheduler makes plans, the runner
+reads them, `commit` takes the sampled ids back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from service.scheduling.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroup:
+    """Layers that share one attention window and so one block table. window None sees everything; sink: first positions kept."""
+
+    window: int | None = None
+    sink: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The place of a picture in a prompt: `length` ids from `start` that stand for the media with this digest (32 bytes)."""
+
+    start: int
+    length: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A run of tokens of one sequence computed in one step.
+
+    start: position of tokens[0]. tables: per K/V group, the ids of the blocks that hold positions 0 ... start + len(tokens) - 1
+    (block i holds positions i * block_size onward); an entry behind a group's window may be -1.
+    """
+
+    sequence_id: int
+    start: int
+    tokens: tuple[int, ...]
+    tables: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One id to draw after this step, from the last token of one slice, or of two (classifier-free guidance: first the
+    conditional slice, then the unconditional one; logits = uncond + guidance * (cond - uncond)).
+
+    position: of the id to be drawn; with params.seed it keys the noise. num_generated: ids drawn for this gang so far.
+    history: prompt and output ids so far, given only when params.has_penalties. prompt_len: how many of them are the prompt.
+    banned: ids that must not be drawn now (stop ids before min_tokens).
+    """
+
+    sequence_id: int  # of the conditional sequence: names the gang
+    slice_indexes: tuple[int, ...]
+    params: SamplingParams
+    position: int
+    num_generated: int
+    history: tuple[int, ...] | None = None
+    prompt_len: int = 0
+    banned: tuple[int, ...] = ()
+    guidance: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What the runner does in one step. slices with one token come first. released: sequences whose state it may forget.
+    encode: spans whose embeddings or codes must exist before a later step reads them; nothing else waits for them."""
+
+    step_id: int
+    slices: tuple[Slice, ...]
+    samples: tuple[Sample, ...]
+    released: tuple[int, ...] = ()
+    encode: tuple[Span, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(piece.tokens) for piece in self.slices)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What came of one `Sample`, in the plan's order. logprob and top (id, logprob; likeliest first) only where asked."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
