@@ -1,19 +1,19 @@
 """Every error that can reach a client or end the program, as one tree. Messages say what was wrong and what is allowed; no paths.
 
-    BraidError
-    ├── RequestError            400  the client's fault; `param` names the field
-    │   ├── ContextLengthError  400  context_length_exceeded
-    │   ├── ModelNotFoundError  404  model_not_found
-    │   ├── RouteNotFoundError  404
-    │   ├── MethodError         405
-    │   ├── BodyTooLargeError   413
-    │   └── MediaTypeError      415
-    ├── OverloadedError         429  rate_limit_exceeded, with a Retry-After
-    ├── DeadlineError           408  the request's own timeout passed before anything was sent
-    ├── EngineError             500  a fault of ours that concerned this request alone
-    ├── UnavailableError        503  loading, draining, stalled or dead
-    └── StartupError            -    the program can't start: a bad file, flag or config; exit status 1
-        └── WeightsError        -    a checkpoint is truncated, lies about itself, or does not fit its config
+BraidError
+├── RequestError            400  the client's fault; `param` names the field
+│   ├── ContextLengthError  400  context_length_exceeded
+│   ├── ModelNotFoundError  404  model_not_found
+│   ├── RouteNotFoundError  404
+│   ├── MethodError         405
+│   ├── BodyTooLargeError   413
+│   └── MediaTypeError      415
+├── OverloadedError         429  rate_limit_exceeded, with a Retry-After
+├── DeadlineError           408  the request's own timeout passed before anything was sent
+├── EngineError             500  a fault of ours that concerned this request alone
+├── UnavailableError        503  loading, draining, stalled or dead
+└── StartupError            -    the program can't start: a bad file, flag or config; exit status 1
+    └── WeightsError        -    a checkpoint is truncated, lies about itself, or does not fit its config
 """
 
 from __future__ import annotations

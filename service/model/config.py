@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from service.errors import WeightsError
 
@@ -63,6 +63,12 @@ class ModelConfig:
             raise WeightsError(f"{self.num_heads} query heads can't be shared by {self.num_kv_heads} key/value heads")
         if self.head_width % 2:
             raise WeightsError(f"head_width {self.head_width} is odd; rotary embedding needs pairs")
+
+    def with_max_context(self, tokens: int) -> ModelConfig:
+        """The same model held to at most this many tokens. Raises: WeightsError when it was not made for so many."""
+        if tokens > self.max_context:
+            raise WeightsError(f"--max-context {tokens} is more than the model's own {self.max_context}")
+        return replace(self, max_context=tokens)
 
     @property
     def attention_scale(self) -> float:

@@ -1,0 +1,63 @@
+"""Paged attention in plain PyTorch: sequence by sequence, any query length, grouped heads, window, sink and softcap.
+
+No Triton here and no model. Called by `reference_ops`, by back ends without a kernel of their own, and by tests.
+Shape suffixes: T tokens, S sequences, N query heads, K key/value heads, G = N / K, H head width, Q queries and C keys of one sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.ops import AttentionSpec, PagedKV
+
+
+def attend(q_TNH: Tensor, kv: PagedKV, spec: AttentionSpec) -> Tensor:
+    """y [T, N * H] in q's dtype; scores, softmax and sums are float32 or wider. A sequence with context_len 0 gets zeros.
+
+    Only positions that some query of the sequence sees are read, so hidden blocks may hold anything, NaN included.
+    Source: Vaswani et al. 2017, equation 1; Ainslie et al. 2023 for the grouped heads.
+    """
+    batch = kv.batch
+    starts, contexts = batch.query_start.tolist(), batch.context_len.tolist()
+    outputs = []
+    for index, context in enumerate(contexts):
+        q_QNH = q_TNH[starts[index] : starts[index + 1]]
+        if context == 0 or len(q_QNH) == 0:
+            outputs.append(torch.zeros_like(q_QNH))
+            continue
+        seen = _visible(len(q_QNH), context, spec, q_TNH.device)
+        outputs.append(_attend_one(q_QNH, _gather(kv.keys, kv, index, seen), _gather(kv.values, kv, index, seen), seen, context, spec))
+    rest = q_TNH[starts[-1] :]  # padding behind the last sequence
+    return torch.cat([*outputs, torch.zeros_like(rest)]).flatten(1)
+
+
+def _visible(num_queries: int, context: int, spec: AttentionSpec, device: torch.device) -> Tensor:
+    """The positions that at least one of the last `num_queries` positions sees, int64 [C], ascending."""
+    low = 0 if spec.window is None else max(0, context - num_queries - spec.window + 1)
+    positions = torch.arange(context, device=device)
+    return positions if low <= spec.sink else torch.cat((positions[: spec.sink], positions[low:]))
+
+
+def _gather(pool: Tensor, kv: PagedKV, index: int, seen_C: Tensor) -> Tensor:
+    """[K, C, H] of one sequence out of the pool [B, K, P, H]."""
+    block_size = pool.shape[2]
+    blocks = kv.batch.block_table[index, seen_C // block_size].long()
+    return pool[blocks, :, seen_C % block_size].transpose(0, 1)
+
+
+def _attend_one(q_QNH: Tensor, k_KCH: Tensor, v_KCH: Tensor, seen_C: Tensor, context: int, spec: AttentionSpec) -> Tensor:
+    num_queries, num_heads, width = q_QNH.shape
+    num_kv_heads = k_KCH.shape[0]
+    wide = torch.promote_types(q_QNH.dtype, torch.float32)
+    q = q_QNH.to(wide).view(num_queries, num_kv_heads, -1, width).permute(1, 2, 0, 3)  # [K, G, Q, H]
+    scores = (q.flatten(1, 2) @ k_KCH.to(wide).transpose(1, 2)) * spec.scale  # [K, G * Q, C]
+    if spec.softcap:
+        scores = torch.tanh(scores / spec.softcap) * spec.softcap
+    at = torch.arange(context - num_queries, context, device=q_QNH.device)[:, None]
+    is_seen = seen_C <= at
+    if spec.window is not None:
+        is_seen &= (at - seen_C < spec.window) | (seen_C < spec.sink)
+    scores = scores.view(num_kv_heads, -1, num_queries, len(seen_C)).masked_fill(~is_seen, float("-inf"))
+    y = torch.softmax(scores, dim=-1).flatten(1, 2) @ v_KCH.to(wide)  # [K, G * Q, H]
+    return y.view(num_kv_heads, -1, num_queries, width).permute(2, 0, 1, 3).reshape(num_queries, num_heads, width).to(q_QNH.dtype)

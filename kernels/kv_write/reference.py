@@ -1,0 +1,51 @@
+"""From the rows of the q/k/v product to rotated queries and stored keys and values, in plain PyTorch.
+
+No Triton here and no model. Called by `reference_ops`, by back ends without a kernel of their own, and by tests.
+Shape suffixes: T tokens, N query heads, K key/value heads, H head width, B blocks, P places in a block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.norm.reference import rms_norm
+from kernels.ops import LayerWeights, PagedKV
+
+
+def kv_write(qkv: Tensor, weights: LayerWeights, positions_T: Tensor, kv: PagedKV) -> Tensor:
+    """q [T, N, H] in the input's dtype from qkv [T, (N + 2K) * H], whose bias is already in. positions int64 [T].
+
+    Norm and rotation are float32 or wider and rounded once. A row whose slot is -1 is returned but not stored.
+    Mutates: kv.keys, kv.values at the batch's slots.
+    """
+    spec = weights.spec
+    wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).view(len(qkv), -1, spec.head_width)
+    q, k, v = torch.split(wide, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+    if weights.q_norm is not None:
+        q, _ = rms_norm(q, None, weights.q_norm, spec.norm_eps)
+    if weights.k_norm is not None:
+        k, _ = rms_norm(k, None, weights.k_norm, spec.norm_eps)
+    rotary = weights.rotary[positions_T]
+    _store(rotate(k, rotary), v, kv)
+    return rotate(q, rotary).to(qkv.dtype)
+
+
+def rotate(x_THH: Tensor, rotary: Tensor) -> Tensor:
+    """Turns the pairs (i, i + H / 2) of x [T, heads, H] by each token's angles; rotary [T, 2, H / 2] is cos, then sin.
+
+    Source: Su et al. 2021 (RoFormer), section 3.4.2, in the half-split order of the public checkpoints.
+    """
+    cos, sin = rotary.to(x_THH.dtype)[:, None].unbind(2)
+    low, high = x_THH.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+def _store(k_TKH: Tensor, v_TKH: Tensor, kv: PagedKV) -> None:
+    slots, block_size = kv.batch.slots, kv.keys.shape[2]
+    written = slots >= 0
+    if not bool(written.all()):
+        slots, k_TKH, v_TKH = slots[written], k_TKH[written], v_TKH[written]
+    block, place = slots // block_size, slots % block_size
+    kv.keys[block, :, place] = k_TKH.to(kv.keys.dtype)
+    kv.values[block, :, place] = v_TKH.to(kv.values.dtype)

@@ -1,0 +1,21 @@
+"""The plain PyTorch back end: every op from its folder's `reference.py`. Runs on any device and under autograd.
+
+No formula here. Called through `kernels.ops.select_ops("reference")`, and by other back ends for what they don't speed up.
+"""
+
+from __future__ import annotations
+
+from kernels.attention.reference import attend
+from kernels.compose import FineOps, compose
+from kernels.gated.reference import gated
+from kernels.kv_write.reference import kv_write
+from kernels.linear.reference import embed, linear, pack
+from kernels.norm.reference import rms_norm
+from kernels.ops import Ops
+from kernels.sample.reference import sample
+
+REFERENCE_FINE_OPS = FineOps(attend, linear, embed, rms_norm, kv_write, gated, sample, pack)
+
+
+def reference_ops() -> Ops:
+    return compose("reference", REFERENCE_FINE_OPS)

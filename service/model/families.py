@@ -1,0 +1,302 @@
+"""Families of decoders: how each one's checkpoint describes itself, and what its tensors are called. A family is a reader of a config
+and a table of names; there is no class and no file per family.
+
+Reads metadata only (GGUF header, config.json), never weights, and needs no torch. Called by the runner's loader and by `braid plan`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from service.checkpoint import GGUFFile, GGUFTensor, find_checkpoint, open_gguf, read_json
+from service.errors import WeightsError
+from service.model.config import LayerAttention, ModelConfig, RopeScaling
+
+HF_NAMES = {
+    "embedding": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "layers.{}.attention_norm": "model.layers.{}.input_layernorm.weight",
+    "layers.{}.q": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.{}.k": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.{}.v": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.{}.q_bias": "model.layers.{}.self_attn.q_proj.bias",
+    "layers.{}.k_bias": "model.layers.{}.self_attn.k_proj.bias",
+    "layers.{}.v_bias": "model.layers.{}.self_attn.v_proj.bias",
+    "layers.{}.q_norm": "model.layers.{}.self_attn.q_norm.weight",
+    "layers.{}.k_norm": "model.layers.{}.self_attn.k_norm.weight",
+    "layers.{}.out": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.{}.mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.{}.gate": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.{}.up": "model.layers.{}.mlp.up_proj.weight",
+    "layers.{}.down": "model.layers.{}.mlp.down_proj.weight",
+}
+GGUF_NAMES = {
+    "embedding": "token_embd.weight",
+    "final_norm": "output_norm.weight",
+    "head": "output.weight",
+    "layers.{}.attention_norm": "blk.{}.attn_norm.weight",
+    "layers.{}.q": "blk.{}.attn_q.weight",
+    "layers.{}.k": "blk.{}.attn_k.weight",
+    "layers.{}.v": "blk.{}.attn_v.weight",
+    "layers.{}.q_bias": "blk.{}.attn_q.bias",
+    "layers.{}.k_bias": "blk.{}.attn_k.bias",
+    "layers.{}.v_bias": "blk.{}.attn_v.bias",
+    "layers.{}.q_norm": "blk.{}.attn_q_norm.weight",
+    "layers.{}.k_norm": "blk.{}.attn_k_norm.weight",
+    "layers.{}.out": "blk.{}.attn_output.weight",
+    "layers.{}.mlp_norm": "blk.{}.ffn_norm.weight",
+    "layers.{}.gate": "blk.{}.ffn_gate.weight",
+    "layers.{}.up": "blk.{}.ffn_up.weight",
+    "layers.{}.down": "blk.{}.ffn_down.weight",
+}
+GGUF_FAMILIES = ("llama", "qwen2", "qwen3")  # Mistral models call themselves llama
+GGUF_INTERLEAVED = ("llama",)
+"""Families whose query and key rows GGUF stores in the order that a rotary embedding of neighbouring pairs wants."""
+GGUF_ROPE_FACTORS = "rope_freqs.weight"
+
+_MOST_LAYERS = 4096
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_GGUF_UNBUILT = ("logit_scale", "residual_scale", "embedding_scale", "attn_logit_softcapping", "final_logit_softcapping", "expert_count")
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The config of a GGUF file, or of a folder with config.json.
+
+    Raises: WeightsError when it is of a family, or asks for something, that is not built here; never guesses.
+    """
+    checkpoint = find_checkpoint(path)
+    if checkpoint.kind == "folder":
+        return _read_folder(checkpoint.path)
+    return read_gguf_config(open_gguf(checkpoint.path, with_tokens=False))
+
+
+def whole(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """values[key] as an int. Raises: WeightsError when it is missing without a default, or no whole number."""
+    value = values.get(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise WeightsError(f"the model's config has {key} = {value!r}; it must be a whole number")
+    return value
+
+
+def real(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """values[key] as a positive finite float. Raises: WeightsError."""
+    value = values.get(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise WeightsError(f"the model's config has {key} = {value!r}; it must be a positive number")
+    return float(value)
+
+
+def _ids(value: object) -> tuple[int, ...]:
+    """An id, a list of ids, or nothing."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(not isinstance(each, int) or isinstance(each, bool) or each < 0 for each in ids):
+        raise WeightsError(f"the model's config has the token ids {value!r}; they must be whole numbers")
+    return tuple(dict.fromkeys(ids))
+
+
+def _num_layers(values: Mapping[str, Any], key: str) -> int:
+    count = whole(values, key)
+    if not 0 < count <= _MOST_LAYERS:
+        raise WeightsError(f"the model's config has {key} = {count}; between 1 and {_MOST_LAYERS} are possible")
+    return count
+
+
+# --- folders with config.json -----------------------------------------------------------------------------------------------------
+
+Windows = Callable[[Mapping[str, Any], int], tuple[int | None, ...]]
+
+
+def _no_windows(values: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+    return (None,) * num_layers
+
+
+def _mistral_windows(values: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+    return _windows_of_types(values, num_layers, 0)
+
+
+def _qwen_windows(values: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+    if not values.get("use_sliding_window", False):
+        return (None,) * num_layers
+    return _windows_of_types(values, num_layers, whole(values, "max_window_layers", 28))
+
+
+def _windows_of_types(values: Mapping[str, Any], num_layers: int, first: int) -> tuple[int | None, ...]:
+    """By layer_types where they are given, else the layers from `first` on."""
+    if values.get("sliding_window") is None:
+        return (None,) * num_layers
+    window = whole(values, "sliding_window")
+    if window < 1:
+        raise WeightsError(f"the model's config has sliding_window = {window}; it must be at least 1")
+    kinds = values.get("layer_types")
+    if kinds is None:
+        return tuple(window if index >= first else None for index in range(num_layers))
+    if not isinstance(kinds, list) or len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise WeightsError("the model's config has layer_types that are not one of full_attention and sliding_attention for each layer")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+HF_FAMILIES: dict[str, tuple[Windows, bool, bool]] = {  # windows, has_qkv_bias, has_qk_norm
+    "LlamaForCausalLM": (_no_windows, False, False),
+    "MistralForCausalLM": (_mistral_windows, False, False),
+    "Qwen2ForCausalLM": (_qwen_windows, True, False),
+    "Qwen3ForCausalLM": (_qwen_windows, False, True),
+}
+
+
+def _read_folder(path: Path) -> ModelConfig:
+    values = read_json(path / "config.json")
+    architectures = values.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    if architecture not in HF_FAMILIES:
+        raise WeightsError(f"the model's architecture is {architecture!r}; supported are {', '.join(HF_FAMILIES)}")
+    eos = read_json(path / "generation_config.json", default={}).get("eos_token_id")
+    return _hf_config(values, architecture, _ids(eos if eos is not None else values.get("eos_token_id")))
+
+
+def _hf_config(values: Mapping[str, Any], architecture: str, eos_ids: tuple[int, ...]) -> ModelConfig:
+    windows, has_qkv_bias, has_qk_norm = HF_FAMILIES[architecture]
+    _refuse_unbuilt(values)
+    num_heads = whole(values, "num_attention_heads")
+    width = whole(values, "hidden_size")
+    # Qwen 3 alone has a head width of its own where the config leaves it out.
+    usual_head_width = 128 if has_qk_norm else width // max(num_heads, 1)
+    base, scaling = _hf_rope(values)
+    num_layers = _num_layers(values, "num_hidden_layers")
+    bos = _ids(values.get("bos_token_id"))
+    return ModelConfig(
+        vocab_size=whole(values, "vocab_size"),
+        width=width,
+        feed_forward_width=whole(values, "intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=whole(values, "num_key_value_heads", num_heads),
+        head_width=whole(values, "head_dim", usual_head_width),
+        layers=tuple(LayerAttention(window, rope_base=base, rope_scaling=scaling) for window in windows(values, num_layers)),
+        max_context=whole(values, "max_position_embeddings"),
+        norm_eps=real(values, "rms_norm_eps", 1e-6),
+        activation=_ACTIVATIONS[values.get("hidden_act", "silu")],
+        has_tied_head=bool(values.get("tie_word_embeddings", False)),
+        has_qkv_bias=has_qkv_bias,
+        has_qk_norm=has_qk_norm,
+        eos_ids=eos_ids,
+        bos_id=bos[0] if bos else None,
+    )
+
+
+def _refuse_unbuilt(values: Mapping[str, Any]) -> None:
+    """What would change the arithmetic and is not built must stop the start, not be skipped."""
+    if values.get("quantization_config"):
+        method = values["quantization_config"]
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        raise WeightsError(f"the model's safetensors are quantised ({name}); supported are float32, float16 and bfloat16, and GGUF")
+    for key in ("attention_bias", "mlp_bias"):
+        if values.get(key):
+            raise WeightsError(f"the model's config has {key} = true, which is not supported")
+    if values.get("hidden_act", "silu") not in _ACTIVATIONS:
+        raise WeightsError(f"the model's activation is {values['hidden_act']!r}; supported are {', '.join(_ACTIVATIONS)}")
+
+
+def _hf_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from rope_parameters (newer configs) or rope_theta and rope_scaling."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise WeightsError("the model's config has a rotary scaling that is not an object")
+    if real(rope, "partial_rotary_factor", real(values, "partial_rotary_factor", 1.0)) != 1.0:
+        raise WeightsError("the model rotates only a part of each head, which is not supported")
+    base = real(rope, "rope_theta", real(values, "rope_theta", 10_000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return base, None
+    if kind == "linear":
+        return base, RopeScaling("linear", real(rope, "factor"))
+    if kind == "llama3":
+        return base, RopeScaling(
+            kind="llama3",
+            factor=real(rope, "factor"),
+            low_freq_factor=real(rope, "low_freq_factor"),
+            high_freq_factor=real(rope, "high_freq_factor"),
+            original_max_position=whole(rope, "original_max_position_embeddings"),
+        )
+    raise WeightsError(f"the model's rotary scaling is of kind {kind!r}; supported are linear and llama3")
+
+
+# --- GGUF files -------------------------------------------------------------------------------------------------------------------
+
+
+def read_gguf_config(gguf: GGUFFile) -> ModelConfig:
+    """The config that a GGUF file's metadata, and the presence of optional tensors, tell.
+
+    Raises: WeightsError as `read_config` does.
+    """
+    family = gguf.metadata.get("general.architecture")
+    if family not in GGUF_FAMILIES:
+        raise WeightsError(f"the model's architecture is {family!r}; supported in GGUF files are {', '.join(GGUF_FAMILIES)}")
+    values = {key.removeprefix(f"{family}."): value for key, value in gguf.metadata.items() if key.startswith(f"{family}.")}
+    for key in _GGUF_UNBUILT:
+        if values.get(key):
+            raise WeightsError(f"the model's config has {key} = {values[key]!r}, which is not supported")
+    num_heads, width = whole(values, "attention.head_count"), whole(values, "embedding_length")
+    head_width = whole(values, "attention.key_length", width // max(num_heads, 1))
+    if whole(values, "attention.value_length", head_width) != head_width or whole(values, "rope.dimension_count", head_width) != head_width:
+        raise WeightsError("the model's keys, values and rotated dimensions differ in width, which is not supported")
+    base = real(values, "rope.freq_base", 10_000.0)
+    window = whole(values, "attention.sliding_window", 0) or None
+    attention = LayerAttention(window, rope_base=base, rope_scaling=_gguf_scaling(gguf, values, head_width, base))
+    bos = _ids(gguf.metadata.get("tokenizer.ggml.bos_token_id"))
+    eos = [gguf.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    table = gguf.tensors.get(GGUF_NAMES["embedding"])
+    return ModelConfig(
+        vocab_size=whole(values, "vocab_size", table.shape[0] if table else None),
+        width=width,
+        feed_forward_width=whole(values, "feed_forward_length"),
+        num_heads=num_heads,
+        num_kv_heads=whole(values, "attention.head_count_kv", num_heads),
+        head_width=head_width,
+        layers=(attention,) * _num_layers(values, "block_count"),
+        max_context=whole(values, "context_length"),
+        norm_eps=real(values, "attention.layer_norm_rms_epsilon"),
+        has_tied_head=GGUF_NAMES["head"] not in gguf.tensors,
+        has_qkv_bias="blk.0.attn_q.bias" in gguf.tensors,
+        has_qk_norm="blk.0.attn_q_norm.weight" in gguf.tensors,
+        scale=real(values, "attention.scale") if values.get("attention.scale") else None,
+        eos_ids=_ids([each for each in eos if each is not None]),
+        bos_id=bos[0] if bos else None,
+    )
+
+
+def _gguf_scaling(gguf: GGUFFile, values: Mapping[str, Any], head_width: int, base: float) -> RopeScaling | None:
+    if factors := gguf.tensors.get(GGUF_ROPE_FACTORS):
+        return _llama3_of_factors(factors, head_width, base)
+    kind = values.get("rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", real(values, "rope.scaling.factor"))
+    raise WeightsError(f"the model's rotary scaling is of kind {kind!r}; supported are linear and the Llama 3 factors")
+
+
+def _llama3_of_factors(factors: GGUFTensor, head_width: int, base: float) -> RopeScaling:
+    """GGUF stores what the Llama 3 schedule gives, one divisor for each pair of dimensions, and not its parameters. Every release
+    has used the same bands with a factor of 8 or 32, so the schedule is found by trying, and believed only when it fits.
+    """
+    data = np.asarray(factors.data).reshape(-1)
+    if factors.type.name != "F32" or data.size != head_width // 2 or not np.isfinite(data).all() or data.min() < 1:
+        raise WeightsError(f"{GGUF_ROPE_FACTORS} must hold {head_width // 2} float32 numbers of at least 1")
+    frequencies = base ** (-np.arange(0, head_width, 2) / head_width)
+    for factor in (float(data.max()), 8.0, 32.0):
+        scaling = RopeScaling("llama3", factor)
+        turns = scaling.original_max_position * frequencies / (2 * math.pi)
+        smooth = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clip(0, 1)
+        # float32 in the file; 1e-3 is far below the differences between schedules (a factor of 8 against 32).
+        if np.allclose(data, 1 / (smooth + (1 - smooth) / factor), rtol=1e-3):
+            return scaling
+    raise WeightsError(f"{GGUF_ROPE_FACTORS} holds rotary factors of another schedule than Llama 3's, which is not supported")
