@@ -1,0 +1,33 @@
+"""How much memory this machine, or the container it runs in, has left. Stdlib only; used by the engine's loader and by `braid plan`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes() -> int:
+    """Bytes that can be taken without swapping: the kernel's estimate, or the container's limit where that is less."""
+    return min(_system_available(), _container_left())
+
+
+def _system_available() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _container_left() -> int:
+    """Of a version 2 control group; very large when there is no limit."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):
+        return 2**62
+    return 2**62 if limit == "max" else max(int(limit) - used, 0)

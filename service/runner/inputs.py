@@ -1,0 +1,70 @@
+"""Ints to tensors: the only place where a `StepPlan` becomes arrays. Knows block arithmetic, no model and no kernel.
+
+Shape suffixes: T tokens, S sequences, W blocks in the widest table, R rows to sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.ops import PagedBatch
+from service.scheduling.plan import StepPlan
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """ids, positions int64 [T]; batches: a `PagedBatch` per K/V group; rows int64 [R]: the token whose logits each slice named by
+    a sample ends with, in the order samples name them."""
+
+    ids: Tensor
+    positions: Tensor
+    batches: list[PagedBatch]
+    rows: Tensor
+
+    @property
+    def is_all_decode(self) -> bool:
+        batch = self.batches[0]
+        return batch.num_decodes == batch.context_len.shape[0]
+
+
+def build_inputs(plan: StepPlan, num_groups: int, block_size: int, device: torch.device) -> StepInputs:
+    """Slices with one token come first in the plan, as the attention contract wants them."""
+    slices = plan.slices
+    lengths = [len(piece.tokens) for piece in slices]
+    query_start = np.zeros(len(slices) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=query_start[1:])
+    ids = np.fromiter((token for piece in slices for token in piece.tokens), dtype=np.int64, count=int(query_start[-1]))
+    positions = np.concatenate([np.arange(piece.start, piece.start + n, dtype=np.int64) for piece, n in zip(slices, lengths, strict=True)])
+    context_len = np.fromiter((piece.start + n for piece, n in zip(slices, lengths, strict=True)), dtype=np.int32, count=len(slices))
+    num_decodes = sum(1 for n in lengths if n == 1)
+    owner = np.repeat(np.arange(len(slices)), lengths)
+    rows = np.fromiter((query_start[i + 1] - 1 for sample in plan.samples for i in sample.slice_indexes), dtype=np.int64)
+
+    def on_device(array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    query_start_t, context_len_t = on_device(query_start), on_device(context_len)
+    batches = []
+    for group in range(num_groups):
+        tables = [piece.tables[group] for piece in slices]
+        table = np.zeros((len(slices), max(map(len, tables))), dtype=np.int32)
+        for row, blocks in enumerate(tables):
+            table[row, : len(blocks)] = blocks
+        np.maximum(table, 0, out=table)  # a block behind the window is -1; it is never read, but must be a valid index
+        slots = table[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        batches.append(
+            PagedBatch(
+                slots=on_device(slots),
+                block_table=on_device(table),
+                query_start=query_start_t,
+                context_len=context_len_t,
+                num_decodes=num_decodes,
+                max_query_len=max((n for n in lengths if n > 1), default=0),
+                max_context_len=int(context_len.max()),
+            )
+        )
+    return StepInputs(on_device(ids), on_device(positions), batches, on_device(rows))

@@ -1,0 +1,66 @@
+"""The paged K/V pool: one tensor, cut into blocks that any group of layers may hold. Owns memory, knows no sequence.
+
+Layers with the same attention window form groups of equally many layers, so that every block has equal bytes. Used by the runner;
+`partition_layers` also tells the scheduler its groups and `braid plan` the bytes of a token.
+Shape suffixes: L layers in a group, B blocks, K key/value heads, P places in a block, H head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.ops import PagedBatch, PagedKV
+from service.model.config import ModelConfig
+from service.scheduling.plan import KVGroup
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """groups: one per block table. places[i] is (group index, place in the group) of layer i."""
+
+    groups: tuple[KVGroup, ...]
+    places: tuple[tuple[int, int], ...]
+    layers_per_group: int
+
+    def block_bytes(self, config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one block: keys and values of block_size tokens in one group's layers."""
+        return 2 * self.layers_per_group * config.num_kv_heads * block_size * config.head_width * dtype.itemsize
+
+
+def partition_layers(config: ModelConfig) -> KVLayout:
+    """Layers by (window, sink), then cut into groups of as many layers as divide every kind's number."""
+    kinds: dict[tuple[int | None, int], list[int]] = defaultdict(list)
+    for index, attention in enumerate(config.layers):
+        kinds[(attention.window, attention.sink)].append(index)
+    size = math.gcd(*(len(members) for members in kinds.values()))
+    groups: list[KVGroup] = []
+    places = [(0, 0)] * len(config.layers)
+    for (window, sink), members in kinds.items():
+        for offset, index in enumerate(members):
+            if offset % size == 0:
+                groups.append(KVGroup(window, sink))
+            places[index] = (len(groups) - 1, offset % size)
+    return KVLayout(tuple(groups), tuple(places), size)
+
+
+class KVCache:
+    """pool [L, 2, B, K, P, H]; `of_layers` binds it to one step's batches."""
+
+    def __init__(
+        self, config: ModelConfig, layout: KVLayout, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ):
+        shape = (layout.layers_per_group, 2, num_blocks, config.num_kv_heads, block_size, config.head_width)
+        # Zeros, not empty: a masked place must never hold NaN, because 0 * NaN is NaN. On the CPU untouched pages cost no memory.
+        self.pool = torch.zeros(shape, dtype=dtype, device=device)
+        self.places = layout.places
+        self.block_size = block_size
+        self.views: list[tuple[Tensor, Tensor]] = [(self.pool[at, 0], self.pool[at, 1]) for at in range(layout.layers_per_group)]
+
+    def of_layers(self, batches: list[PagedBatch]) -> list[PagedKV]:
+        """One `PagedKV` per layer. batches: one per group."""
+        return [PagedKV(*self.views[place], batches[group]) for group, place in self.places]

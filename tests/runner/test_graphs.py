@@ -1,0 +1,35 @@
+"""What surrounds a CUDA graph, run eagerly on the CPU: static inputs, filling them, and padding that writes nothing."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.models import SHAPES, build_runner, step_of
+from kernels.ops import select_ops
+from service.runner.graphs import DecodeGraphs, _fill
+from service.runner.inputs import build_inputs
+
+
+def test_padded_static_inputs_equal_the_plain_step() -> None:
+    device = torch.device("cpu")
+    runner = build_runner(SHAPES["tiny"], select_ops("reference"), device=device, dtype=torch.float32, num_blocks=3 * 2 * 4)
+    runner.cache.pool.normal_()
+    kept = runner.cache.pool.clone()
+    plan = step_of(runner, [(40, [5]), (0, [6]), (63, [7])], 64)
+    want = runner.forward(plan).logits
+    written = runner.cache.pool.clone()
+
+    graphs = DecodeGraphs(runner._compute, num_groups=2, max_context=64, block_size=16, max_sequences=8, device=device)
+    static = graphs._static_inputs(8)
+    runner.cache.pool.copy_(kept)
+    with torch.inference_mode():
+        runner._compute(static)
+        assert torch.equal(runner.cache.pool, kept), "capturing must not write"
+        inputs = build_inputs(plan, 2, 16, device)
+        static.ids[:3], static.positions[:3] = inputs.ids, inputs.positions
+        for target, source in zip(static.batches, inputs.batches, strict=True):
+            _fill(target, source, 3)
+        got = runner._compute(static)[:3]
+    torch.testing.assert_close(runner.cache.pool, written, atol=1e-4, rtol=1e-4)
+    assert torch.equal(runner.cache.pool == kept, written == kept), "the same places are written"
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
