@@ -1,0 +1,41 @@
+"""Part of `bench.gpu`: decode graphs against eager steps. Captured on nothing, replayed on short and long contexts, padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from bench.models import SHAPES, build_runner, step_of
+from kernels.ops import select_ops
+
+CONTEXTS = (1, 17, 300, 2047)
+
+
+def steps() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    for name in ("tiny", "smollm2-135m"):
+        for batch in (1, 3, 16):
+            yield f"graph equals eager, {name}, {batch} sequences", lambda name=name, batch=batch: compare(name, batch)  # type: ignore[misc]
+
+
+def compare(name: str, batch: int) -> dict[str, Any]:
+    """Largest difference between the logits of a replayed step and of the same step run eagerly: it must be exactly zero."""
+    device = torch.device("cuda")
+    blocks = batch * 128 * (2 if name == "tiny" else 1)
+    runner = build_runner(SHAPES[name], select_ops("triton"), device=device, dtype=torch.bfloat16, num_blocks=blocks)
+    runner.cache.pool.normal_()
+    kept = runner.cache.pool.clone()
+    runner.capture_graphs(batch)
+    untouched = bool(torch.equal(runner.cache.pool, kept))
+    graphs, worst = runner.graphs, 0.0
+    for context in CONTEXTS:
+        plan = step_of(runner, [(context - 1, [5 + s]) for s in range(batch)], 2048)
+        runner.graphs = graphs
+        replayed = runner.forward(plan).logits.clone()
+        runner.cache.pool.copy_(kept)
+        runner.graphs = None
+        eager = runner.forward(plan).logits
+        runner.cache.pool.copy_(kept)
+        worst = max(worst, float((replayed - eager).abs().max()))
+    return {"passes": untouched and worst == 0.0, "largest_difference": worst, "capture_left_kv_alone": untouched, "contexts": CONTEXTS}

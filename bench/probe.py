@@ -1,0 +1,43 @@
+"""What this machine can do at best, measured in the same run as what Braid does: read bandwidth, and who the machine is."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def read_bandwidth(num_bytes: int = 256 * 2**20, repeats: int = 12) -> float:
+    """Bytes per second of reading memory with all cores: the best of several sums over an array far larger than the caches."""
+    data = torch.ones(num_bytes // 4, dtype=torch.float32)
+    best = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        data.sum()
+        best = max(best, num_bytes / (time.perf_counter() - start))
+    return best
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores and versions, and the commit of the tree that is measured."""
+    processor = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit or "unknown",
+    }
