@@ -204,11 +204,15 @@ def select_ops(name: Literal["triton", "cpu", "reference"]) -> Ops:
     plain PyTorch with stock int8 products, and says so once in the log.
     """
     if name == "reference":
-        from kernels.reference_ops import reference_ops as build
-    elif name == "cpu":
-        from kernels.cpu.ops import cpu_ops as build
-    elif name == "triton":
-        from kernels.triton_ops import triton_ops as build
-    else:
-        raise ValueError(f"unknown back end {name!r}; there are triton, cpu and reference")
-    return build()
+        from kernels.reference_ops import reference_ops
+
+        return reference_ops()
+    if name == "cpu":
+        from kernels.cpu.ops import cpu_ops
+
+        return cpu_ops()
+    if name == "triton":
+        from kernels.triton_ops import triton_ops
+
+        return triton_ops()
+    raise ValueError(f"unknown back end {name!r}; there are triton, cpu and reference")

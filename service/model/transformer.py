@@ -7,26 +7,20 @@ Shape suffixes: T tokens, R rows to sample, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from kernels.linear.reference import quantize_int8
-from kernels.ops import AttentionSpec, LayerSpec, LayerWeights, Ops, PagedKV, Weight
+from kernels.ops import Activation, AttentionSpec, LayerSpec, LayerWeights, Ops, PagedKV, Weight
 from service.model.config import LayerAttention, ModelConfig
 from service.model.layers import DecoderLayer, rotary_table
-
-
-class TensorSource(Protocol):
-    """Where weights come from: a checkpoint (weights.py), or random numbers in a test."""
-
-    def get(self, name: str) -> Tensor:
-        """A dense tensor by our name, such as "layers.3.gate" or "embedding"."""
+from service.model.rotation import RotatedSource, TensorSource
 
 
 class Transformer(nn.Module):
-    """layers, final_norm [D], embedding and head [V, D] (the same object when tied)."""
+    """layers, final_norm [D], embedding and head [V, D] (the same object when tied and dense)."""
 
     def __init__(self, config: ModelConfig, ops: Ops, layers: Sequence[LayerWeights], final_norm: Tensor, tables: tuple[Weight, Weight]):
         super().__init__()
@@ -60,7 +54,7 @@ class Transformer(nn.Module):
 
 def layer_spec(config: ModelConfig, attention: LayerAttention) -> LayerSpec:
     spec = AttentionSpec(config.attention_scale, attention.window, attention.sink, attention.softcap)
-    activation = "gelu_tanh" if config.activation == "gelu_tanh" else "silu"
+    activation: Activation = "gelu_tanh" if config.activation == "gelu_tanh" else "silu"
     return LayerSpec(config.num_heads, config.num_kv_heads, config.head_width, spec, config.norm_eps, activation)
 
 
@@ -76,8 +70,11 @@ def build_transformer(
 ) -> Transformer:
     """Reads the weights tensor by tensor, so that the whole dense model is never in memory beside the packed one.
 
-    dtype: of activations and of dense weights; is_int8 quantises every matrix per output row. Raises: what `source.get` raises.
+    dtype: of activations and of dense weights. is_int8 rotates the weights and quantises every matrix per output row, but for the
+    embedding, of which a step reads only some rows: it stays dense, in bfloat16. Raises: what `source.get` raises.
     """
+    if is_int8:
+        source = RotatedSource(source, config)
 
     def vector(name: str) -> Tensor:
         return source.get(name).to(device=device, dtype=dtype).contiguous()
@@ -117,7 +114,11 @@ def build_transformer(
             )
         )
         progress((index + 1) / (len(config.layers) + 1))
-    embedding = matrix("embedding")
-    head = embedding if config.has_tied_head else matrix("head")
+    embedding: Weight
+    if is_int8:
+        embedding, head = source.get("embedding").to(device=device, dtype=torch.bfloat16), matrix("head")
+    else:
+        embedding = matrix("embedding")
+        head = embedding if config.has_tied_head else matrix("head")
     progress(1.0)
     return Transformer(config, ops, layers, vector("final_norm"), (embedding, head))

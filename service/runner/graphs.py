@@ -47,7 +47,7 @@ class DecodeGraphs:
         pool = None
         for size in reversed(self.sizes):
             inputs = self._static_inputs(size)
-            stream = torch.cuda.Stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # the first launch of a kernel compiles it, which must not be captured

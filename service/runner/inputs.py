@@ -44,7 +44,7 @@ def build_inputs(plan: StepPlan, num_groups: int, block_size: int, device: torch
     owner = np.repeat(np.arange(len(slices)), lengths)
     rows = np.fromiter((query_start[i + 1] - 1 for sample in plan.samples for i in sample.slice_indexes), dtype=np.int64)
 
-    def on_device(array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+    def on_device(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     query_start_t, context_len_t = on_device(query_start), on_device(context_len)

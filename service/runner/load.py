@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from kernels.ops import Int8Weight, Ops, select_ops
+from kernels.ops import Int8Weight, LayerWeights, Ops, Weight, select_ops
 from service.engine.messages import Load, ModelInfo, ModelSource
 from service.errors import StartupError
 from service.memory import available_bytes
 from service.model.config import ModelConfig
 from service.model.families import read_config
+from service.model.layers import DecoderLayer
 from service.model.transformer import Transformer, build_transformer
 from service.model.weights import open_weights
 from service.runner.kv_cache import KVCache, KVLayout, partition_layers
@@ -76,18 +78,16 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
     precision = choose_precision(load.dtype, device)
     ops = select_ops("cpu" if device.type == "cpu" else "triton")
     models: list[tuple[ModelSource, Transformer]] = []
-    for number, source in enumerate(load.models):
-        share = 1 / len(load.models)
-        done = number * share
-        models.append(
-            (
-                source,
-                _load_model(source, load, ops, precision, device, lambda x, done=done, share=share: progress("weights", done + x * share)),
-            )
-        )
+    for source in load.models:
+        before = len(models)
+
+        def report(fraction: float, before: int = before) -> None:
+            progress("weights", (before + fraction) / len(load.models))
+
+        models.append((source, _load_model(source, load, ops, precision, device, report)))
     weight_bytes = [model_bytes(model) for _, model in models]
     kv_bytes = _kv_budget(load, device, sum(weight_bytes)) // len(models)
-    loaded = []
+    loaded: list[Loaded] = []
     for (source, model), size in zip(models, weight_bytes, strict=True):
         progress("kv_cache", len(loaded) / len(models))
         loaded.append(_equip(source.name, model, load, precision, device, (size, kv_bytes)))
@@ -113,19 +113,16 @@ def _load_model(
 
 
 def model_bytes(model: Transformer) -> int:
-    """Bytes that a decode step reads: every matrix and norm once (a tied embedding is the head)."""
-    total = 0
-    seen: set[int] = set()
-    layers = [layer.weights for layer in model.layers]
-    for weight in [getattr(w, name) for w in layers for name in ("qkv", "out", "gate_up", "down")] + [model.embedding, model.head]:
-        if id(weight) in seen:
-            continue
-        seen.add(id(weight))
-        if isinstance(weight, Int8Weight):
-            total += weight.out_features * (weight.in_features + 4)
-        else:
-            total += weight.numel() * weight.element_size()
-    return total
+    """Bytes of weights that a decode step reads: every matrix once; of the embedding only some rows, unless it is the head too."""
+    weights: list[LayerWeights] = [cast(DecoderLayer, layer).weights for layer in model.layers]
+    matrices = [matrix for layer in weights for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    return sum(map(_bytes_of, [*matrices, model.head]))
+
+
+def _bytes_of(weight: Weight) -> int:
+    if isinstance(weight, Int8Weight):
+        return weight.out_features * (weight.in_features + 4)  # and a float32 scale per row
+    return weight.numel() * weight.element_size()
 
 
 def _kv_budget(load: Load, device: torch.device, weight_bytes: int) -> int:

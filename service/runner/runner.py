@@ -68,7 +68,7 @@ class Runner:
     def _compute(self, inputs: StepInputs) -> Tensor:
         """Logits float32 [R, V] of inputs.rows; an empty tensor when nothing is sampled."""
         kv = self.cache.of_layers(inputs.batches)
-        x, residual = self.model(inputs.ids, inputs.positions, kv)
+        x, residual = self.model.forward(inputs.ids, inputs.positions, kv)
         if not inputs.rows.numel():
             return x.new_empty((0, self.model.config.vocab_size), dtype=torch.float32)
         return self.model.logits(x, residual, inputs.rows)
