@@ -12,6 +12,7 @@ import msgspec
 from service.scheduling.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error", "deadline"]
+MAX_CHOICES = 128
 
 
 class ModelSource(msgspec.Struct, frozen=True):
@@ -66,6 +67,14 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 Down = Load | Generate | Abort | Shutdown
 
 
+class Unreadable(msgspec.Struct, frozen=True):
+    """What the engine's end makes of a message whose fields have wrong types; it never travels. request_id: "" when unknown."""
+
+    request_id: str
+    num_choices: int
+    reason: str
+
+
 class Progress(msgspec.Struct, frozen=True, tag=True):
     """Start-up, for people and machines: phase (such as "weights", "kv_cache", "warm_up") and the share done, 0 ... 1."""
 
@@ -111,7 +120,8 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
 
 class Event(msgspec.Struct, frozen=True, array_like=True):
     """New ids of one choice (maybe none), and its end when finish is set. stop_id: the id that ended it, not among `tokens`.
-    Exactly one event of each choice has finish and usage set, and it is the last. error: text for finish "error"."""
+    Exactly one event of each choice has finish and usage set, and it is the last. error: text for finish "error", and
+    error_status: the HTTP status that fits it (`errors.py`)."""
 
     request_id: str
     choice: int
@@ -121,6 +131,7 @@ class Event(msgspec.Struct, frozen=True, array_like=True):
     stop_id: int | None = None
     usage: Usage | None = None
     error: str | None = None
+    error_status: int = 500
 
 
 class LaneStats(msgspec.Struct, frozen=True):

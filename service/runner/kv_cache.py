@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,8 +56,7 @@ class KVCache:
         self, config: ModelConfig, layout: KVLayout, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ):
         shape = (layout.layers_per_group, 2, num_blocks, config.num_kv_heads, block_size, config.head_width)
-        # Zeros, not empty: a masked place must never hold NaN, because 0 * NaN is NaN. On the CPU untouched pages cost no memory.
-        self.pool = torch.zeros(shape, dtype=dtype, device=device)
+        self.pool = _zeros(shape, dtype, device)
         self.places = layout.places
         self.block_size = block_size
         self.views: list[tuple[Tensor, Tensor]] = [(self.pool[at, 0], self.pool[at, 1]) for at in range(layout.layers_per_group)]
@@ -64,3 +64,13 @@ class KVCache:
     def of_layers(self, batches: list[PagedBatch]) -> list[PagedKV]:
         """One `PagedKV` per layer. batches: one per group."""
         return [PagedKV(*self.views[place], batches[group]) for group, place in self.places]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not whatever was there: a place that a mask hides must not hold NaN, because 0 * NaN is NaN.
+
+    On the CPU the system's own zero pages, which cost nothing until they are written; torch.zeros writes all of them (6 s a GiB).
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

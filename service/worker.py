@@ -1,0 +1,132 @@
+"""Root of the engine process: `python -m service.worker --fd N`, where N is its end of a socket pair.
+
+Reads top to bottom: mailbox, load, lanes, engine, run. Its settings are the first message. Nothing but the engine client starts it,
+and it never outlives the process that did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from service.engine.engine import BrokenEngineError, Engine, Lane, Runner
+from service.engine.mailbox import Mailbox
+from service.engine.messages import Failed, Load, ModelInfo, Progress, Ready
+from service.engine.pace import BeatThread
+from service.errors import StartupError
+from service.scheduling.plan import KVGroup
+from service.scheduling.scheduler import Scheduler
+
+log = logging.getLogger("braid.worker")
+
+_PR_SET_PDEATHSIG = 1
+_FLUSH_S = 5.0
+# The client counts what is in flight and refuses there; a second limit here could only refuse what was admitted.
+_NO_LIMIT = 2**62
+
+
+class Loaded(Protocol):
+    """A model that is ready to run."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def runner(self) -> Runner: ...
+
+    @property
+    def groups(self) -> tuple[KVGroup, ...]: ...
+
+
+LoadModels = Callable[[Load, Callable[[str, float], None]], Sequence[Loaded]]
+
+
+def main(arguments: Sequence[str] | None = None, load_models: LoadModels | None = None) -> int:
+    """The exit status: 0 after `Shutdown`, 1 when start-up failed or the engine broke."""
+    parser = argparse.ArgumentParser(prog="service.worker", description="Braid's engine process; started by the server, not by hand.")
+    parser.add_argument("--fd", type=int, required=True, help="this process's end of a socket pair")
+    fd = parser.parse_args(arguments).fd
+
+    bind_life_to_parent()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    # The reading thread calls this even while a step is stuck, so the process ends with its parent in every state.
+    mailbox = Mailbox(socket.socket(fileno=fd), on_lost=lambda: os._exit(1))
+    messages = mailbox.receive(None)
+    if not messages or not isinstance(messages[0], Load):
+        log.error("the first message was not Load")
+        return 1
+    load = messages[0]
+
+    try:
+        loaded = (load_models or load_checkpoints)(load, lambda phase, fraction: mailbox.send(Progress(phase, fraction)))
+        lanes = [build_lane(one, load) for one in loaded]
+    except StartupError as error:
+        return give_up(mailbox, error.message)
+    except Exception as error:
+        log.exception("the engine could not start")
+        return give_up(mailbox, f"the engine could not start ({type(error).__name__}); its log has the details")
+
+    # What was loaded stays for good: the collector need not walk it in the middle of a step.
+    gc.collect()
+    gc.freeze()
+    engine = Engine(lanes, mailbox, time.monotonic)
+    mailbox.send(Ready(models=tuple(one.info for one in loaded)))
+    BeatThread(mailbox, engine.pulse).start()
+    try:
+        engine.run()
+    except BrokenEngineError as error:
+        return give_up(mailbox, error.message)
+    return 0
+
+
+def bind_life_to_parent() -> None:
+    """Dies with the parent, however that ends, and leaves the answer to Ctrl-C and SIGTERM to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def load_checkpoints(load: Load, progress: Callable[[str, float], None]) -> Sequence[Loaded]:
+    """The real thing. Imported here, late: it brings torch, which takes seconds and may be broken, and both are worth a message."""
+    progress("starting", 0.0)
+    from service.runner.load import load_models
+
+    return load_models(load, progress)
+
+
+def build_lane(loaded: Loaded, load: Load) -> Lane:
+    info = loaded.info
+    scheduler = Scheduler(
+        num_blocks=info.num_kv_blocks,
+        block_size=info.block_size,
+        groups=loaded.groups,
+        max_batch_tokens=load.max_batch_tokens,
+        max_sequences=load.max_sequences,
+        max_context=info.max_context,
+        has_prefix_cache=load.prefix_cache,
+        max_waiting_requests=_NO_LIMIT,
+        max_waiting_tokens=_NO_LIMIT,
+    )
+    return Lane(info, scheduler, loaded.runner)
+
+
+def give_up(mailbox: Mailbox, message: str) -> int:
+    """Says why on stderr and up the mailbox. Returns the exit status."""
+    log.error("%s", message)
+    mailbox.send(Failed(message))
+    mailbox.flush(_FLUSH_S)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
