@@ -1,0 +1,242 @@
+"""Prompts into ids: a conversation through the model's template, or raw text. Special tokens come from the template alone.
+
+`load_codec` reads everything a model's files say about text, without the weights. Called by the API; knows no HTTP and no device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from service.checkpoint import find_checkpoint, open_gguf, read_json
+from service.codec.special import MARKERS
+from service.codec.template import ChatTemplate
+from service.codec.tokenizer import Tokenizer
+from service.codec.tokenizer_files import token_text, tokenizer_from_gguf, tokenizer_from_json
+from service.errors import RequestError, StartupError, WeightsError
+
+# Sampling defaults that a model may bring: our name, GGUF's name, least, most.
+_DEFAULTS = (
+    ("temperature", "temp", 0.0, 2.0),
+    ("top_p", "top_p", 0.0, 1.0),
+    ("top_k", "top_k", 0.0, 2.0**31 - 1),
+    ("min_p", "min_p", 0.0, 1.0),
+    ("repetition_penalty", "penalty_repeat", 0.01, 100.0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Everything about one model's text. template None: the model has none and can't chat. sampling_defaults: SamplingParams' names,
+    those that the model's files set."""
+
+    name: str
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    sampling_defaults: Mapping[str, float | int]
+    max_context: int
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return self.tokenizer.ends.eos_ids
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Ids of a conversation. Text inside messages and tools that spells a special token is plain text.
+
+        Raises: RequestError when there is no template, when it refuses, or when a text has half a surrogate pair.
+        """
+        if self.template is None:
+            raise RequestError(f"the model {self.name} has no chat template; use /v1/completions", param="messages")
+        plain = [_template_message(message) for message in messages]
+        given = {"tools": list(tools) if tools else None, **(template_kwargs or {})}
+        marker = _free_marker(self.template.source, plain, given)
+        special = self.tokenizer.special
+
+        def protect(text: str) -> str:
+            return special.protect(text, marker)
+
+        safe = [_mapped_message(message, protect) for message in plain]
+        variables = {key: _mapped(value, protect) for key, value in given.items()}
+        variables["add_generation_prompt"] = add_generation_prompt
+        rendered = self.template.render(safe, variables)
+        try:
+            return self.tokenizer.encode_prompt(rendered, marker)
+        except UnicodeEncodeError:
+            raise RequestError("messages hold half a surrogate pair, which is no character", param="messages") from None
+
+    def encode_text(self, prompt: str) -> list[int]:
+        """Ids of a raw prompt, whose special tokens are meant, with the beginning of sequence if the model wants one.
+
+        Raises: RequestError when the text has half a surrogate pair.
+        """
+        try:
+            ids = self.tokenizer.encode(prompt, allow_special=True)
+        except UnicodeEncodeError:
+            raise RequestError("prompt holds half a surrogate pair, which is no character", param="prompt") from None
+        ends = self.tokenizer.ends
+        if ends.add_bos and ends.bos_id is not None and ids[:1] != [ends.bos_id]:
+            ids.insert(0, ends.bos_id)
+        return ids
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises: RequestError naming the first id that is not in the vocabulary."""
+        for index, token in enumerate(ids):
+            if not 0 <= token < self.vocab_size:
+                message = f"prompt has the id {token} at position {index}; the vocabulary has ids 0 to {self.vocab_size - 1}"
+                raise RequestError(message, param="prompt")
+
+
+def load_codec(path: Path | str, *, name: str | None = None) -> Codec:
+    """The codec of a `.gguf` file or of a folder with tokenizer.json; name defaults to the file's or folder's own.
+
+    Raises: StartupError or WeightsError saying what is missing or wrong.
+    """
+    checkpoint = find_checkpoint(Path(path))
+    name = name or (checkpoint.path.stem if checkpoint.kind == "gguf" else checkpoint.path.resolve().name)
+    return _codec_from_gguf(checkpoint.path, name) if checkpoint.kind == "gguf" else _codec_from_folder(checkpoint.path, name)
+
+
+def _codec_from_gguf(path: Path, name: str) -> Codec:
+    metadata = open_gguf(path, with_tokens=True).metadata
+    tokenizer = tokenizer_from_gguf(metadata)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    texts = {}
+    for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):
+        token = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(token, int) and 0 <= token < len(tokens):
+            texts[role] = tokens[token]
+    source = metadata.get("tokenizer.chat_template")
+    return Codec(
+        name,
+        tokenizer,
+        ChatTemplate(source, texts) if isinstance(source, str) and source else None,
+        _sampling_defaults({ours: metadata.get(f"general.sampling.{theirs}") for ours, theirs, *_ in _DEFAULTS}, "the GGUF file"),
+        _context(metadata.get(f"{metadata.get('general.architecture')}.context_length"), "context_length"),
+    )
+
+
+def _codec_from_folder(folder: Path, name: str) -> Codec:
+    if not (folder / "tokenizer.json").is_file():
+        raise StartupError(f"the folder of {name} has no tokenizer.json; other tokenizer files are not supported")
+    config = read_json(folder / "config.json")
+    nested = config.get("text_config")
+    text_config = nested if isinstance(nested, dict) else config
+    generation = read_json(folder / "generation_config.json", default={})
+    tokenizer_config = read_json(folder / "tokenizer_config.json", default={})
+    eos = generation.get("eos_token_id", text_config.get("eos_token_id"))
+    eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    tokenizer = tokenizer_from_json(read_json(folder / "tokenizer.json"), tokenizer_config, eos_ids)
+    source = _template_source(folder, tokenizer_config)
+    roles = ("bos_token", "eos_token", "unk_token", "pad_token")
+    texts = {role: token_text(tokenizer_config[role]) for role in roles if tokenizer_config.get(role)}
+    return Codec(
+        name,
+        tokenizer,
+        ChatTemplate(source, texts) if source else None,
+        _sampling_defaults(generation, "generation_config.json"),
+        _context(text_config.get("max_position_embeddings"), "max_position_embeddings"),
+    )
+
+
+def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """A file of its own comes before tokenizer_config.json, whose list of named templates has one called default."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise WeightsError("chat_template.jinja can't be read as UTF-8 text") from error
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    return source if isinstance(source, str) and source else None
+
+
+def _sampling_defaults(given: Mapping[str, Any], where: str) -> dict[str, float | int]:
+    found: dict[str, float | int] = {}
+    for name, _, least, most in _DEFAULTS:
+        value = given.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= most:
+            raise StartupError(f"{where} sets {name} to {value!r}; it must be between {least:g} and {most:g}")
+        found[name] = int(value) if name == "top_k" else value
+    return found
+
+
+def _context(value: Any, key: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise WeightsError(f"the model's {key} is {value!r}; it must be a positive whole number")
+    return value
+
+
+def _template_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates know it: content one string, developer called system, a tool call's arguments as an object."""
+    plain = {key: value for key, value in message.items() if value is not None}
+    if plain.get("role") == "developer":
+        plain["role"] = "system"
+    content = plain.get("content", "")
+    plain["content"] = content if isinstance(content, str) else "\n".join(part.get("text") or part.get("refusal") or "" for part in content)
+    if plain.get("tool_calls"):
+        plain["tool_calls"] = [_template_call(call) for call in plain["tool_calls"]]
+    return plain
+
+
+def _template_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = dict(call.get("function") or {})
+    if isinstance(function.get("arguments"), str):
+        try:
+            function["arguments"] = json.loads(function["arguments"])
+        except (ValueError, RecursionError):
+            return {**call, "function": function}  # an answer cut short: the template sees what there is
+    return {**call, "function": function}
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every string in it changed, keys too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_mapped(key, change): _mapped(child, change) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(child, change) for child in value]
+    return value
+
+
+def _mapped_message(message: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Keys and the role are the API's own words, which templates compare."""
+    return {key: value if key == "role" else _mapped(value, change) for key, value in message.items()}
+
+
+def _free_marker(source: str, *values: Any) -> str:
+    """A marker that neither the template nor any text contains. Raises: RequestError when someone used them all."""
+    used = set(MARKERS).intersection(source)
+
+    def note(text: str) -> str:
+        used.update(marker for marker in MARKERS if marker in text)
+        return text
+
+    try:
+        _mapped(values, note)
+    except RecursionError:
+        raise RequestError("messages are nested too deeply", param="messages") from None
+    for marker in MARKERS:
+        if marker not in used:
+            return marker
+    raise RequestError("messages use every one of the characters U+FDD0 to U+FDEF, which are not for text", param="messages")
