@@ -240,14 +240,17 @@ def read_gguf_config(gguf: GGUFFile) -> ModelConfig:
     family = gguf.metadata.get("general.architecture")
     if family not in GGUF_FAMILIES:
         raise WeightsError(f"the model's architecture is {family!r}; supported in GGUF files are {', '.join(GGUF_FAMILIES)}")
+    if gguf.metadata.get("split.count", 1) not in (0, 1):
+        raise WeightsError("the file is one part of a split model; put the parts together with llama-gguf-split --merge")
     values = {key.removeprefix(f"{family}."): value for key, value in gguf.metadata.items() if key.startswith(f"{family}.")}
     for key in _GGUF_UNBUILT:
         if values.get(key):
             raise WeightsError(f"the model's config has {key} = {values[key]!r}, which is not supported")
     num_heads, width = whole(values, "attention.head_count"), whole(values, "embedding_length")
     head_width = whole(values, "attention.key_length", width // max(num_heads, 1))
-    if whole(values, "attention.value_length", head_width) != head_width or whole(values, "rope.dimension_count", head_width) != head_width:
-        raise WeightsError("the model's keys, values and rotated dimensions differ in width, which is not supported")
+    value_width, rotated = whole(values, "attention.value_length", head_width), whole(values, "rope.dimension_count", head_width)
+    if not head_width == value_width == rotated:
+        raise WeightsError(f"keys are {head_width} wide, values {value_width}, and {rotated} dimensions are rotated; they must be equal")
     base = real(values, "rope.freq_base", 10_000.0)
     window = whole(values, "attention.sliding_window", 0) or None
     attention = LayerAttention(window, rope_base=base, rope_scaling=_gguf_scaling(gguf, values, head_width, base))

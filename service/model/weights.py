@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -167,7 +168,7 @@ def half_split_rows(rows: Tensor, num_heads: int) -> Tensor:
 
     rows [N * H, ...]. Source: the inverse of `permute` in llama.cpp's convert_hf_to_gguf.
     """
-    return rows.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+    return rows.reshape(num_heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 # --- safetensors ------------------------------------------------------------------------------------------------------------------
@@ -208,11 +209,16 @@ def _shards(folder: Path, index: Path) -> list[Path]:
 def _open_safetensors(path: Path) -> dict[str, FileTensor]:
     """The library checks the header against the file's length: offsets, sizes, overlaps, duplicates."""
     try:
-        file = safe_open(path, framework="pt", device="cpu")
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return {
-            name: FileTensor(tuple(piece.get_shape()), str(piece.get_dtype()), lambda name=name: file.get_tensor(name).clone())
-            for name, piece in slices.items()
-        }
+        file: Any = safe_open(path, framework="pt", device="cpu")
+        return {name: _safetensor(file, name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path.name} is damaged: {error}") from error
+
+
+def _safetensor(file: Any, name: str) -> FileTensor:
+    def read() -> Tensor:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor.clone()  # else it is the mapped file itself, which somebody may change
+
+    piece = file.get_slice(name)
+    return FileTensor(tuple(piece.get_shape()), str(piece.get_dtype()), read)

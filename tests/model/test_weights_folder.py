@@ -286,6 +286,14 @@ def test_layer_types_place_the_windows(tmp_path: Path) -> None:
         read_config(folder)
 
 
+def test_without_layer_types_the_last_layers_have_the_window(tmp_path: Path) -> None:
+    folder = save(Qwen3ForCausalLM(Qwen3Config(**SIZES)), tmp_path / "model")
+    edit_config(folder, use_sliding_window=True, sliding_window=32, layer_types=None, max_window_layers=1)
+    assert [layer.window for layer in read_config(folder).layers] == [None, 32, 32]
+    edit_config(folder, use_sliding_window=False)
+    assert [layer.window for layer in read_config(folder).layers] == [None, None, None]
+
+
 def test_ends_come_from_the_generation_config_first(tmp_path: Path) -> None:
     folder = llama(tmp_path / "model")
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 2, 7]}')

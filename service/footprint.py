@@ -1,0 +1,94 @@
+"""How much memory a model takes and how many tokens and sequences fit beside it, from its description alone: `braid plan`.
+
+The numbers are the loader's own (its block size, precisions and budget), so that a plan is what a start will do. Loads torch, no weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from service.catalog import Resolved
+from service.errors import StartupError
+from service.memory import available_bytes
+from service.model.config import ModelConfig
+from service.model.families import read_config
+from service.model.weights import expected_shapes
+from service.runner.kv_cache import KVLayout, partition_layers
+from service.runner.load import BLOCK_SIZE, MOST_KV_BYTES_CPU, Precision, choose_precision
+from service.settings import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """One precision's numbers. kv_tokens: that fit in kv_bytes. num_sequences: that fit at the config's full context."""
+
+    weight_bytes: int
+    kv_token_bytes: int
+    kv_bytes: int
+    kv_tokens: int
+    num_sequences: int
+
+
+def weight_bytes(config: ModelConfig, precision: Precision) -> int:
+    """Of all matrices, each counted once; int8 rows have a float32 scale."""
+    matrices = [shape for shape in expected_shapes(config).values() if len(shape) == 2]
+    if precision.is_int8:
+        return sum(rows * (columns + 4) for rows, columns in matrices)
+    return sum(rows * columns for rows, columns in matrices) * precision.dtype.itemsize
+
+
+def footprint(config: ModelConfig, precision: Precision, memory_bytes: int) -> Footprint:
+    """memory_bytes: for weights and K/V; 0 takes what the loader would on a CPU now. Sizes may be 0 where nothing fits."""
+    weights = weight_bytes(config, precision)
+    if memory_bytes:
+        kv_bytes = max(memory_bytes - weights, 0)
+    else:
+        kv_bytes = min(max(available_bytes() - weights, 0) // 2, MOST_KV_BYTES_CPU)
+    layout = partition_layers(config)
+    block_bytes = layout.block_bytes(config, BLOCK_SIZE, precision.kv_dtype)
+    num_blocks = kv_bytes // block_bytes
+    return Footprint(
+        weight_bytes=weights,
+        kv_token_bytes=block_bytes * len(layout.groups) // BLOCK_SIZE,
+        kv_bytes=kv_bytes,
+        kv_tokens=num_blocks * BLOCK_SIZE // len(layout.groups),
+        num_sequences=num_blocks // blocks_per_sequence(config, layout),
+    )
+
+
+def blocks_per_sequence(config: ModelConfig, layout: KVLayout) -> int:
+    """That a sequence of max_context tokens holds at its end, in all groups; behind a window only the sink is kept."""
+    whole = -(-config.max_context // BLOCK_SIZE)
+    total = 0
+    for group in layout.groups:
+        # A window that does not begin at a block's edge reaches into one more.
+        kept = whole if group.window is None else -(-group.window // BLOCK_SIZE) + 1 + -(-group.sink // BLOCK_SIZE)
+        total += min(kept, whole)
+    return total
+
+
+def print_plan(model: Resolved, memory_bytes: int, max_context: int) -> None:
+    """A table of every precision. max_context 0: the model's own. Raises: WeightsError; StartupError when no precision fits."""
+    config = read_config(model.path)
+    if max_context:
+        config = config.with_max_context(max_context)
+    console = Console()
+    console.print(
+        f"{model.name}: {config.num_parameters / 1e6:.1f} M parameters, {len(config.layers)} layers of width {config.width}, "
+        f"context {config.max_context}",
+        highlight=False,
+    )
+    table = Table("dtype", "weights", "K/V per token", "K/V memory", "K/V tokens", f"sequences of {config.max_context}")
+    most = 0
+    for name in ("int8", "bfloat16", "float32"):
+        size = footprint(config, choose_precision(name, torch.device("cpu")), memory_bytes)
+        most = max(most, size.kv_tokens)
+        numbers = (format_bytes(size.weight_bytes), format_bytes(size.kv_token_bytes), format_bytes(size.kv_bytes))
+        table.add_row(name, *numbers, f"{size.kv_tokens}", f"{size.num_sequences}")
+    console.print(table)
+    if not most:
+        raise StartupError("nothing is left for K/V beside the weights; give more --memory")

@@ -1,0 +1,184 @@
+"""Every setting from flag, environment and file, in that order of precedence, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from service.cli import serve
+from service.settings import Settings, format_bytes, make_settings, serve_options
+
+# Flag, environment variable, a value that is not the default, and the field it becomes. Flags are a promise: renaming one is a change
+# that people must be told of.
+KNOBS: list[tuple[str, str, str, str, Any]] = [
+    ("--host", "BRAID_HOST", "0.0.0.0", "host", "0.0.0.0"),
+    ("--port", "BRAID_PORT", "9", "port", 9),
+    ("--dtype", "BRAID_DTYPE", "float32", "dtype", "float32"),
+    ("--device", "BRAID_DEVICE", "cuda:1", "device", "cuda:1"),
+    ("--memory", "BRAID_MEMORY", "1.5GiB", "memory", 3 * 2**29),
+    ("--max-context", "BRAID_MAX_CONTEXT", "4096", "max_context", 4096),
+    ("--max-batch-tokens", "BRAID_MAX_BATCH_TOKENS", "64", "max_batch_tokens", 64),
+    ("--max-sequences", "BRAID_MAX_SEQUENCES", "3", "max_sequences", 3),
+    ("--threads", "BRAID_THREADS", "1", "threads", 1),
+    ("--api-key", "BRAID_API_KEYS", "sk-secret-1", "api_keys", ("sk-secret-1",)),
+    ("--metrics-prefix", "BRAID_METRICS_PREFIX", "vllm", "metrics_prefix", "vllm"),
+    ("--drain-timeout", "BRAID_DRAIN_TIMEOUT_S", "2.5", "drain_timeout_s", 2.5),
+    ("--stall-exit", "BRAID_STALL_EXIT_S", "60", "stall_exit_s", 60.0),
+    ("--max-queue-requests", "BRAID_MAX_QUEUE_REQUESTS", "7", "max_queue_requests", 7),
+    ("--max-queue-tokens", "BRAID_MAX_QUEUE_TOKENS", "700", "max_queue_tokens", 700),
+    ("--max-body", "BRAID_MAX_BODY_BYTES", "64KiB", "max_body_bytes", 65_536),
+    ("--allow-origin", "BRAID_ALLOW_ORIGINS", "https://a.example", "allow_origins", ("https://a.example",)),
+    ("--log-level", "BRAID_LOG_LEVEL", "debug", "log_level", "debug"),
+]
+Read = Callable[..., Settings]
+
+
+def run(*arguments: str, **environment: str) -> tuple[Result, list[Settings]]:
+    seen: list[Settings] = []
+
+    @click.command(context_settings={"auto_envvar_prefix": "BRAID"})
+    @serve_options
+    def command(**values: Any) -> None:
+        seen.append(make_settings(values))
+
+    return CliRunner().invoke(command, list(arguments), env=environment), seen
+
+
+def settings_of(*arguments: str, **environment: str) -> Settings:
+    result, seen = run(*arguments, **environment)
+    assert result.exit_code == 0, result.output
+    return seen[0]
+
+
+def refusal_of(*arguments: str, **environment: str) -> str:
+    result, seen = run(*arguments, **environment)
+    assert (result.exit_code, seen) == (2, [])
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def test_nothing_said_is_the_default() -> None:
+    assert settings_of() == Settings()
+
+
+@pytest.mark.parametrize(("flag", "variable", "text", "name", "value"), KNOBS, ids=[knob[0] for knob in KNOBS])
+def test_flag_and_environment(flag: str, variable: str, text: str, name: str, value: Any) -> None:
+    assert getattr(Settings(), name) != value
+    assert getattr(settings_of(flag, text), name) == value
+    assert getattr(settings_of(**{variable: text}), name) == value
+
+
+def test_switches() -> None:
+    assert settings_of("--no-prefix-cache").prefix_cache is False
+    assert settings_of(BRAID_PREFIX_CACHE="0").prefix_cache is False
+    assert settings_of("--prefix-cache", BRAID_PREFIX_CACHE="0").prefix_cache is True
+
+
+def test_every_field_has_a_flag_and_every_flag_a_field() -> None:
+    names = {each.name for each in fields(Settings)}
+    assert {knob[3] for knob in KNOBS} | {"models", "prefix_cache"} == names
+    assert {parameter.name for parameter in serve.params} == names | {"config"}
+
+
+def test_several_values() -> None:
+    assert settings_of("--api-key", "12345678", "--api-key", "abcdefgh").api_keys == ("12345678", "abcdefgh")
+    assert settings_of(BRAID_API_KEYS="12345678, abcdefgh").api_keys == ("12345678", "abcdefgh")
+    assert settings_of("a", "b", BRAID_MODELS="c").models == ("a", "b")
+    assert settings_of(BRAID_MODELS="c d").models == ("c", "d")
+
+
+def config_file(folder: Path, text: str) -> str:
+    path = folder / "braid.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_precedence(tmp_path: Path) -> None:
+    path = config_file(tmp_path, 'port = 1\nmax_context = 1\nthreads = 1\nmodels = ["m"]\nprefix_cache = false\nmemory = "2GiB"\n')
+    found = settings_of("--config", path, "--port", "3", BRAID_PORT="2", BRAID_MAX_CONTEXT="2")
+    assert (found.port, found.max_context, found.threads, found.models) == (3, 2, 1, ("m",))
+    assert (found.prefix_cache, found.memory, found.max_sequences) == (False, 2**31, 64)
+    assert settings_of("--config", path, "n").models == ("n",)
+    assert settings_of(BRAID_CONFIG=path).port == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_contxt = 1", "sets max_contxt, which is not a setting; do you mean max_context?"),
+        ("zzz = 1", "sets zzz, which is not a setting; there are allow_origins"),
+        ("config = 'x'", "which is not a setting"),
+        ("port = true", "sets port to true or false, which it can't be"),
+        ("port = 1.5", "sets port to a fraction"),
+        ("port = [1]", "sets port to a list"),
+        ("port = 70000", "70000 is not in the range"),
+        ("port = 'http'", "'http' is not a valid integer"),
+        ("models = 'm'", "sets models to a single value; it takes a list"),
+        ("models = [1]", "sets models to a list that holds something other than text"),
+        ("prefix_cache = 'no'", "sets prefix_cache to something other than true or false"),
+        ("host = 1979-05-27", "sets host to a table or a date"),
+        ("[port]\nx = 1", "sets port to a table"),
+        ("port 1", "can't be read"),
+        ("drain_timeout_s = nan", "not a number of seconds"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    assert message in refusal_of("--config", config_file(tmp_path, text))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    assert "can't be read: No such file" in refusal_of("--config", str(tmp_path / "none.toml"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--port", "65536", "not in the range"),
+        ("--port", "-1", "not in the range"),
+        ("--max-batch-tokens", "0", "not in the range"),
+        ("--max-sequences", "0", "not in the range"),
+        ("--max-context", "-1", "not in the range"),
+        ("--memory", "lots", "'lots' is not a size"),
+        ("--memory", "-1", "is not a size"),
+        ("--memory", "4XB", "is not a size"),
+        ("--memory", "9" * 30, "is not a size"),
+        ("--memory", "9000TiB", "out of range"),
+        ("--max-body", "12", "out of range; at least 1.0 KiB"),
+        ("--dtype", "int4", "is not one of"),
+        ("--device", "tpu", "there are auto, cpu, cuda and cuda:N"),
+        ("--drain-timeout", "nan", "is not a number of seconds"),
+        ("--drain-timeout", "inf", "is not a number of seconds"),
+        ("--drain-timeout", "-1", "is not a number of seconds"),
+        ("--stall-exit", "1", "0 or at least 2 seconds"),
+        ("--threads", "1000", "more than four for each"),
+        ("--host", "a b", "a host name or an address"),
+        ("--allow-origin", "example.org", "an origin such as"),
+        ("--log-level", "loud", "is not one of"),
+    ],
+)
+def test_values_that_are_refused(flag: str, value: str, message: str) -> None:
+    assert message in refusal_of(flag, value)
+
+
+def test_a_bad_key_is_not_repeated() -> None:
+    answer = refusal_of("--api-key", "häßlich-geheim")
+    assert "a key of 8 to 512 visible ASCII characters" in answer
+    assert "geheim" not in answer
+    assert "12345678" not in repr(settings_of("--api-key", "12345678"))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1048576", 2**20), ("1k", 1000), ("1KB", 1000), ("1KiB", 1024), ("0.5 GiB", 2**29), ("2T", 2 * 10**12), ("5b", 5), ("0", 0)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert settings_of("--memory", text).memory == size
+
+
+def test_bytes_for_people() -> None:
+    assert [format_bytes(size) for size in (0, 1023, 98_362_432, 5 * 2**40)] == ["0 B", "1023 B", "93.8 MiB", "5.0 TiB"]
