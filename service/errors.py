@@ -8,6 +8,7 @@ BraidError
 │   ├── MethodError         405
 │   ├── BodyTooLargeError   413
 │   └── MediaTypeError      415
+├── AuthenticationError     401  invalid_api_key
 ├── OverloadedError         429  rate_limit_exceeded, with a Retry-After
 ├── DeadlineError           408  the request's own timeout passed before anything was sent
 ├── EngineError             500  a fault of ours that concerned this request alone
@@ -67,6 +68,12 @@ class BodyTooLargeError(RequestError):
 
 class MediaTypeError(RequestError):
     status = 415
+
+
+class AuthenticationError(BraidError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
 
 
 class OverloadedError(BraidError):

@@ -30,10 +30,11 @@ def sample(logits_RV: Tensor, rows: SampleRows) -> Sampled:
     scores = penalised(logits_RV, rows)
     is_greedy = rows.temperature < GREEDY_BELOW
     scores = scores / torch.where(is_greedy, 1.0, rows.temperature)[:, None]
-    noise = gumbel(noise_words(rows.seeds, rows.positions, logits_RV.shape[1]))
-    drawn = scores.masked_fill(scores < thresholds(scores, rows)[:, None], float("-inf")) + noise
-    ids = lowest_argmax(torch.where(is_greedy[:, None], scores, drawn))
-    return with_logprobs(ids, logits_RV, rows)
+    if not bool(is_greedy.all()):
+        kept = scores.masked_fill(scores < thresholds(scores, rows)[:, None], float("-inf"))
+        noise = gumbel(noise_words(rows.seeds, rows.positions, logits_RV.shape[1]))
+        scores = torch.where(is_greedy[:, None], scores, kept + noise)
+    return with_logprobs(lowest_argmax(scores), logits_RV, rows)
 
 
 def penalised(logits_RV: Tensor, rows: SampleRows) -> Tensor:
@@ -56,6 +57,9 @@ def penalised(logits_RV: Tensor, rows: SampleRows) -> Tensor:
 
 def thresholds(scores_RV: Tensor, rows: SampleRows) -> Tensor:
     """The lowest score that each row's min-p, top-k and top-p keep, float32 [R]; minus infinity when all three are off."""
+    is_filtered = (rows.min_p > 0) | (rows.top_k > 0) | (rows.top_p < 1)
+    if not bool(is_filtered.any()):
+        return torch.full_like(scores_RV[:, 0], float("-inf"))  # the sort below is the dear part
     ordered = scores_RV.sort(dim=-1, descending=True).values
     top = ordered[:, :1]
     floor = torch.where(rows.min_p > 0, top[:, 0] + rows.min_p.log(), float("-inf"))

@@ -54,7 +54,7 @@ class RotatedSource:
         return tensor if rotate is None else rotate(layer, tensor)
 
     def _reader(self, norm: str, weight: Tensor) -> Tensor:
-        return (weight * self.source.get(norm).float()) @ self.residual
+        return weight @ (self.source.get(norm).float()[:, None] * self.residual)
 
     def _writer(self, weight: Tensor) -> Tensor:
         return self.residual.T @ weight
