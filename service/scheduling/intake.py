@@ -1,0 +1,80 @@
+"""What may come in: the checks of a request against this scheduler's limits, and the count of those that wait for their first slice.
+
+Refuses at once what could never run, so that nothing can block the queue for ever. No lists of requests here. Used by `scheduler`.
+"""
+
+from __future__ import annotations
+
+from service.errors import ContextLengthError, OverloadedError, RequestError
+from service.scheduling.sequence import Request
+from service.scheduling.tables import BlockTables
+
+
+class Intake:
+    """max_context: prompt and output of one sequence, in tokens. max_gang: sequences that one step can hold."""
+
+    def __init__(self, tables: BlockTables, *, max_context: int, max_gang: int, max_requests: int, max_tokens: int) -> None:
+        self.tables = tables
+        self.max_context = max_context
+        self.max_gang = max_gang
+        self.max_requests = max_requests
+        self.max_tokens = max_tokens
+        self.num_requests = 0
+        self.num_tokens = 0
+
+    def enter(self, request: Request) -> None:
+        """Counts a request that waits. A prompt longer than max_tokens may wait alone. Raises: OverloadedError."""
+        tokens = request.num_prompt_tokens
+        if self.num_requests >= self.max_requests:
+            raise OverloadedError(f"{self.num_requests} requests are waiting already; try again later", retry_after_s=1)
+        if self.num_tokens and self.num_tokens + tokens > self.max_tokens:
+            raise OverloadedError(f"{self.num_tokens} prompt tokens are waiting already; try again later", retry_after_s=1)
+        self.num_requests += 1
+        self.num_tokens += tokens
+
+    def leave(self, request: Request) -> None:
+        """It has its first slice, or has ended without one."""
+        self.num_requests -= 1
+        self.num_tokens -= request.num_prompt_tokens
+
+    def check_request(self, request: Request) -> None:
+        """Raises: RequestError for what is malformed or needs more sequences at once than there can be."""
+        if not 1 <= len(request.prompts) <= 2 or not all(request.prompts):
+            raise RequestError("a request needs a prompt of at least one token, or two with guidance", param="prompt")
+        if request.num_choices < 1:
+            raise RequestError("n must be at least 1", param="n")
+        if request.sampling.max_tokens < 1:
+            raise RequestError("max_tokens must be at least 1", param="max_tokens")
+        if len(request.prompts) > self.max_gang:
+            raise RequestError("guidance needs two sequences in one step, and this server runs one at a time")
+        if request.spans:
+            _check_spans(request)
+
+    def max_new_tokens(self, request: Request) -> int:
+        """How many ids could be drawn if the request had the pool to itself. The last one is never computed: it needs no place.
+
+        Raises: ContextLengthError when it is none.
+        """
+        longest = max(map(len, request.prompts))
+        if longest + 1 > self.max_context:
+            raise ContextLengthError(
+                f"the prompt has {longest} tokens; the context is {self.max_context}, of which at least one is left for the answer"
+            )
+        low, high = 0, self.max_context - longest
+        while low < high:
+            middle = (low + high + 1) // 2
+            blocks = sum(sum(self.tables.peak_blocks(len(prompt) + middle - 1)) for prompt in request.prompts)
+            low, high = (middle, high) if blocks <= self.tables.pool.num_blocks else (low, middle - 1)
+        if not low:
+            raise ContextLengthError(f"the prompt has {longest} tokens, which is more than the K/V cache of this server holds")
+        return low
+
+
+def _check_spans(request: Request) -> None:
+    if len(request.spans) != len(request.prompts):
+        raise RequestError("spans must be given for every prompt or for none")
+    for prompt, spans in zip(request.prompts, request.spans, strict=True):
+        ends = [0, *(span.start + span.length for span in spans)]
+        starts = [*(span.start for span in spans), len(prompt)]
+        if any(span.length < 1 for span in spans) or any(end > start for end, start in zip(ends, starts, strict=True)):
+            raise RequestError("spans must be in order, apart, and inside their prompt")

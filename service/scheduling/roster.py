@@ -1,0 +1,253 @@
+"""Who runs: two lists of gangs in order of rank, and the rules by which a gang comes in, gets tokens of a step, or loses its blocks.
+
+Why nothing starves and nothing thrashes:
+- A gang may take blocks only from gangs of worse rank, so the best one always goes on, and every gang is the best one some day. `add`
+  in `scheduler` has refused what would not fit alone. A gang that finds no block and nobody below it keeps its own and pauses.
+- A gang comes in only when all of its known tokens fit beside what the running ones still need. After its p-th preemption everybody,
+  itself included, must also be able to grow by 4^p - 1 rows (or to its end), so the number of preemptions by its equals is at most
+  logarithmic in the rows of the longest sequence.
+- Only waiting gangs wait for a block that another one computes, and only for running gangs of at least their priority; a gang that
+  stops running stops being waited for.
+
+No clock, no outputs: those are `scheduler`'s, its only caller.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from itertools import pairwise
+from operator import attrgetter
+
+from service.scheduling.block_pool import BlockKey
+from service.scheduling.sequence import Gang, Sequence, State
+from service.scheduling.spans import SpanEncodings
+from service.scheduling.tables import BlockTables, Prefix
+
+Choice = dict[Gang, tuple[int, ...]]
+"""How many tokens of each of a gang's sequences a step computes. Not empty means at least one token."""
+
+_rank = attrgetter("rank")
+_UNBOUNDED_ROWS = 2**31
+_LAST = (math.inf, math.inf)
+
+
+class Roster:
+    """tables and spans are shared with the scheduler. max_batch_tokens: of a step. max_sequences: running at once."""
+
+    def __init__(self, tables: BlockTables, spans: SpanEncodings, *, max_batch_tokens: int, max_sequences: int) -> None:
+        self.tables = tables
+        self.spans = spans
+        self.max_batch_tokens = max_batch_tokens
+        self.max_sequences = max_sequences
+        self.running: list[Gang] = []
+        self.waiting: list[Gang] = []
+        self.preemptions = 0
+        self.prefix_queries = 0  # in tokens, as are the hits
+        self.prefix_hits = 0
+        self._num_sequences = 0
+        self._producers: dict[bytes, Gang] = {}
+
+    def enqueue(self, gang: Gang) -> None:
+        gang.state = State.WAITING
+        insort(self.waiting, gang, key=_rank)
+
+    def remove(self, gang: Gang) -> None:
+        """Takes it out, whatever it was doing, and its blocks with it; what it computed stays findable. Mutates: gang.state."""
+        if gang.state is State.RUNNING:
+            self._leave(gang)
+        elif gang.state is State.WAITING:
+            del self.waiting[bisect_left(self.waiting, gang.rank, key=_rank)]
+        gang.state = State.ENDED
+
+    def choose(self) -> Choice:
+        """Shares out one step: gangs with one pending token each, then prompts under way and new ones by rank, while tokens and
+        blocks last. Nobody comes in when somebody lost blocks in the same step.
+
+        Mutates: allocates the rows that the choice needs, preempts for gangs of better rank, admits.
+        """
+        chosen: Choice = {}
+        budget, preemptions = self.max_batch_tokens, self.preemptions
+        decodes = [gang for gang in self.running if _is_decode(gang)]
+        prefills = [gang for gang in self.running if not _is_decode(gang)] if len(decodes) < len(self.running) else []
+        for gang in (*decodes, *prefills):
+            if self.waiting and not _is_decode(gang) and self.preemptions == preemptions:
+                budget = self._admit(chosen, budget, gang.rank)  # more urgent than a prompt that is under way
+            if budget <= 0:
+                break
+            if gang.state is State.RUNNING:
+                budget = self._place(gang, chosen, budget)
+        if self.waiting and self.preemptions == preemptions:
+            self._admit(chosen, budget)
+        return chosen
+
+    def advance(self, gang: Gang, counts: tuple[int, ...]) -> None:
+        """The chosen tokens of a running gang are computed: seals its full blocks, and nobody need wait for those any more."""
+        for sequence, count in zip(gang.sequences, counts, strict=True):
+            if count:
+                sealed = sequence.num_sealed
+                self.tables.advance(sequence, count)
+                if sequence.num_sealed > sealed:
+                    self._withdraw(gang, sequence.keys[sealed : sequence.num_sealed])
+
+    def check(self) -> None:
+        """Raises: AssertionError naming the first broken promise."""
+        for gangs, state in ((self.running, State.RUNNING), (self.waiting, State.WAITING)):
+            if any(gang.state is not state for gang in gangs):
+                raise AssertionError(f"a gang among the {state.value} ones is not {state.value}")
+            if any(left.rank >= right.rank for left, right in pairwise(gangs)):
+                raise AssertionError(f"the {state.value} gangs are out of order")
+        if any(table for gang in self.waiting for sequence in gang.sequences for table in sequence.tables):
+            raise AssertionError("a waiting gang holds blocks")
+        if self._num_sequences != sum(len(gang.sequences) for gang in self.running) or self._num_sequences > self.max_sequences:
+            raise AssertionError(f"{self._num_sequences} running sequences were counted wrong, or are too many")
+        if any(gang.state is not State.RUNNING for gang in self._producers.values()):
+            raise AssertionError("a block is awaited from a gang that does not run")
+        self.tables.check(sequence for gang in self.running for sequence in gang.sequences)
+
+    # -- tokens of a step --
+
+    def _place(self, gang: Gang, chosen: Choice, budget: int) -> int:
+        """Gives a running gang what it can use of the budget; takes blocks from worse ranks when it could not move otherwise.
+
+        Returns: the budget left. Mutates: chosen.
+        """
+        while not any(counts := self._fit(gang, budget, self.tables.num_free_rows)):
+            victim = self.running[-1]
+            if victim is gang or not any(self._fit(gang, budget, _UNBOUNDED_ROWS)):
+                return budget
+            budget += sum(chosen.pop(victim, ()))
+            self._preempt(victim)
+        for sequence, count in zip(gang.sequences, counts, strict=True):
+            self.tables.extend(sequence, count)
+        chosen[gang] = counts
+        return budget - sum(counts)
+
+    def _fit(self, gang: Gang, budget: int, rows: int) -> tuple[int, ...]:
+        """How many tokens of each sequence fit into the budget and the rows. Two sequences reach their last token in the same step,
+        because one id is drawn from both: while one can't, the other stops a token short."""
+        counts = []
+        for sequence in gang.sequences:
+            count = min(sequence.num_pending, budget, self.spans.limit(sequence), self.tables.room(sequence, rows))
+            rows -= self.tables.missing_rows(sequence, count)
+            budget -= count
+            counts.append(count)
+        if len(counts) == 1 or all(count == sequence.num_pending for count, sequence in zip(counts, gang.sequences, strict=True)):
+            return tuple(counts)
+        return tuple(min(count, sequence.num_pending - 1) for count, sequence in zip(counts, gang.sequences, strict=True))
+
+    def _preempt(self, gang: Gang) -> None:
+        """Back to waiting, where its rank puts it in front of all that arrived later; its tokens stay, its blocks are cached."""
+        self._leave(gang)
+        gang.preemptions += 1
+        self.preemptions += 1
+        self.enqueue(gang)
+
+    # -- coming in --
+
+    def _admit(self, chosen: Choice, budget: int, before: tuple[float, float] = _LAST) -> int:
+        """Lets in waiting gangs whose rank is before the given one. Returns: the budget left. Mutates: chosen."""
+        index = 0
+        while budget > 0 and index < len(self.waiting) and self._num_sequences < self.max_sequences:
+            gang = self.waiting[index]
+            if gang.rank > before:
+                break
+            if self._is_awaiting(gang):
+                index += 1
+                continue
+            if self._num_sequences + len(gang.sequences) > self.max_sequences:
+                break
+            prefixes = [self.tables.find_prefix(sequence) for sequence in gang.sequences]
+            gang.awaits = self._awaited(gang, prefixes)
+            if gang.awaits is not None:
+                index += 1
+            elif self._has_room(gang, prefixes):
+                del self.waiting[index]
+                self._enter(gang, prefixes)
+                budget = self._place(gang, chosen, budget)
+            else:
+                break  # first come, first served: a smaller one behind it must not starve it
+        return budget
+
+    def _has_room(self, gang: Gang, prefixes: list[Prefix]) -> bool:
+        if not self.running:
+            return True
+        cost = sum(self.tables.cost(sequence, prefix) for sequence, prefix in zip(gang.sequences, prefixes, strict=True))
+        if cost > self.tables.pool.num_available:
+            return False
+        growth = 4**gang.preemptions - 1
+        reserve = self._growth(gang, growth) + sum(
+            self._growth(other, growth) + sum(map(self.tables.missing_blocks, other.sequences)) for other in self.running
+        )
+        return cost + reserve <= self.tables.pool.num_available
+
+    def _growth(self, gang: Gang, rows: int) -> int:
+        """Blocks that a gang may take beyond its known tokens: so many rows, or as many as its end allows."""
+        if not rows:
+            return 0
+        rows = min(rows, self.tables.num_rows(gang.tokens_left))
+        return rows * len(gang.sequences) * len(self.tables.groups)
+
+    def _enter(self, gang: Gang, prefixes: list[Prefix]) -> None:
+        for sequence, prefix in zip(gang.sequences, prefixes, strict=True):
+            self.tables.adopt(sequence, prefix)
+        if gang.is_fresh:
+            gang.cached_tokens = gang.sequences[0].num_computed
+            self.prefix_queries += sum(len(sequence.tokens) for sequence in gang.sequences)
+            self.prefix_hits += sum(sequence.num_computed for sequence in gang.sequences)
+        gang.state = State.RUNNING
+        insort(self.running, gang, key=_rank)
+        self._num_sequences += len(gang.sequences)
+        for key in self._unsealed_keys(gang.sequences):
+            other = self._producers.setdefault(key.digest, gang)
+            if other.rank > gang.rank:
+                self._producers[key.digest] = gang
+
+    def _leave(self, gang: Gang) -> None:
+        self._withdraw(gang, self._unsealed_keys(gang.sequences))
+        for sequence in gang.sequences:
+            self.tables.release(sequence)
+        del self.running[bisect_left(self.running, gang.rank, key=_rank)]
+        self._num_sequences -= len(gang.sequences)
+
+    # -- waiting for a block that another gang computes --
+
+    def _unsealed_keys(self, sequences: Iterable[Sequence]) -> list[BlockKey]:
+        """Of the full blocks of known tokens, those still to be computed."""
+        if not self.tables.has_prefix_cache:
+            return []
+        size = self.tables.block_size
+        return [
+            key
+            for sequence in sequences
+            if sequence.num_sealed < len(sequence.tokens) // size
+            for key in self.tables.keys(sequence, len(sequence.tokens) // size)[sequence.num_sealed :]
+        ]
+
+    def _withdraw(self, gang: Gang, keys: Iterable[BlockKey]) -> None:
+        for key in keys:
+            if self._producers.get(key.digest) is gang:
+                del self._producers[key.digest]
+
+    def _awaited(self, gang: Gang, prefixes: list[Prefix]) -> bytes | None:
+        """The key of the first block behind a prefix, when it could be hit and a gang of no worse priority is computing it."""
+        for sequence, prefix in zip(gang.sequences, prefixes, strict=True):
+            limit = (len(sequence.tokens) - 1) // self.tables.block_size
+            if self._producers and prefix.num_rows < limit:
+                digest = self.tables.keys(sequence, prefix.num_rows + 1)[-1].digest
+                if self._will_come(digest, gang):
+                    return digest
+        return None
+
+    def _is_awaiting(self, gang: Gang) -> bool:
+        """Is it known to wait, without another look into the cache?"""
+        return gang.awaits is not None and self._will_come(gang.awaits, gang)
+
+    def _will_come(self, digest: bytes, gang: Gang) -> bool:
+        producer = self._producers.get(digest)
+        return producer is not None and producer.rank[0] <= gang.rank[0]
+
+
+def _is_decode(gang: Gang) -> bool:
+    return all(sequence.num_pending == 1 for sequence in gang.sequences)

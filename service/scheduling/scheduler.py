@@ -1,0 +1,331 @@
+"""The scheduler's face: requests in, plans out, drawn ids in, outputs out. Called by the engine loop alone.
+
+`plan` and `commit` (or `fail`) alternate strictly: a second plan before the first one's commit is refused, so that a block that a step
+writes can't be given away meanwhile. `add` and `abort` may come at any time. Who runs is `roster`'s affair, blocks are `tables`'s;
+here are requests, their ends, and the making of plans. No clock (time is the argument `now`, in seconds), no thread, no I/O.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+from itertools import chain, count
+
+from service.errors import RequestError
+from service.scheduling.block_pool import BlockKey, BlockPool
+from service.scheduling.intake import Intake
+from service.scheduling.plan import Drawn, KVGroup, Sample, Slice, Span, StepPlan
+from service.scheduling.roster import Choice, Roster
+from service.scheduling.sequence import Finish, Gang, Output, Request, Sequence, State, Stats
+from service.scheduling.spans import SpanEncodings
+from service.scheduling.tables import BlockTables
+
+MAX_STEP_ENCODES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """The step that was planned and not yet committed; `sampled` in the order of its samples."""
+
+    plan: StepPlan
+    chosen: Choice
+    sampled: list[Gang]
+
+
+@dataclass(eq=False, slots=True)
+class _Live:
+    """A request that has choices left to end. is_counted: has no choice of it had a slice yet?"""
+
+    request: Request
+    gangs: dict[int, Gang]
+    is_counted: bool = True
+
+
+class Scheduler:
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        groups: tuple[KVGroup, ...],
+        max_batch_tokens: int,
+        max_sequences: int,
+        max_context: int,
+        has_prefix_cache: bool = True,
+        max_waiting_requests: int = 1024,
+        max_waiting_tokens: int = 2**20,
+    ) -> None:
+        """max_batch_tokens: of a step. max_sequences: running at once. max_context: prompt and output of one sequence, in tokens.
+        max_waiting_*: of requests without a slice so far. Raises: ValueError for a size below 1 or no group."""
+        queue = (max_waiting_requests, max_waiting_tokens)
+        if min(num_blocks, block_size, len(groups), max_batch_tokens, max_sequences, max_context, *queue) < 1:
+            raise ValueError("every size of a scheduler must be at least 1")
+        self._pool = BlockPool(num_blocks, len(groups))
+        self._tables = BlockTables(self._pool, groups, block_size, has_prefix_cache=has_prefix_cache)
+        self._spans = SpanEncodings()
+        self._roster = Roster(self._tables, self._spans, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
+        self._intake = Intake(
+            self._tables,
+            max_context=max_context,
+            max_gang=min(max_batch_tokens, max_sequences),
+            max_requests=max_waiting_requests,
+            max_tokens=max_waiting_tokens,
+        )
+        self._live: dict[str, _Live] = {}
+        self._flight: _Flight | None = None
+        self._earliest_deadline = math.inf
+        self._arrivals, self._sequence_ids = count(), count()
+        self._released: list[int] = []
+        self._steps = self._prompt_tokens = self._generation_tokens = 0
+
+    # -- questions --
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._roster.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._roster.waiting)
+
+    @property
+    def stats(self) -> Stats:
+        roster, pool = self._roster, self._pool
+        return Stats(
+            running=len(roster.running),
+            waiting=len(roster.waiting),
+            kv_blocks_used=pool.num_used,
+            kv_blocks_cached=pool.num_cached,
+            kv_blocks_total=pool.num_blocks,
+            preemptions=roster.preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            prefix_queries=roster.prefix_queries,
+            prefix_hits=roster.prefix_hits,
+            steps=self._steps,
+        )
+
+    # -- requests come and go --
+
+    def add(self, request: Request, now: float) -> None:
+        """Takes a request into the queue; its max_tokens is held to what the context and the pool allow.
+
+        Raises: RequestError for a malformed one, ContextLengthError when it can never fit, OverloadedError when the queue is full.
+        """
+        if request.request_id in self._live:
+            raise RequestError("a request with this id is being served")
+        self._intake.check_request(request)
+        max_tokens = min(request.sampling.max_tokens, self._intake.max_new_tokens(request))
+        self._intake.enter(request)
+        live = _Live(request, {index: self._make_gang(request, index, max_tokens, now) for index in range(request.num_choices)})
+        self._live[request.request_id] = live
+        for gang in live.gangs.values():
+            self._spans.hold(gang)
+            self._roster.enqueue(gang)
+        if request.deadline is not None:
+            self._earliest_deadline = min(self._earliest_deadline, request.deadline)
+
+    def abort(self, request_id: str, choice: int | None, finish: Finish, now: float) -> list[Output]:
+        """Ends all choices of a request, or one, in whatever state; unknown and ended ones are no error. Blocks are free at once."""
+        live = self._live.get(request_id)
+        if live is None:
+            return []
+        return [self._end(gang, finish, now) for gang in list(live.gangs.values()) if choice is None or gang.choice == choice]
+
+    def expire(self, now: float) -> list[Output]:
+        """Ends what is past its deadline; `plan` does it first."""
+        if now < self._earliest_deadline:
+            return []
+        late = [live for live in self._live.values() if live.request.deadline is not None and live.request.deadline <= now]
+        outputs = [self._end(gang, "deadline", now) for live in late for gang in list(live.gangs.values())]
+        deadlines = (live.request.deadline for live in self._live.values())
+        self._earliest_deadline = min((deadline for deadline in deadlines if deadline is not None), default=math.inf)
+        return outputs
+
+    # -- steps --
+
+    def plan(self, now: float) -> tuple[StepPlan | None, list[Output]]:
+        """The next step, None when there is nothing to do, and the outputs of choices that ended on their deadline.
+
+        Raises: RuntimeError when the last plan was neither committed nor failed.
+        """
+        if self._flight is not None:
+            raise RuntimeError(f"step {self._flight.plan.step_id} was planned and not committed")
+        outputs = self.expire(now)
+        if not self._live:
+            return None, outputs
+        chosen = self._roster.choose()
+        encode = self._choose_encodes()
+        if not chosen and not encode:
+            return None, outputs
+        for gang in chosen:
+            if gang.first_slice_at is None:
+                self._start(gang, now)
+        self._flight = self._make_flight(chosen, encode)
+        self._steps += 1
+        self._released = []
+        return self._flight.plan, outputs
+
+    def commit(self, plan: StepPlan, drawn: SequenceOf[Drawn], now: float) -> list[Output]:
+        """The step was computed: seals full blocks, appends the drawn ids (one per sample, in order), ends what is done.
+
+        Raises: RuntimeError when this is not the plan in flight; ValueError when drawn and samples differ in number.
+        """
+        if len(drawn) != len(plan.samples):
+            raise ValueError(f"{len(drawn)} ids were drawn for {len(plan.samples)} samples")
+        flight = self._land(plan)
+        self._spans.mark_ready(plan.encode)
+        for gang, counts in flight.chosen.items():
+            if gang.state is State.RUNNING:  # else aborted while the step ran
+                self._roster.advance(gang, counts)
+        return [self._accept(gang, one, now) for gang, one in zip(flight.sampled, drawn, strict=True) if gang.state is State.RUNNING]
+
+    def fail(self, plan: StepPlan, now: float) -> list[Output]:
+        """The step failed: ends with "error" the gangs in it, and those for whose pictures it was to encode; others live on.
+
+        Raises: RuntimeError when this is not the plan in flight.
+        """
+        flight = self._land(plan)
+        digests = {span.digest for span in plan.encode}
+        guilty = [
+            gang
+            for gang in self._roster.running
+            if gang in flight.chosen or (digests and any(span.digest in digests for span in self._missing_spans(gang)))
+        ]
+        return [self._end(gang, "error", now) for gang in guilty]
+
+    def check(self) -> None:
+        """Integrity of everything; cheap enough for tests and idle moments. Raises: AssertionError naming the first broken promise."""
+        self._roster.check()
+        gangs = [gang for live in self._live.values() for gang in live.gangs.values()]
+        listed = [*self._roster.running, *self._roster.waiting]
+        if sorted(map(id, gangs)) != sorted(map(id, listed)):
+            raise AssertionError("the live choices are not those that run or wait")
+        if any(not live.gangs for live in self._live.values()):
+            raise AssertionError("a request without choices lives on")
+        counted = [live.request.num_prompt_tokens for live in self._live.values() if live.is_counted]
+        if (len(counted), sum(counted)) != (self._intake.num_requests, self._intake.num_tokens):
+            raise AssertionError("the waiting requests or tokens were counted wrong")
+        if any(gang.tokens_left <= 0 for gang in gangs):
+            raise AssertionError("a choice lives past its last token")
+        if any(sequence.num_sealed > len(sequence.keys) for gang in gangs for sequence in gang.sequences) and self._tables.has_prefix_cache:
+            raise AssertionError("a sealed block has no key")
+        self._spans.check(gangs)
+
+    # -- making plans --
+
+    def _make_gang(self, request: Request, choice: int, max_tokens: int, now: float) -> Gang:
+        groups = len(self._tables.groups)
+        root = BlockKey.root(request.tenant)
+        spans = request.spans or ((),) * len(request.prompts)
+        return Gang(
+            request=request,
+            choice=choice,
+            params=replace(request.sampling, seed=request.sampling.seed + choice, max_tokens=max_tokens),
+            sequences=tuple(
+                Sequence(next(self._sequence_ids), list(prompt), root, [[] for _ in range(groups)], [0] * groups, places)
+                for prompt, places in zip(request.prompts, spans, strict=True)
+            ),
+            rank=(request.priority, next(self._arrivals)),
+            arrived_at=now,
+        )
+
+    def _make_flight(self, chosen: Choice, encode: tuple[Span, ...]) -> _Flight:
+        pieces = [
+            (sequence, tokens) for gang, counts in chosen.items() for sequence, tokens in zip(gang.sequences, counts, strict=True) if tokens
+        ]
+        pieces.sort(key=lambda piece: piece[1] > 1)  # stable: one token each first, as attention wants it
+        indexes = {sequence: index for index, (sequence, _) in enumerate(pieces)}
+        slices = tuple(_make_slice(sequence, tokens) for sequence, tokens in pieces)
+        sampled = [gang for gang, counts in chosen.items() if _is_complete(gang, counts)]
+        samples = tuple(_make_sample(gang, tuple(indexes[sequence] for sequence in gang.sequences)) for gang in sampled)
+        return _Flight(StepPlan(self._steps, slices, samples, tuple(self._released), encode), chosen, sampled)
+
+    def _choose_encodes(self) -> tuple[Span, ...]:
+        """The next pictures that running gangs need, the best rank first; a bounded number, so that a step stays short."""
+        spans: dict[bytes, Span] = {}
+        for span in chain.from_iterable(map(self._missing_spans, self._roster.running)):
+            spans.setdefault(span.digest, span)
+            if len(spans) == MAX_STEP_ENCODES:
+                break
+        return tuple(spans.values())
+
+    def _missing_spans(self, gang: Gang) -> Iterator[Span]:
+        return chain.from_iterable(map(self._spans.missing, gang.sequences)) if gang.request.spans else iter(())
+
+    def _start(self, gang: Gang, now: float) -> None:
+        """Its first slice: the first choice to come here takes its request out of the count of those that wait."""
+        gang.first_slice_at = now
+        live = self._live[gang.request.request_id]
+        if live.is_counted:
+            live.is_counted = False
+            self._intake.leave(gang.request)
+            self._prompt_tokens += gang.prompt_len
+
+    # -- after a step --
+
+    def _land(self, plan: StepPlan) -> _Flight:
+        flight = self._flight
+        if flight is None or flight.plan is not plan:
+            raise RuntimeError(f"step {plan.step_id} is not the one in flight")
+        self._flight = None
+        return flight
+
+    def _accept(self, gang: Gang, drawn: Drawn, now: float) -> Output:
+        """Appends a drawn id to every sequence of the gang, or ends it. Mutates: gang."""
+        if gang.first_token_at is None:
+            gang.first_token_at = now
+        gang.num_generated += 1
+        self._generation_tokens += 1
+        if drawn.token in gang.params.stop_ids:
+            return self._end(gang, "stop", now, stop_id=drawn.token)
+        if gang.num_generated >= gang.params.max_tokens:
+            return self._end(gang, "length", now, drawn=drawn)
+        for sequence in gang.sequences:
+            sequence.tokens.append(drawn.token)
+        return Output(gang.request.request_id, gang.choice, drawn.token, drawn)
+
+    def _end(self, gang: Gang, finish: Finish, now: float, *, stop_id: int | None = None, drawn: Drawn | None = None) -> Output:
+        """The one place where a choice ends. Mutates: everything that knew it."""
+        self._roster.remove(gang)
+        self._spans.drop(gang)
+        if gang.first_slice_at is not None:
+            self._released.extend(sequence.sequence_id for sequence in gang.sequences)
+        live = self._live[gang.request.request_id]
+        del live.gangs[gang.choice]
+        if not live.gangs:
+            del self._live[gang.request.request_id]
+            if live.is_counted:
+                self._intake.leave(live.request)
+        token = drawn.token if drawn else None
+        return Output(gang.request.request_id, gang.choice, token, drawn, finish, stop_id, gang.usage(now))
+
+
+def _is_complete(gang: Gang, counts: tuple[int, ...]) -> bool:
+    return all(tokens == sequence.num_pending for tokens, sequence in zip(counts, gang.sequences, strict=True))
+
+
+def _make_slice(sequence: Sequence, num_tokens: int) -> Slice:
+    start = sequence.num_computed
+    return Slice(sequence.sequence_id, start, tuple(sequence.tokens[start : start + num_tokens]), sequence.freeze_tables())
+
+
+def _make_sample(gang: Gang, slice_indexes: tuple[int, ...]) -> Sample:
+    first = gang.sequences[0]
+    return Sample(
+        sequence_id=first.sequence_id,
+        slice_indexes=slice_indexes,
+        params=gang.params,
+        position=len(first.tokens),
+        num_generated=gang.num_generated,
+        history=tuple(first.tokens) if gang.params.has_penalties else None,
+        prompt_len=gang.prompt_len,
+        banned=gang.params.stop_ids if gang.num_generated < gang.params.min_tokens else (),
+        guidance=gang.request.guidance,
+    )

@@ -1,0 +1,177 @@
+"""What the scheduler thinks in: the request it is given, the gang and sequences it makes of it, and the outputs it hands back.
+
+Plain values and their own arithmetic; nothing here knows the pool or another request. The engine makes `Request`s and reads `Output`s;
+`Sequence` and `Gang` never leave `service/scheduling`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from service.scheduling.block_pool import BlockKey
+from service.scheduling.plan import Drawn, Span
+from service.scheduling.sampling import SamplingParams
+
+Finish = Literal["stop", "length", "abort", "error", "deadline"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """prompts: one, or two for a guided gang (conditional, unconditional). Choice i draws with seed + i. priority: smaller first.
+
+    deadline: absolute, on the clock of every `now`. tenant salts the prefix-cache keys. spans: per prompt, in order of start; empty
+    when no prompt has any. guidance is read only with two prompts.
+    """
+
+    request_id: str
+    prompts: tuple[tuple[int, ...], ...]
+    sampling: SamplingParams
+    num_choices: int = 1
+    priority: int = 0
+    deadline: float | None = None
+    tenant: str = ""
+    spans: tuple[tuple[Span, ...], ...] = ()
+    guidance: float = 1.0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Of one finished choice. prompt_tokens is the request's (of its conditional prompt), the same in every choice: count it once.
+
+    cached_tokens: of the prompt, found in the prefix cache when the choice was first admitted. completion_tokens counts the stop id
+    too. Times in seconds: waiting before the first slice, first slice to first id, first id to the end.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """News of one choice. token: None when it only ends. drawn: the token with its logprobs. finish is set once, in its last output,
+    and `usage` with it. stop_id: the id that ended it; it is neither `token` nor in the text."""
+
+    request_id: str
+    choice: int
+    token: int | None = None
+    drawn: Drawn | None = None
+    finish: Finish | None = None
+    stop_id: int | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """State now (running and waiting count choices), and totals since the start; prefix numbers and tokens count tokens."""
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_blocks_total: int
+    preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    prefix_queries: int
+    prefix_hits: int
+    steps: int
+
+
+class State(Enum):
+    """waiting: holds no block (new, preempted, or waiting for a block that another gang computes). running: may hold blocks."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One stream of ids and where its K/V lives. `tables` has a list of block ids per K/V group, all equally long; -1: given back.
+
+    num_computed: tokens whose K/V is in the pool. num_sealed: leading blocks that are full and computed, or were found. num_trimmed:
+    per group, leading entries already looked at by the window. keys: of leading full blocks, made when first asked for.
+    """
+
+    sequence_id: int
+    tokens: list[int]
+    root: bytes
+    tables: list[list[int]]
+    num_trimmed: list[int]
+    spans: tuple[Span, ...] = ()
+    num_computed: int = 0
+    num_sealed: int = 0
+    keys: list[BlockKey] = field(default_factory=list)
+    frozen_tables: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are known and not computed; at least 1 while the sequence lives."""
+        return len(self.tokens) - self.num_computed
+
+    def freeze_tables(self) -> tuple[tuple[int, ...], ...]:
+        """The tables as tuples, made anew only after a block came or went. Mutates: frozen_tables."""
+        if self.frozen_tables is None:
+            self.frozen_tables = tuple(map(tuple, self.tables))
+        return self.frozen_tables
+
+
+@dataclass(eq=False, slots=True)
+class Gang:
+    """One choice of a request: one or two sequences that are admitted, preempted, advanced and ended together.
+
+    rank: (priority, order of arrival); smaller goes first and loses its blocks last. params: the request's, with this choice's seed
+    and max_tokens held to what fits. awaits: key of the block that another gang computes for it.
+    """
+
+    request: Request
+    choice: int
+    params: SamplingParams
+    sequences: tuple[Sequence, ...]
+    rank: tuple[int, int]
+    arrived_at: float
+    state: State = State.WAITING
+    num_generated: int = 0
+    preemptions: int = 0
+    cached_tokens: int = 0
+    awaits: bytes | None = None
+    first_slice_at: float | None = None
+    first_token_at: float | None = None
+
+    @property
+    def is_fresh(self) -> bool:
+        """Has it never been admitted? Asked of a waiting gang."""
+        return self.preemptions == 0
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompts[0])
+
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens its sequences may still gain."""
+        return self.params.max_tokens - self.num_generated
+
+    def usage(self, now: float) -> Usage:
+        first_slice = now if self.first_slice_at is None else self.first_slice_at
+        first_token = now if self.first_token_at is None else self.first_token_at
+        return Usage(
+            prompt_tokens=self.prompt_len,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=self.num_generated,
+            queue_s=first_slice - self.arrived_at,
+            prefill_s=first_token - first_slice,
+            decode_s=now - first_token,
+            preemptions=self.preemptions,
+        )

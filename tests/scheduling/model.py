@@ -1,0 +1,205 @@
+"""A model without weights for the scheduler's tests: its K/V store remembers what every block place holds, and it looks before it trusts.
+
+The id it draws is a function of the whole history, read back through the block tables; so a stale, shared-by-mistake or forgotten
+block shows as a wrong output or as a complaint. Used by every file in this folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from service.scheduling.plan import Drawn, KVGroup, Sample, Slice, StepPlan
+from service.scheduling.sampling import SamplingParams
+from service.scheduling.scheduler import Scheduler
+from service.scheduling.sequence import Output, Request
+
+VOCAB = 11
+START = b"start"
+
+
+def chain(state: bytes, token: int) -> bytes:
+    return hashlib.blake2b(state + token.to_bytes(8, "little"), digest_size=8).digest()
+
+
+def fold(tokens: Sequence[int]) -> bytes:
+    state = START
+    for token in tokens:
+        state = chain(state, token)
+    return state
+
+
+def draw(states: Sequence[bytes], params: SamplingParams, banned: Sequence[int]) -> int:
+    """One id from the states of a gang's sequences; the next allowed one when it is banned."""
+    token = int.from_bytes(hashlib.blake2b(b"".join(states) + str(params.seed).encode(), digest_size=4).digest(), "little") % VOCAB
+    while token in banned:
+        token = (token + 1) % VOCAB
+    return token
+
+
+def solo(request: Request, choice: int, max_tokens: int) -> tuple[list[int], str, int | None]:
+    """What a choice yields when nobody else is there: its tokens, its finish, its stop id."""
+    params = SamplingParams(max_tokens=max_tokens, seed=request.sampling.seed + choice)
+    states = [fold(prompt) for prompt in request.prompts]
+    tokens: list[int] = []
+    while True:
+        banned = request.sampling.stop_ids if len(tokens) < request.sampling.min_tokens else ()
+        token = draw(states, params, banned)
+        if token in request.sampling.stop_ids:
+            return tokens, "stop", token
+        tokens.append(token)
+        if len(tokens) >= max_tokens:
+            return tokens, "length", None
+        states = [chain(state, token) for state in states]
+
+
+@dataclass
+class FakeRunner:
+    """places: (block, offset) -> (group, position, token, state after that token)."""
+
+    groups: tuple[KVGroup, ...]
+    block_size: int
+    max_batch_tokens: int
+    max_sequences: int
+    places: dict[tuple[int, int], tuple[int, int, int, bytes]] = field(default_factory=dict)
+    computed: int = 0
+
+    def run(self, plan: StepPlan) -> list[Drawn]:
+        lengths = [len(piece.tokens) for piece in plan.slices]
+        assert all(lengths), "an empty slice"
+        assert sum(lengths) == plan.num_tokens <= self.max_batch_tokens
+        assert len(lengths) <= self.max_sequences
+        assert [length > 1 for length in lengths] == sorted(length > 1 for length in lengths), "one token each must come first"
+        assert len({piece.sequence_id for piece in plan.slices}) == len(plan.slices), "a sequence twice in one step"
+        written: set[tuple[int, int]] = set()
+        before = [[self._look_back(piece, group) for group in range(len(self.groups))] for piece in plan.slices]
+        states = [self._write(piece, states, written) for piece, states in zip(plan.slices, before, strict=True)]
+        self.computed += plan.num_tokens
+        return [self._sample(plan, sample, states) for sample in plan.samples]
+
+    def _look_back(self, piece: Slice, group: int) -> bytes:
+        """Checks every earlier place that the slice's first token sees, and returns the state after the token before it."""
+        spec, table = self.groups[group], piece.tables[group]
+        assert len(table) == -(-(piece.start + len(piece.tokens)) // self.block_size)
+        previous: tuple[int, bytes] | None = None
+        for position in range(piece.start):
+            if spec.window is not None and piece.start - position >= spec.window and position >= spec.sink:
+                continue
+            block = table[position // self.block_size]
+            assert block >= 0, f"sequence {piece.sequence_id} sees position {position} of group {group}, which was given back"
+            at_group, at, token, state = self.places[block, position % self.block_size]
+            assert (at_group, at) == (group, position), "the block holds something else"
+            if position == 0:
+                assert state == chain(START, token)
+            elif previous is not None and previous[0] == position - 1:
+                assert state == chain(previous[1], token), "the block holds another history"
+            previous = (position, state)
+        if previous is None or previous[0] != piece.start - 1:
+            assert piece.start == 0
+            return START
+        return previous[1]
+
+    def _write(self, piece: Slice, states: list[bytes], written: set[tuple[int, int]]) -> bytes:
+        assert len(set(states)) == 1, "the groups remember different histories"
+        state = states[0]
+        for position, token in enumerate(piece.tokens, piece.start):
+            state = chain(state, token)
+            for group, table in enumerate(piece.tables):
+                place = (table[position // self.block_size], position % self.block_size)
+                assert place[0] >= 0
+                assert place not in written, "two tokens of one step in one place"
+                written.add(place)
+                self.places[place] = (group, position, token, state)
+        return state
+
+    def _sample(self, plan: StepPlan, sample: Sample, states: list[bytes]) -> Drawn:
+        first = plan.slices[sample.slice_indexes[0]]
+        assert first.sequence_id == sample.sequence_id
+        assert sample.position == first.start + len(first.tokens)
+        assert sample.num_generated == sample.position - sample.prompt_len
+        return Drawn(draw([states[index] for index in sample.slice_indexes], sample.params, sample.banned))
+
+
+@dataclass
+class Bench:
+    """A scheduler and the fake runner, stepped together; outputs by (request, choice)."""
+
+    scheduler: Scheduler
+    runner: FakeRunner
+    now: float = 0.0
+    tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    ends: dict[tuple[str, int], Output] = field(default_factory=dict)
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request, self.now)
+
+    def take(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            key = (output.request_id, output.choice)
+            assert key not in self.ends, f"{key} went on after its end"
+            if output.token is not None:
+                assert output.drawn is not None
+                assert output.drawn.token == output.token
+                self.tokens.setdefault(key, []).append(output.token)
+            if output.finish is not None:
+                assert output.usage is not None
+                self.ends[key] = output
+
+    def plan(self) -> StepPlan | None:
+        plan, outputs = self.scheduler.plan(self.now)
+        self.take(outputs)
+        self.scheduler.check()
+        return plan
+
+    def commit(self, plan: StepPlan) -> None:
+        self.take(self.scheduler.commit(plan, self.runner.run(plan), self.now))
+        self.scheduler.check()
+
+    def step(self) -> StepPlan | None:
+        plan = self.plan()
+        if plan is not None:
+            self.now += 1.0
+            self.commit(plan)
+        return plan
+
+    def drain(self, limit: int = 5000) -> int:
+        """Steps until nothing is left; returns their number."""
+        for steps in range(limit):
+            if not self.scheduler.has_work:
+                return steps
+            assert self.step() is not None or not self.scheduler.has_work, "something waits and nothing happens"
+        raise AssertionError("it never ends")
+
+
+def make_bench(
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    groups: tuple[KVGroup, ...] = (KVGroup(),),
+    max_batch_tokens: int = 32,
+    max_sequences: int = 16,
+    max_context: int = 128,
+    has_prefix_cache: bool = True,
+    max_waiting_requests: int = 64,
+    max_waiting_tokens: int = 2**20,
+) -> Bench:
+    scheduler = Scheduler(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        groups=groups,
+        max_batch_tokens=max_batch_tokens,
+        max_sequences=max_sequences,
+        max_context=max_context,
+        has_prefix_cache=has_prefix_cache,
+        max_waiting_requests=max_waiting_requests,
+        max_waiting_tokens=max_waiting_tokens,
+    )
+    return Bench(scheduler, FakeRunner(groups, block_size, max_batch_tokens, max_sequences))
+
+
+def make_request(request_id: str = "a", prompt: Sequence[int] = (1, 2, 3), max_tokens: int = 4, **rest: object) -> Request:
+    """rest: fields of `Request`, or of `SamplingParams`."""
+    sampling = {key: rest.pop(key) for key in list(rest) if key in SamplingParams.__dataclass_fields__}
+    prompts = rest.pop("prompts", (tuple(prompt),))
+    return Request(request_id, prompts, SamplingParams(max_tokens=max_tokens, **sampling), **rest)  # type: ignore[arg-type]

@@ -1,0 +1,211 @@
+"""Whatever comes, in whatever order: blocks are conserved, something always moves, every choice ends once with its solo output.
+
+One state machine over a fake model that reads its history back through the block tables (see `model`).
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from service.errors import ContextLengthError, OverloadedError, RequestError
+from service.scheduling.plan import KVGroup, Span, StepPlan
+from service.scheduling.sampling import SamplingParams
+from service.scheduling.sequence import Request
+from tests.scheduling.model import VOCAB, Bench, make_bench, solo
+
+MAX_CONTEXT = 40
+GROUPS = (
+    (KVGroup(),),
+    (KVGroup(window=6),),
+    (KVGroup(), KVGroup(window=5, sink=2)),
+    (KVGroup(window=9, sink=5), KVGroup(), KVGroup(window=4)),
+)
+# Prompts are cut from few long rows, so that equal beginnings are common.
+ROWS = [tuple((row * 7 + i * i) % VOCAB if i > row * 5 else i % 3 for i in range(MAX_CONTEXT)) for row in range(4)]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    bench: Bench
+    plan: StepPlan | None = None
+
+    @initialize(
+        num_blocks=st.sampled_from((12, 12, 18, 24)),
+        block_size=st.sampled_from((2, 4, 1)),
+        groups=st.sampled_from(GROUPS),
+        max_batch_tokens=st.sampled_from((8, 64, 8, 3, 2, 1)),
+        max_sequences=st.sampled_from((8, 4, 8, 2, 1)),
+        has_prefix_cache=st.sampled_from((True, True, True, False)),
+    )
+    def build(self, **sizes: object) -> None:
+        self.bench = make_bench(max_context=MAX_CONTEXT, max_waiting_requests=6, max_waiting_tokens=120, **sizes)  # type: ignore[arg-type]
+        self.requests: dict[str, Request] = {}
+        self.outside: set[tuple[str, int]] = set()  # choices that something other than the model has ended
+        self.encoded: set[bytes] = set()
+        self.plan = None
+
+    @rule(
+        row=st.sampled_from(ROWS),
+        length=st.integers(1, 16),
+        second=st.sampled_from((None, None, None, 1, 4, 9)),
+        params=st.builds(
+            SamplingParams,
+            max_tokens=st.sampled_from((20, 12, 30, 5, 2, 1)),
+            seed=st.integers(0, 2),
+            min_tokens=st.integers(0, 4),
+            stop_ids=st.sampled_from(((), (), (), (0,), (1, 2))),
+            presence_penalty=st.sampled_from((0.0, 1.0)),
+        ),
+        num_choices=st.sampled_from((1, 1, 2, 5)),
+        priority=st.sampled_from((0, 0, 0, -1, 1)),
+        patience=st.sampled_from((None, None, None, None, 0, 3, 10, 30)),
+        tenant=st.sampled_from(("", "", "other")),
+        picture=st.sampled_from((None, None, (0, 1), (1, 4), (5, 3))),
+    )
+    def add(
+        self,
+        row: tuple[int, ...],
+        length: int,
+        second: int | None,
+        params: SamplingParams,
+        num_choices: int,
+        priority: int,
+        patience: int | None,
+        tenant: str,
+        picture: tuple[int, int] | None,
+    ) -> None:
+        prompts = (row[:length],) if second is None else (row[:length], row[3 : 3 + second])
+        spans: tuple[tuple[Span, ...], ...] = ()
+        if picture is not None and sum(picture) <= length:
+            spans = ((Span(*picture, digest=bytes([picture[0]]) * 32),), *((),) * (len(prompts) - 1))
+        deadline = None if patience is None else self.bench.now + patience
+        request = Request(
+            f"r{len(self.requests)}", prompts, params, num_choices, priority, deadline, tenant, spans, 1.0 if second is None else 3.0
+        )
+        before = self.bench.scheduler.stats
+        try:
+            self.bench.add(request)
+        except ContextLengthError:
+            runner, blocks = self.bench.runner, before.kv_blocks_total
+            rows = sum(-(-len(prompt) // runner.block_size) for prompt in prompts)
+            assert rows * len(runner.groups) > blocks, "a prompt that fits was refused"
+        except OverloadedError:
+            assert before.waiting > 0
+        except RequestError:
+            assert second is not None
+            assert min(self.bench.runner.max_sequences, self.bench.runner.max_batch_tokens) < 2
+        else:
+            self.requests[request.request_id] = request
+            return
+        assert self.bench.scheduler.stats == before, "a refused request left something behind"
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), finish=st.sampled_from(("abort", "stop")))
+    def abort(self, data: st.DataObject, finish: str) -> None:
+        request = self.requests[data.draw(st.sampled_from(sorted(self.requests)))]
+        choice = data.draw(st.none() | st.integers(0, request.num_choices - 1))
+        outputs = self.bench.scheduler.abort(request.request_id, choice, finish, self.bench.now)  # type: ignore[arg-type]
+        self.bench.take(outputs)
+        self.outside.update((output.request_id, output.choice) for output in outputs)
+        named = range(request.num_choices) if choice is None else (choice,)
+        assert all((request.request_id, index) in self.bench.ends for index in named)
+
+    @precondition(lambda self: self.plan is None)
+    @rule()
+    def make_plan(self) -> None:
+        known = set(self.bench.ends)
+        self.plan = self.bench.plan()
+        for key in self.bench.ends.keys() - known:
+            deadline = self.requests[key[0]].deadline
+            assert self.bench.ends[key].finish == "deadline"
+            assert deadline is not None
+            assert deadline <= self.bench.now
+            self.outside.add(key)
+        if self.plan is None:
+            assert not self.bench.scheduler.has_work, "something waits and nothing happens"
+
+    @precondition(lambda self: self.plan is not None)
+    @rule()
+    def commit(self) -> None:
+        assert self.plan is not None
+        self.bench.now += 1.0
+        self.bench.commit(self.plan)
+        self.plan = None
+
+    @rule(times=st.integers(1, 12))
+    def step(self, times: int) -> None:
+        for _ in range(times):
+            if self.plan is None:
+                self.make_plan()
+            if self.plan is not None:
+                self.commit()
+
+    @precondition(lambda self: self.plan is not None)
+    @rule()
+    def fail(self) -> None:
+        assert self.plan is not None
+        # A failed step may have written anything into its places, and must not be believed.
+        for piece in self.plan.slices:
+            for position in range(piece.start, piece.start + len(piece.tokens)):
+                for table in piece.tables:
+                    place = (table[position // self.bench.runner.block_size], position % self.bench.runner.block_size)
+                    self.bench.runner.places.pop(place, None)
+        outputs = self.bench.scheduler.fail(self.plan, self.bench.now)
+        assert all(output.finish == "error" for output in outputs)
+        self.bench.take(outputs)
+        self.outside.update((output.request_id, output.choice) for output in outputs)
+        self.plan = None
+
+    @invariant()
+    def is_sound(self) -> None:
+        self.bench.scheduler.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "requests"):
+            return
+        self.step(1)
+        for _ in range(3000):
+            if not self.bench.scheduler.has_work:
+                break
+            self.step(1)
+        scheduler = self.bench.scheduler
+        stats = scheduler.stats
+        assert not scheduler.has_work, "it never ends"
+        assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+        for request in self.requests.values():
+            self._judge(request)
+        assert len(self.bench.ends) == sum(request.num_choices for request in self.requests.values())
+
+    def _judge(self, request: Request) -> None:
+        for choice in range(request.num_choices):
+            end = self.bench.ends[request.request_id, choice]
+            tokens = self.bench.tokens.get((request.request_id, choice), [])
+            assert end.usage is not None
+            if (request.request_id, choice) in self.outside:
+                expected, _, _ = solo(request, choice, request.sampling.max_tokens)
+                assert tokens == expected[: len(tokens)]
+                continue
+            # The pool may hold less than the context: then the length is what it was cut to, and the tokens still are the solo ones.
+            cut = end.usage.completion_tokens if end.finish == "length" else request.sampling.max_tokens
+            assert cut <= request.sampling.max_tokens
+            assert (tokens, end.finish, end.stop_id) == solo(request, choice, cut)
+            assert end.usage.completion_tokens == len(tokens) + (end.finish == "stop")
+            assert end.usage.prompt_tokens == len(request.prompts[0])
+            assert end.usage.cached_tokens < end.usage.prompt_tokens
+
+
+_shared = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+def test_any_course_of_events() -> None:
+    run_state_machine_as_test(
+        SchedulerMachine, settings=settings(max_examples=400, stateful_step_count=40, derandomize=True, database=None, **_shared)
+    )
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_any_course_of_events_at_length() -> None:
+    run_state_machine_as_test(SchedulerMachine, settings=settings(max_examples=500, stateful_step_count=50, database=None, **_shared))
