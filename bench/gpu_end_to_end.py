@@ -10,7 +10,6 @@ import torch
 from bench.gpu import seconds
 from bench.models import SHAPES, build_runner, step_of
 from kernels.ops import select_ops
-from service.runner.load import model_bytes
 
 CONTEXT = 1024
 
@@ -31,7 +30,7 @@ def decode(name: str, batch: int) -> dict[str, Any]:
     step_s = seconds(lambda: runner.sample(runner.forward(plan)))
     graph_s = seconds(lambda: runner.graphs and runner.graphs.captured[min(s for s in runner.graphs.captured if s >= batch)].graph.replay())
     kv = sum(min(layer.window or CONTEXT, CONTEXT) for layer in config.layers) * 2 * config.num_kv_heads * config.head_width * 2 * batch
-    read = model_bytes(runner.model) + kv
+    read = runner.model.read_bytes + kv
     return {"step_s": step_s, "graph_s": graph_s, "tokens_per_s": batch / step_s, "bytes": read, "bytes_per_s": read / graph_s}
 
 

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Ops
-from service.model.config import LayerAttention, ModelConfig
-from service.model.transformer import Transformer, build_transformer
-from service.model.weights import expected_shapes
+from service.model.config import LayerAttention, ModelConfig, expected_shapes
+from service.model.transformer import Precision, Transformer, build_transformer
 from service.runner.kv_cache import KVCache, partition_layers
 from service.runner.runner import Runner
 from service.scheduling.plan import Sample, Slice, StepPlan
@@ -62,7 +61,7 @@ def build_runner(
     config: ModelConfig, ops: Ops, *, device: torch.device, dtype: torch.dtype, num_blocks: int, block_size: int = 16
 ) -> Runner:
     with torch.inference_mode():
-        model: Transformer = build_transformer(config, RandomSource(config, device), ops, dtype=dtype, device=device)
+        model: Transformer = build_transformer(config, RandomSource(config, device), ops, precision=Precision(dtype), device=device)
     layout = partition_layers(config)
     cache = KVCache(config, layout, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device)
     return Runner(model, cache, num_groups=len(layout.groups), device=device)

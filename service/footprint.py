@@ -14,11 +14,10 @@ from rich.table import Table
 from service.catalog import Resolved
 from service.errors import StartupError
 from service.memory import available_bytes
-from service.model.config import ModelConfig
+from service.model.config import ModelConfig, expected_shapes
 from service.model.families import read_config
-from service.model.weights import expected_shapes
 from service.runner.kv_cache import KVLayout, partition_layers
-from service.runner.load import BLOCK_SIZE, MOST_KV_BYTES_CPU, Precision, choose_precision
+from service.runner.load import BLOCK_SIZE, MOST_KV_BYTES_CPU, Storage, choose_storage
 from service.settings import format_bytes
 
 
@@ -33,23 +32,25 @@ class Footprint:
     num_sequences: int
 
 
-def weight_bytes(config: ModelConfig, precision: Precision) -> int:
-    """Of all matrices, each counted once; int8 rows have a float32 scale."""
-    matrices = [shape for shape in expected_shapes(config).values() if len(shape) == 2]
-    if precision.is_int8:
-        return sum(rows * (columns + 4) for rows, columns in matrices)
-    return sum(rows * columns for rows, columns in matrices) * precision.dtype.itemsize
+def weight_bytes(config: ModelConfig, storage: Storage) -> int:
+    """Of all matrices, each counted once; int8 rows have a float32 scale, and beside an int8 head the embedding is bfloat16."""
+    matrices = {name: shape for name, shape in expected_shapes(config).items() if len(shape) == 2}
+    if storage.precision.is_int8:
+        rows, columns = matrices.pop("embedding")
+        matrices["head"] = (rows, columns)
+        return 2 * rows * columns + sum(rows * (columns + 4) for rows, columns in matrices.values())
+    return sum(rows * columns for rows, columns in matrices.values()) * storage.precision.dtype.itemsize
 
 
-def footprint(config: ModelConfig, precision: Precision, memory_bytes: int) -> Footprint:
+def footprint(config: ModelConfig, storage: Storage, memory_bytes: int) -> Footprint:
     """memory_bytes: for weights and K/V; 0 takes what the loader would on a CPU now. Sizes may be 0 where nothing fits."""
-    weights = weight_bytes(config, precision)
+    weights = weight_bytes(config, storage)
     if memory_bytes:
         kv_bytes = max(memory_bytes - weights, 0)
     else:
         kv_bytes = min(max(available_bytes() - weights, 0) // 2, MOST_KV_BYTES_CPU)
     layout = partition_layers(config)
-    block_bytes = layout.block_bytes(config, BLOCK_SIZE, precision.kv_dtype)
+    block_bytes = layout.block_bytes(config, BLOCK_SIZE, storage.kv_dtype)
     num_blocks = kv_bytes // block_bytes
     return Footprint(
         weight_bytes=weights,
@@ -85,7 +86,7 @@ def print_plan(model: Resolved, memory_bytes: int, max_context: int) -> None:
     table = Table("dtype", "weights", "K/V per token", "K/V memory", "K/V tokens", f"sequences of {config.max_context}")
     most = 0
     for name in ("int8", "bfloat16", "float32"):
-        size = footprint(config, choose_precision(name, torch.device("cpu")), memory_bytes)
+        size = footprint(config, choose_storage(name, torch.device("cpu")), memory_bytes)
         most = max(most, size.kv_tokens)
         numbers = (format_bytes(size.weight_bytes), format_bytes(size.kv_token_bytes), format_bytes(size.kv_bytes))
         table.add_row(name, *numbers, f"{size.kv_tokens}", f"{size.num_sequences}")

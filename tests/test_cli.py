@@ -26,7 +26,7 @@ from service.model.config import LayerAttention
 from service.model.transformer import build_transformer
 from service.model.weights import open_weights
 from service.runner.kv_cache import partition_layers
-from service.runner.load import choose_precision, model_bytes
+from service.runner.load import choose_storage
 from service.settings import Settings, format_bytes
 from tests.model.checkpoints import TINY, random_tensors, write_gguf
 
@@ -167,24 +167,19 @@ def test_plan_refuses_what_cannot_be(model: Path) -> None:
 def test_planned_weights_are_the_loaded_ones(tmp_path: Path, dtype: str, is_tied: bool) -> None:
     config = dataclasses.replace(TINY, has_tied_head=is_tied)
     path = write_gguf(tmp_path / "own.gguf", config, random_tensors(config))
-    precision = choose_precision(dtype, torch.device("cpu"))
-    loaded = build_transformer(
-        config, open_weights(path, config), select_ops("reference"), dtype=precision.dtype, is_int8=precision.is_int8
-    )
-    # model_bytes counts what a step reads, and of an embedding that is not the head that is a row or two.
-    row = TINY.width + 4 if precision.is_int8 else TINY.width * precision.dtype.itemsize
-    unread = 0 if is_tied else TINY.vocab_size * row
-    assert footprint.weight_bytes(config, precision) == model_bytes(loaded) + unread
+    storage = choose_storage(dtype, torch.device("cpu"))
+    loaded = build_transformer(config, open_weights(path, config), select_ops("reference"), precision=storage.precision)
+    assert footprint.weight_bytes(config, storage) == loaded.held_bytes
 
 
 def test_footprint_by_hand() -> None:
-    precision = choose_precision("float32", torch.device("cpu"))
-    weights = footprint.weight_bytes(TINY, precision)
+    storage = choose_storage("float32", torch.device("cpu"))
+    weights = footprint.weight_bytes(TINY, storage)
     block = 2 * 2 * 2 * 16 * 16 * 4  # K and V, layers, heads, width, tokens, bytes
-    found = footprint.footprint(TINY, precision, weights + 17 * block + 1)
+    found = footprint.footprint(TINY, storage, weights + 17 * block + 1)
     assert (found.kv_bytes, found.kv_tokens) == (17 * block + 1, 17 * 16)
     assert found.num_sequences == 2  # of 128 tokens, that is 8 blocks
-    assert footprint.footprint(TINY, precision, weights - 1).kv_tokens == 0
+    assert footprint.footprint(TINY, storage, weights - 1).kv_tokens == 0
 
 
 def test_layers_behind_a_window_hold_less() -> None:

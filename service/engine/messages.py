@@ -35,6 +35,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     max_sequences: int
     prefix_cache: bool
     threads: int = 0
+    log_level: str = "info"
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
@@ -83,7 +84,8 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """What a loaded model can do. kv_tokens: how many tokens its K/V pool holds. num_kv_blocks counts blocks of block_size."""
+    """What a loaded model can do. weight_bytes: that a decode step reads. kv_tokens: how many tokens its K/V pool
+    holds. num_kv_blocks counts blocks of block_size."""
 
     name: str
     max_context: int
@@ -152,12 +154,13 @@ class LaneStats(msgspec.Struct, frozen=True):
 
 
 class Delivery(msgspec.Struct, frozen=True, tag=True):
-    """Everything one step produced, in one message. step_tokens: tokens computed in it (0: none ran)."""
+    """Everything one step of one model produced, in one message. step_tokens: tokens computed in it (0: none ran), step_model: by."""
 
     events: list[Event]
     stats: list[LaneStats]
     step_tokens: int = 0
     step_s: float = 0.0
+    step_model: str = ""
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True):

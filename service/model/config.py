@@ -82,3 +82,31 @@ class ModelConfig:
         per_layer += 2 * self.head_width if self.has_qk_norm else 0
         tables = 1 if self.has_tied_head else 2
         return len(self.layers) * per_layer + tables * self.vocab_size * self.width + self.width
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a model of this config has, by our name; matrices are [out, in]."""
+    width, wide = config.width, config.feed_forward_width
+    queries, keys = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
+    layer: dict[str, tuple[int, ...]] = {
+        "attention_norm": (width,),
+        "q": (queries, width),
+        "k": (keys, width),
+        "v": (keys, width),
+        "out": (width, queries),
+        "mlp_norm": (width,),
+        "gate": (wide, width),
+        "up": (wide, width),
+        "down": (width, wide),
+    }
+    if config.has_qkv_bias:
+        layer |= {"q_bias": (queries,), "k_bias": (keys,), "v_bias": (keys,)}
+    if config.has_qk_norm:
+        layer |= {"q_norm": (config.head_width,), "k_norm": (config.head_width,)}
+    shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocab_size, width)}
+    for index in range(len(config.layers)):
+        shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
+    shapes["final_norm"] = (width,)
+    if not config.has_tied_head:
+        shapes["head"] = (config.vocab_size, width)
+    return shapes

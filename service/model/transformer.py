@@ -7,16 +7,21 @@ Shape suffixes: T tokens, R rows to sample, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from kernels.linear.reference import quantize_int8
-from kernels.ops import Activation, AttentionSpec, LayerSpec, LayerWeights, Ops, PagedKV, Weight
+from kernels.ops import Activation, AttentionSpec, Int8Weight, LayerSpec, LayerWeights, Ops, PagedKV, Weight
 from service.model.config import LayerAttention, ModelConfig
 from service.model.layers import DecoderLayer, rotary_table
 from service.model.rotation import RotatedSource, TensorSource
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Transformer(nn.Module):
@@ -35,6 +40,18 @@ class Transformer(nn.Module):
         """Of the activations."""
         return self.final_norm.dtype
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of weights that a decode step reads: every matrix once; of the embedding only some rows, unless it is the head too."""
+        weights: list[LayerWeights] = [cast(DecoderLayer, layer).weights for layer in self.layers]
+        matrices = [matrix for layer in weights for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        return sum(map(_bytes_of, [*matrices, self.head]))
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of weights in memory."""
+        return self.read_bytes + (0 if self.embedding is self.head else _bytes_of(self.embedding))
+
     def forward(self, ids_T: Tensor, positions_T: Tensor, kv: Sequence[PagedKV]) -> tuple[Tensor, Tensor]:
         """All layers over flat tokens. kv: one per layer. Returns (x [T, D], residual [T, D]), whose sum the head's norm takes.
 
@@ -52,10 +69,71 @@ class Transformer(nn.Module):
         return self.ops.linear(normed, self.head).float()
 
 
+def _bytes_of(weight: Weight) -> int:
+    if isinstance(weight, Int8Weight):
+        return weight.out_features * (weight.in_features + 4)  # and a float32 scale per row
+    return weight.numel() * weight.element_size()
+
+
 def layer_spec(config: ModelConfig, attention: LayerAttention) -> LayerSpec:
     spec = AttentionSpec(config.attention_scale, attention.window, attention.sink, attention.softcap)
     activation: Activation = "gelu_tanh" if config.activation == "gelu_tanh" else "silu"
     return LayerSpec(config.num_heads, config.num_kv_heads, config.head_width, spec, config.norm_eps, activation)
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """dtype: of activations and dense weights. is_int8: matrices are rotated and quantised per output row, all but the embedding."""
+
+    dtype: torch.dtype
+    is_int8: bool = False
+
+
+class _Builder:
+    """Reads one model's weights tensor by tensor, so that the whole dense model is never in memory beside the packed one."""
+
+    def __init__(self, config: ModelConfig, source: TensorSource, ops: Ops, precision: Precision, device: torch.device | str) -> None:
+        self.config = config
+        self.source = RotatedSource(source, config) if precision.is_int8 else source
+        self.ops = ops
+        self.precision = precision
+        self.device = device
+        kinds = {(attention.rope_base, attention.rope_scaling): attention for attention in config.layers}
+        self.rotary = {kind: rotary_table(config.head_width, attention, config.max_context, device) for kind, attention in kinds.items()}
+
+    def vector(self, name: str) -> Tensor:
+        return self.source.get(name).to(device=self.device, dtype=self.precision.dtype).contiguous()
+
+    def matrix(self, *names: str) -> Weight:
+        parts = [self.source.get(name) for name in names]
+        dense = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if self.precision.is_int8:
+            return self.ops.pack(quantize_int8(dense.to(device=self.device, dtype=torch.float32)))
+        return self.ops.pack(dense.to(device=self.device, dtype=self.precision.dtype).contiguous())
+
+    def tables(self) -> tuple[Weight, Weight]:
+        """Embedding and head. A step reads only some rows of the embedding, so with int8 it stays dense, in bfloat16."""
+        if self.precision.is_int8:
+            return self.source.get("embedding").to(device=self.device, dtype=torch.bfloat16), self.matrix("head")
+        embedding = self.matrix("embedding")
+        return embedding, embedding if self.config.has_tied_head else self.matrix("head")
+
+    def layer(self, index: int) -> LayerWeights:
+        config, at = self.config, f"layers.{index}."
+        attention = config.layers[index]
+        return LayerWeights(
+            spec=layer_spec(config, attention),
+            attention_norm=self.vector(at + "attention_norm"),
+            qkv=self.matrix(at + "q", at + "k", at + "v"),
+            out=self.matrix(at + "out"),
+            mlp_norm=self.vector(at + "mlp_norm"),
+            gate_up=self.matrix(at + "gate", at + "up"),
+            down=self.matrix(at + "down"),
+            rotary=self.rotary[(attention.rope_base, attention.rope_scaling)],
+            qkv_bias=torch.cat([self.vector(at + name) for name in ("q_bias", "k_bias", "v_bias")]) if config.has_qkv_bias else None,
+            q_norm=self.vector(at + "q_norm") if config.has_qk_norm else None,
+            k_norm=self.vector(at + "k_norm") if config.has_qk_norm else None,
+        )
 
 
 def build_transformer(
@@ -63,62 +141,33 @@ def build_transformer(
     source: TensorSource,
     ops: Ops,
     *,
-    dtype: torch.dtype,
+    precision: Precision,
     device: torch.device | str = "cpu",
-    is_int8: bool = False,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Transformer:
-    """Reads the weights tensor by tensor, so that the whole dense model is never in memory beside the packed one.
-
-    dtype: of activations and of dense weights. is_int8 rotates the weights and quantises every matrix per output row, but for the
-    embedding, of which a step reads only some rows: it stays dense, in bfloat16. Raises: what `source.get` raises.
-    """
-    if is_int8:
-        source = RotatedSource(source, config)
-
-    def vector(name: str) -> Tensor:
-        return source.get(name).to(device=device, dtype=dtype).contiguous()
-
-    def matrix(*names: str) -> Weight:
-        parts = [source.get(name) for name in names]
-        dense = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if is_int8:
-            return ops.pack(quantize_int8(dense.to(device=device, dtype=torch.float32)))
-        return ops.pack(dense.to(device=device, dtype=dtype).contiguous())
-
-    rotary: dict[object, Tensor] = {}
-
-    def rotary_of(attention: LayerAttention) -> Tensor:
-        key = (attention.rope_base, attention.rope_scaling)
-        if key not in rotary:
-            rotary[key] = rotary_table(config.head_width, attention, config.max_context, device)
-        return rotary[key]
-
-    layers = []
-    for index, attention in enumerate(config.layers):
-        at = f"layers.{index}."
-        bias = torch.cat([vector(at + name) for name in ("q_bias", "k_bias", "v_bias")]) if config.has_qkv_bias else None
-        layers.append(
-            LayerWeights(
-                spec=layer_spec(config, attention),
-                attention_norm=vector(at + "attention_norm"),
-                qkv=matrix(at + "q", at + "k", at + "v"),
-                out=matrix(at + "out"),
-                mlp_norm=vector(at + "mlp_norm"),
-                gate_up=matrix(at + "gate", at + "up"),
-                down=matrix(at + "down"),
-                rotary=rotary_of(attention),
-                qkv_bias=bias,
-                q_norm=vector(at + "q_norm") if config.has_qk_norm else None,
-                k_norm=vector(at + "k_norm") if config.has_qk_norm else None,
-            )
-        )
-        progress((index + 1) / (len(config.layers) + 1))
-    embedding: Weight
-    if is_int8:
-        embedding, head = source.get("embedding").to(device=device, dtype=torch.bfloat16), matrix("head")
-    else:
-        embedding = matrix("embedding")
-        head = embedding if config.has_tied_head else matrix("head")
+    """Reads, rotates, quantises and packs on all cores, one layer a core. Raises: what `source.get` raises."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # dequantising runs on one core; whole layers side by side keep all of them busy
+    try:
+        with torch.inference_mode(), ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            builder = _Builder(config, source, ops, precision, device)
+            tables = pool.submit(_inferring(builder.tables))
+            layers = []
+            for weights in pool.map(_inferring(builder.layer), range(len(config.layers))):
+                layers.append(weights)
+                progress(len(layers) / (len(config.layers) + 1))
+            model = Transformer(config, ops, layers, builder.vector("final_norm"), tables.result())
+    finally:
+        torch.set_num_threads(threads)
     progress(1.0)
-    return Transformer(config, ops, layers, vector("final_norm"), (embedding, head))
+    return model
+
+
+def _inferring(work: Callable[P, R]) -> Callable[P, R]:
+    """The same call without autograd, which torch switches off per thread."""
+
+    def run(*arguments: P.args, **keywords: P.kwargs) -> R:
+        with torch.inference_mode():
+            return work(*arguments, **keywords)
+
+    return run

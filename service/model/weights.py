@@ -20,7 +20,7 @@ from torch import Tensor
 
 from service.checkpoint import GGUFTensor, find_checkpoint, open_gguf, read_json
 from service.errors import WeightsError
-from service.model.config import ModelConfig
+from service.model.config import ModelConfig, expected_shapes
 from service.model.families import GGUF_INTERLEAVED, GGUF_NAMES, GGUF_ROPE_FACTORS, HF_NAMES
 
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
@@ -51,34 +51,6 @@ class WeightSource:
         if name not in self.tensors:
             raise WeightsError(f"the checkpoint has no {name}")
         return self.tensors[name].read()
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a model of this config has, by our name; matrices are [out, in]."""
-    width, wide = config.width, config.feed_forward_width
-    queries, keys = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
-    layer: dict[str, tuple[int, ...]] = {
-        "attention_norm": (width,),
-        "q": (queries, width),
-        "k": (keys, width),
-        "v": (keys, width),
-        "out": (width, queries),
-        "mlp_norm": (width,),
-        "gate": (wide, width),
-        "up": (wide, width),
-        "down": (width, wide),
-    }
-    if config.has_qkv_bias:
-        layer |= {"q_bias": (queries,), "k_bias": (keys,), "v_bias": (keys,)}
-    if config.has_qk_norm:
-        layer |= {"q_norm": (config.head_width,), "k_norm": (config.head_width,)}
-    shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocab_size, width)}
-    for index in range(len(config.layers)):
-        shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
-    shapes["final_norm"] = (width,)
-    if not config.has_tied_head:
-        shapes["head"] = (config.vocab_size, width)
-    return shapes
 
 
 def open_weights(path: Path, config: ModelConfig) -> WeightSource:

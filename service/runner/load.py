@@ -8,18 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 
-from kernels.ops import Int8Weight, LayerWeights, Ops, Weight, select_ops
+from kernels.ops import Ops, select_ops
 from service.engine.messages import Load, ModelInfo, ModelSource
 from service.errors import StartupError
 from service.memory import available_bytes
 from service.model.config import ModelConfig
 from service.model.families import read_config
-from service.model.layers import DecoderLayer
-from service.model.transformer import Transformer, build_transformer
+from service.model.transformer import Precision, Transformer, build_transformer
 from service.model.weights import open_weights
 from service.runner.kv_cache import KVCache, KVLayout, partition_layers
 from service.runner.runner import Runner
@@ -40,25 +38,24 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class Precision:
-    """dtype of activations and dense weights, dtype of K/V, and whether matrices are int8."""
+class Storage:
+    """What --dtype means on a device: its name, how the model is held, and the dtype of K/V."""
 
     name: str
-    dtype: torch.dtype
+    precision: Precision
     kv_dtype: torch.dtype
-    is_int8: bool
 
 
-def choose_precision(dtype: str, device: torch.device) -> Precision:
+def choose_storage(dtype: str, device: torch.device) -> Storage:
     """auto is int8 on a CPU (activations float32, K/V bfloat16) and bfloat16 on a GPU."""
     if dtype == "auto":
         dtype = "int8" if device.type == "cpu" else "bfloat16"
     if dtype == "float32":
-        return Precision(dtype, torch.float32, torch.float32, is_int8=False)
+        return Storage(dtype, Precision(torch.float32), torch.float32)
     if dtype == "int8":
         activations = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return Precision(dtype, activations, torch.bfloat16, is_int8=True)
-    return Precision(dtype, torch.bfloat16, torch.bfloat16, is_int8=False)
+        return Storage(dtype, Precision(activations, is_int8=True), torch.bfloat16)
+    return Storage(dtype, Precision(torch.bfloat16), torch.bfloat16)
 
 
 def choose_device(device: str) -> torch.device:
@@ -75,7 +72,7 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
     if load.threads:
         torch.set_num_threads(load.threads)
     device = choose_device(load.device)
-    precision = choose_precision(load.dtype, device)
+    storage = choose_storage(load.dtype, device)
     ops = select_ops("cpu" if device.type == "cpu" else "triton")
     models: list[tuple[ModelSource, Transformer]] = []
     for source in load.models:
@@ -84,13 +81,12 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
         def report(fraction: float, before: int = before) -> None:
             progress("weights", (before + fraction) / len(load.models))
 
-        models.append((source, _load_model(source, load, ops, precision, device, report)))
-    weight_bytes = [model_bytes(model) for _, model in models]
-    kv_bytes = _kv_budget(load, device, sum(weight_bytes)) // len(models)
+        models.append((source, _load_model(source, load, ops, storage, device, report)))
+    kv_bytes = _kv_budget(load, device, sum(model.held_bytes for _, model in models)) // len(models)
     loaded: list[Loaded] = []
-    for (source, model), size in zip(models, weight_bytes, strict=True):
+    for source, model in models:
         progress("kv_cache", len(loaded) / len(models))
-        loaded.append(_equip(source.name, model, load, precision, device, (size, kv_bytes)))
+        loaded.append(_equip(source.name, model, load, storage, kv_bytes))
     for number, one in enumerate(loaded):
         progress("warm_up", number / len(loaded))
         _warm_up(one, load, device)
@@ -99,30 +95,13 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
 
 
 def _load_model(
-    source: ModelSource, load: Load, ops: Ops, precision: Precision, device: torch.device, progress: Callable[[float], None]
+    source: ModelSource, load: Load, ops: Ops, storage: Storage, device: torch.device, progress: Callable[[float], None]
 ) -> Transformer:
     path = Path(source.path)
     config = read_config(path)
     if load.max_context:
         config = config.with_max_context(load.max_context)
-    weights = open_weights(path, config)
-    with torch.inference_mode():
-        return build_transformer(
-            config, weights, ops, dtype=precision.dtype, device=device, is_int8=precision.is_int8, progress=progress
-        ).eval()
-
-
-def model_bytes(model: Transformer) -> int:
-    """Bytes of weights that a decode step reads: every matrix once; of the embedding only some rows, unless it is the head too."""
-    weights: list[LayerWeights] = [cast(DecoderLayer, layer).weights for layer in model.layers]
-    matrices = [matrix for layer in weights for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    return sum(map(_bytes_of, [*matrices, model.head]))
-
-
-def _bytes_of(weight: Weight) -> int:
-    if isinstance(weight, Int8Weight):
-        return weight.out_features * (weight.in_features + 4)  # and a float32 scale per row
-    return weight.numel() * weight.element_size()
+    return build_transformer(config, open_weights(path, config), ops, precision=storage.precision, device=device, progress=progress)
 
 
 def _kv_budget(load: Load, device: torch.device, weight_bytes: int) -> int:
@@ -139,19 +118,18 @@ def _kv_budget(load: Load, device: torch.device, weight_bytes: int) -> int:
     return min(available_bytes() // 2, MOST_KV_BYTES_CPU)
 
 
-def _equip(name: str, model: Transformer, load: Load, precision: Precision, device: torch.device, sizes: tuple[int, int]) -> Loaded:
-    """Sizes and allocates the K/V pool. sizes: bytes of the weights, bytes for K/V."""
-    config = model.config
-    weight_bytes, kv_bytes = sizes
+def _equip(name: str, model: Transformer, load: Load, storage: Storage, kv_bytes: int) -> Loaded:
+    """Sizes and allocates the K/V pool."""
+    config, device = model.config, model.final_norm.device
     layout = partition_layers(config)
-    num_blocks = _num_blocks(config, layout, load, precision.kv_dtype, kv_bytes)
-    cache = KVCache(config, layout, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=precision.kv_dtype, device=device)
+    num_blocks = _num_blocks(config, layout, load, storage.kv_dtype, kv_bytes)
+    cache = KVCache(config, layout, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=storage.kv_dtype, device=device)
     info = ModelInfo(
         name=name,
         max_context=config.max_context,
         vocab_size=config.vocab_size,
-        dtype=precision.name,
-        weight_bytes=weight_bytes,
+        dtype=storage.name,
+        weight_bytes=model.read_bytes,
         kv_tokens=num_blocks * BLOCK_SIZE // len(layout.groups),
         num_kv_blocks=num_blocks,
         block_size=BLOCK_SIZE,

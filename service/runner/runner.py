@@ -52,6 +52,8 @@ class Runner:
     def forward(self, plan: StepPlan) -> Handle:
         """Mutates: the K/V pool, at the plan's slots."""
         self.sampler.release(plan.released)
+        if not plan.slices:  # a step may only encode pictures
+            return Handle(plan, torch.empty((0, self.model.config.vocab_size), device=self.device))
         with torch.inference_mode():
             inputs = build_inputs(plan, self.num_groups, self.cache.block_size, self.device)
             if self.graphs is not None and self.graphs.can_run(inputs):

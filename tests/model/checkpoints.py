@@ -11,9 +11,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import quantize
 
-from service.model.config import LayerAttention, ModelConfig
+from service.model.config import LayerAttention, ModelConfig, expected_shapes
 from service.model.families import GGUF_NAMES
-from service.model.weights import expected_shapes
 
 TINY = ModelConfig(
     vocab_size=96,

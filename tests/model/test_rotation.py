@@ -11,7 +11,7 @@ from bench.models import SHAPES, RandomSource
 from kernels.ops import select_ops
 from service.model.config import ModelConfig
 from service.model.rotation import RotatedSource, random_rotation
-from service.model.transformer import build_transformer
+from service.model.transformer import Precision, build_transformer
 from tests.parity.steps import Steps
 
 IDS = [(11 * i * i + 5) % 509 for i in range(33)]
@@ -27,9 +27,9 @@ def test_same_function(options: dict[str, bool]) -> None:
         def get(self, name: str) -> torch.Tensor:
             return tensors[name]
 
-    plain = build_transformer(config, Fixed(), select_ops("reference"), dtype=torch.float32)
+    plain = build_transformer(config, Fixed(), select_ops("reference"), precision=Precision(torch.float32))
     rotated = RotatedSource(Fixed(), config)
-    turned = build_transformer(replace(config, has_tied_head=False), rotated, select_ops("reference"), dtype=torch.float32)
+    turned = build_transformer(replace(config, has_tied_head=False), rotated, select_ops("reference"), precision=Precision(torch.float32))
     want, got = Steps(plain).run([(0, IDS)])[0], Steps(turned).run([(0, IDS)])[0]
     assert float(want.std()) > 0.5, "flat logits would hide a wrong rotation"
     torch.testing.assert_close(got, want, atol=2e-3, rtol=1e-3)

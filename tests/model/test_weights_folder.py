@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from service.errors import WeightsError
-from service.model.config import RopeScaling
+from service.model.config import RopeScaling, expected_shapes
 from service.model.families import HF_NAMES, read_config
-from service.model.weights import expected_shapes, open_weights
+from service.model.weights import open_weights
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,

@@ -16,10 +16,10 @@ from gguf.quants import dequantize, quantize
 
 from service.checkpoint import GGUFTensor
 from service.errors import WeightsError
-from service.model.config import ModelConfig, RopeScaling
+from service.model.config import ModelConfig, RopeScaling, expected_shapes
 from service.model.families import read_config
 from service.model.layers import rotary_frequencies
-from service.model.weights import dense_of_gguf, expected_shapes, open_weights
+from service.model.weights import dense_of_gguf, open_weights
 from tests.model.checkpoints import TINY, random_tensors, write_gguf
 
 UNTIED = dataclasses.replace(TINY, has_tied_head=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.ops import select_ops
 from service.model.families import read_config
-from service.model.transformer import build_transformer
+from service.model.transformer import Precision, build_transformer
 from service.model.weights import open_weights
 from tests.parity.steps import Steps
 
@@ -72,7 +72,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def steps_of(request: pytest.FixtureRequest, pair: tuple[Any, Path]) -> Any:
     config = read_config(pair[1])
     with torch.inference_mode():
-        model = build_transformer(config, open_weights(pair[1], config), select_ops(request.param), dtype=torch.float32)
+        model = build_transformer(config, open_weights(pair[1], config), select_ops(request.param), precision=Precision(torch.float32))
     return lambda: Steps(model)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch
 from kernels.ops import select_ops
 from service.codec.prompt import load_codec
 from service.model.families import read_config
-from service.model.transformer import Transformer, build_transformer
+from service.model.transformer import Precision, Transformer, build_transformer
 from service.model.weights import open_weights
 from tests.parity.steps import Steps
 
@@ -20,10 +19,10 @@ pytestmark = pytest.mark.e2e
 PASSAGE = (Path(__file__).parents[1] / "data" / "passage.txt").read_text()
 
 
-def build(path: Path, **options: Any) -> Transformer:
+def build(path: Path, *, is_int8: bool = False) -> Transformer:
     config = read_config(path).with_max_context(1024)
     with torch.inference_mode():
-        return build_transformer(config, open_weights(path, config), select_ops("cpu"), dtype=torch.float32, **options)
+        return build_transformer(config, open_weights(path, config), select_ops("cpu"), precision=Precision(torch.float32, is_int8))
 
 
 def bits_per_byte(steps: Steps, ids: list[int], text: str) -> float:

@@ -1,0 +1,129 @@
+"""How long one step of a SmolLM2-135M-shaped int8 model takes on the CPU back end, beside the read bandwidth of the same minute.
+
+Random weights and paged K/V, no server and no scheduler: what `Ops` alone can do. `python -m bench.cpu_step [--isa avx2]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from kernels.cpu.ops import cpu_ops
+from kernels.linear.reference import quantize_int8
+from kernels.ops import AttentionSpec, Int8Weight, LayerSpec, LayerWeights, Ops, PagedBatch, PagedKV, Weight
+
+LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_WIDTH, WIDE, VOCAB = 30, 576, 9, 3, 64, 1536, 49152
+BLOCK_SIZE = 16
+CONTEXT = 200
+
+
+class Model:
+    """Layers, tied table and a bfloat16 K/V pool for `sequences` of up to `context` tokens."""
+
+    def __init__(self, ops: Ops, num_blocks: int) -> None:
+        self.ops = ops
+        spec = LayerSpec(HEADS, KV_HEADS, HEAD_WIDTH, AttentionSpec(HEAD_WIDTH**-0.5), 1e-5, "silu")
+        rows = (HEADS + 2 * KV_HEADS) * HEAD_WIDTH
+        rotary = torch.randn(8192, 2, HEAD_WIDTH // 2)
+        self.layers = [
+            LayerWeights(
+                spec,
+                torch.ones(WIDTH),
+                self._matrix(rows, WIDTH),
+                self._matrix(WIDTH, HEADS * HEAD_WIDTH),
+                torch.ones(WIDTH),
+                self._matrix(2 * WIDE, WIDTH),
+                self._matrix(WIDTH, WIDE),
+                rotary,
+            )
+            for _ in range(LAYERS)
+        ]
+        self.table = self._matrix(VOCAB, WIDTH)
+        self.norm = torch.ones(WIDTH)
+        pool = torch.randn(LAYERS, 2, num_blocks, KV_HEADS, BLOCK_SIZE, HEAD_WIDTH).bfloat16()
+        self.views = [(pool[layer, 0], pool[layer, 1]) for layer in range(LAYERS)]
+
+    def _matrix(self, rows: int, columns: int) -> Weight:
+        return self.ops.pack(quantize_int8(torch.randn(rows, columns) / columns**0.5))
+
+    def weight_bytes(self) -> int:
+        matrices = [getattr(layer, name) for layer in self.layers for name in ("qkv", "out", "gate_up", "down")] + [self.table]
+        return sum(m.out_features * m.in_features for m in matrices if isinstance(m, Int8Weight))
+
+    def step(self, ids: torch.Tensor, positions: torch.Tensor, batch: PagedBatch, sampled: torch.Tensor) -> torch.Tensor:
+        """Logits of the sampled rows."""
+        x = self.ops.embed(ids, self.table, torch.float32)
+        residual = None
+        for layer, (keys, values) in zip(self.layers, self.views, strict=True):
+            kv = PagedKV(keys, values, batch)
+            q, residual = self.ops.qkv(x, residual, layer, positions, kv)
+            x, residual = self.ops.out_mlp(self.ops.attend(q, kv, layer.spec.attention), residual, layer)
+        assert residual is not None
+        normed, _ = self.ops.rms_norm(x[sampled], residual[sampled], self.norm, 1e-5)
+        return self.ops.linear(normed, self.table)
+
+
+def batch_of(num_sequences: int, length: int, start: int) -> tuple[PagedBatch, torch.Tensor]:
+    """Equal sequences that each compute `length` tokens from `start`, with blocks of their own."""
+    context = start + length
+    blocks = -(-context // BLOCK_SIZE)
+    table = torch.arange(num_sequences * blocks, dtype=torch.int32).view(num_sequences, blocks)
+    positions = torch.arange(start, context).repeat(num_sequences)
+    owner = torch.repeat_interleave(torch.arange(num_sequences), length)
+    batch = PagedBatch(
+        slots=table[owner, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE,
+        block_table=table,
+        query_start=torch.arange(num_sequences + 1, dtype=torch.int32) * length,
+        context_len=torch.full((num_sequences,), context, dtype=torch.int32),
+        num_decodes=num_sequences if length == 1 else 0,
+        max_query_len=0 if length == 1 else length,
+        max_context_len=context,
+    )
+    return batch, positions
+
+
+def milliseconds(call: Callable[[], object], seconds: float = 1.5) -> tuple[float, float]:
+    """Median and least of repeated calls."""
+    for _ in range(3):
+        call()
+    times = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 5:
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times), min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--isa", default="", help="avx512, avx2, generic; the best one by default")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--context", type=int, default=CONTEXT)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    model = Model(cpu_ops(options.isa, options.threads), num_blocks=64 * (options.context // BLOCK_SIZE + 1))
+    stream = torch.ones(64 * 2**20)
+    read = stream.numel() * 4 / milliseconds(stream.sum)[1] / 1e6
+    limit = model.weight_bytes() / read / 1e6
+    print(f"read {read:.1f} GB/s; {model.weight_bytes() / 1e6:.1f} MB of weights: the read limit is {limit:.2f} ms a step")
+    print(f"{'tokens':>8} {'median ms':>10} {'least ms':>9} {'tokens/s':>9} {'of limit':>9}")
+    with torch.inference_mode():
+        for sequences, length, start in ((1, 1, options.context - 1), (4, 1, options.context - 1), (16, 1, options.context - 1),
+                                         (64, 1, options.context - 1), (1, 512, 0)):  # fmt: skip
+            batch, positions = batch_of(sequences, length, start)
+            ids = torch.randint(VOCAB, (sequences * length,))
+            sampled = batch.query_start[1:].long() - 1
+            median, least = milliseconds(
+                lambda ids=ids, positions=positions, batch=batch, sampled=sampled: model.step(ids, positions, batch, sampled)
+            )
+            print(f"{sequences * length:8} {median:10.2f} {least:9.2f} {sequences * length / median * 1e3:9.0f} {limit / median:9.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""Paged attention in Triton: a decode kernel (split over keys, then a reduction) and a prefill kernel behind one `attend`.
+
+No mask is a flag here: window, sink and causality are loop bounds, with a mask on the edge tiles only. Called by `triton_ops`.
+Longer than most files because both kernels share one tile body and one way of bounding it, which must not drift apart.
+Shape suffixes: T tokens, S sequences, N query heads, K key/value heads, G = N / K, H head width, P places in a block.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.ops import AttentionSpec, PagedKV
+
+SPLIT = 256
+"""Keys one decode program reads. Fixed in tokens, so that a row's sum never depends on its neighbours or on the batch's size."""
+MAX_SPLITS = 32
+"""A row with more than SPLIT * MAX_SPLITS keys reads a multiple of SPLIT per program (a function of its own length alone): this bounds
+the grid and the scratch of a graph captured for long contexts."""
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""Scores are kept in units of log 2, because exp2 is the exponential that the hardware has."""
+
+
+class Tiling(NamedTuple):
+    """rows of queries and keys per tile, and how the compiler should lay the program out."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def decode_tiling(group: int, head_width: int, itemsize: int) -> Tiling:
+    """At least 16 rows, the smallest matrix product a tensor core takes. Of the stages, two go to reading the block table ahead, which
+    leaves three tiles of keys and values in flight."""
+    rows = max(16, triton.next_power_of_2(group))
+    if itemsize > 2:
+        return Tiling(rows, 16, 4, 3)
+    return Tiling(rows, 64 if head_width <= 128 else 32, 4, 5)
+
+
+def prefill_tiling(group: int, head_width: int, itemsize: int) -> Tiling:
+    """128 rows where the accumulator fits in registers; float32 takes small tiles, since its exact product has no tensor core."""
+    least = max(16, triton.next_power_of_2(group))
+    if itemsize > 2:
+        return Tiling(max(32, least), 32 if head_width <= 64 else 16, 8, 2)
+    return Tiling(max(128, least), 64, 8, 3) if head_width <= 128 else Tiling(max(64, least), 32, 8, 2)
+
+
+def attend(q_TNH: Tensor, kv: PagedKV, spec: AttentionSpec) -> Tensor:
+    """y [T, N * H] in q's dtype: decodes first, then prefills, a launch for each kind that the step has.
+
+    Lengths are read on the device and the grid comes from the host's upper bounds, so a captured launch stays right. Rows that belong
+    to no sequence are left as they are. Raises: ValueError when keys and values are strided differently. Source: Dao et al. 2023
+    (FlashAttention-2), section 3.1; Dao et al. 2023 (Flash-Decoding) for the split.
+    """
+    if kv.keys.stride() != kv.values.stride() or kv.keys.stride(3) != 1:
+        raise ValueError("keys and values must have equal strides and a contiguous last dimension")
+    q_TNH = q_TNH.contiguous()
+    out = torch.empty_like(q_TNH)
+    batch = kv.batch
+    if batch.num_decodes > 0:
+        _decode(q_TNH, kv, spec, out)
+    if batch.num_decodes < batch.context_len.shape[0] and q_TNH.shape[0] > batch.num_decodes:
+        _prefill(q_TNH, kv, spec, out)
+    return out.flatten(1)
+
+
+def num_splits_of(max_context_len: int, window: int | None, tile: int) -> int:
+    """An upper bound of the splits of any row. A window's own splits are few whatever the context."""
+    span = max_context_len if window is None else min(max_context_len, window + tile)
+    return min(MAX_SPLITS, max(1, -(-span // SPLIT)))
+
+
+def _decode(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
+    batch = kv.batch
+    _, num_heads, width = q.shape
+    num_kv_heads = kv.keys.shape[1]
+    tiling = decode_tiling(num_heads // num_kv_heads, width, q.element_size())
+    num_splits = num_splits_of(batch.max_context_len, spec.window, tiling.keys)
+    sums = torch.empty((batch.num_decodes, num_heads, num_splits, width), dtype=torch.float32, device=q.device)
+    stats = torch.empty((batch.num_decodes, num_heads, num_splits, 2), dtype=torch.float32, device=q.device)
+    shared = {"H": width, "WIDTH": triton.next_power_of_2(width), "TILE": tiling.keys, "WINDOW": spec.window or 0, "SPLIT": SPLIT}
+    decode_kernel[(batch.num_decodes, num_kv_heads, num_splits)](
+        q,
+        kv.keys,
+        kv.values,
+        batch.block_table,
+        batch.context_len,
+        sums,
+        stats,
+        batch.block_table.stride(0),
+        *kv.keys.stride()[:3],
+        spec.scale,
+        **shared,
+        G=num_heads // num_kv_heads,
+        ROWS=tiling.rows,
+        P=kv.keys.shape[2],
+        SINK=spec.sink,
+        SOFTCAP=spec.softcap,
+        MAX_SPLITS=MAX_SPLITS,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+    )
+    reduce_kernel[(batch.num_decodes, num_heads)](
+        sums, stats, batch.context_len, out, num_splits, **shared, MAX_SPLITS=MAX_SPLITS, num_warps=4
+    )
+
+
+def _prefill(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
+    batch = kv.batch
+    num_tokens, num_heads, width = q.shape
+    num_kv_heads = kv.keys.shape[1]
+    group = num_heads // num_kv_heads
+    tiling = prefill_tiling(group, width, q.element_size())
+    num_prefills = batch.context_len.shape[0] - batch.num_decodes
+    num_query_blocks = (num_tokens - batch.num_decodes) // (tiling.rows // group) + num_prefills
+    prefill_kernel[(num_query_blocks, num_kv_heads)](
+        q,
+        kv.keys,
+        kv.values,
+        batch.block_table,
+        batch.query_start,
+        batch.context_len,
+        out,
+        batch.num_decodes,
+        num_prefills,
+        batch.block_table.stride(0),
+        *kv.keys.stride()[:3],
+        spec.scale,
+        G=group,
+        ROWS=tiling.rows,
+        H=width,
+        WIDTH=triton.next_power_of_2(width),
+        P=kv.keys.shape[2],
+        TILE=tiling.keys,
+        WINDOW=spec.window or 0,
+        SINK=spec.sink,
+        SOFTCAP=spec.softcap,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+    )
+
+
+@triton.jit
+def _tanh(x):
+    """From exp2 and, near zero where that form cancels, the Taylor series: the language has no tanh of its own."""
+    x2 = x * x
+    series = x * (1.0 + x2 * (-1.0 / 3.0 + x2 * (2.0 / 15.0 + x2 * (-17.0 / 315.0 + x2 * (62.0 / 2835.0)))))
+    decay = tl.exp2(-2.0 * LOG2_E * tl.abs(x))
+    far = (1.0 - decay) / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _attend_tile(
+    q, peak, total, acc, start, limit, low, position, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
+    H: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys into the running softmax (peak [M], total [M], acc [M, WIDTH]); scores are in units of log 2.
+
+    With MASKED, keys at or past limit, and those below low that no sink keeps, are neither read nor counted: their block may be another
+    sequence's, or never written.
+    """
+    columns = tl.arange(0, WIDTH)
+    at = start + tl.arange(0, TILE)
+    if MASKED:
+        live = (at < limit) & ((at >= low) | (at < SINK))
+        block = tl.load(table_ptr + at // P, mask=live, other=0).to(tl.int64)
+        readable = live[:, None] & (columns < H)[None, :]
+    else:
+        block = tl.load(table_ptr + at // P).to(tl.int64)
+        readable = (at >= 0)[:, None] & (columns < H)[None, :]
+    offsets = (block * stride_block + (at % P) * stride_place)[:, None] + columns[None, :]
+    k = tl.load(k_ptr + offsets, mask=readable, other=0.0)
+    v = tl.load(v_ptr + offsets, mask=readable, other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if SOFTCAP > 0:
+        scores = _tanh(scores * (scale / SOFTCAP)) * (SOFTCAP * LOG2_E)
+    else:
+        scores = scores * (scale * LOG2_E)
+    if MASKED:
+        seen = live[None, :] & (at[None, :] <= position[:, None])
+        if WINDOW > 0:
+            seen = seen & ((position[:, None] - at[None, :] < WINDOW) | (at < SINK)[None, :])
+        scores = tl.where(seen, scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen nothing yet must not make inf - inf
+    weights = tl.exp2(scores - base[:, None])
+    decay = tl.exp2(peak - base)
+    total = total * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return new_peak, total, acc
+
+
+@triton.jit
+def _split_bounds(context, WINDOW: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """(first visible position, where split 0 begins, keys per split) of a row with this many keys."""
+    low = context * 0
+    if WINDOW > 0:
+        low = tl.maximum(context - WINDOW, 0)
+    base = low // TILE * TILE
+    return low, base, SPLIT * tl.maximum(tl.cdiv(context - base, SPLIT * MAX_SPLITS), 1)
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def decode_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, context_ptr, sums_ptr, stats_ptr, table_stride, stride_block, stride_head, stride_place, scale,
+    G: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One (sequence, key/value head, split): all G query heads of the group share each key that is read.
+
+    Writes unnormalised sums [S, N, splits, H] and (peak, total) [S, N, splits, 2], both float32. Splits past the row's end write nothing.
+    """
+    sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    context = tl.load(context_ptr + sequence)
+    low, base, size = _split_bounds(context, WINDOW, TILE, SPLIT, MAX_SPLITS)
+    begin = base + split * size
+    end = tl.minimum(begin + size, context)
+    if begin >= end:
+        return
+    num_heads = tl.num_programs(1) * G
+    member = tl.arange(0, ROWS)
+    columns = tl.arange(0, WIDTH)
+    in_group = member < G
+    head_row = sequence.to(tl.int64) * num_heads + kv_head * G + member
+    stored = in_group[:, None] & (columns < H)[None, :]
+    q = tl.load(q_ptr + head_row[:, None] * H + columns[None, :], mask=stored, other=0.0)
+    k_ptr += kv_head.to(tl.int64) * stride_head
+    v_ptr += kv_head.to(tl.int64) * stride_head
+    table_ptr += sequence.to(tl.int64) * table_stride
+    position = tl.zeros([ROWS], dtype=tl.int32) + (context - 1)
+    peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    acc = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+    if SINK > 0 and WINDOW > 0:
+        sink_end = tl.where(split == 0, tl.minimum(base, SINK), 0)
+        for start in range(0, sink_end, TILE):
+            peak, total, acc = _attend_tile(
+                q, peak, total, acc, start, sink_end, low, position, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
+                H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, True,
+            )  # fmt: skip
+    for start in range(begin, end, TILE):  # masked throughout: a decode waits for memory, not for comparisons
+        peak, total, acc = _attend_tile(
+            q, peak, total, acc, start, end, low, position, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
+            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, True,
+        )  # fmt: skip
+    partial = head_row * tl.num_programs(2) + split
+    tl.store(sums_ptr + partial[:, None] * H + columns[None, :], acc, mask=stored)
+    tl.store(stats_ptr + partial * 2, peak, mask=in_group)
+    tl.store(stats_ptr + partial * 2 + 1, total, mask=in_group)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def reduce_kernel(
+    sums_ptr, stats_ptr, context_ptr, out_ptr, num_splits,
+    H: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Merges the splits of one (sequence, query head). The tile is always MAX_SPLITS wide, so its order of summing is fixed too."""
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    context = tl.load(context_ptr + sequence)
+    _, base, size = _split_bounds(context, WINDOW, TILE, SPLIT, MAX_SPLITS)
+    split = tl.arange(0, MAX_SPLITS)
+    columns = tl.arange(0, WIDTH)
+    is_written = split < tl.cdiv(context - base, size)
+    row = sequence.to(tl.int64) * tl.num_programs(1) + head
+    partial = row * num_splits + split
+    peak = tl.load(stats_ptr + partial * 2, mask=is_written, other=float("-inf"))
+    total = tl.load(stats_ptr + partial * 2 + 1, mask=is_written, other=0.0)
+    readable = is_written[:, None] & (columns < H)[None, :]
+    sums = tl.load(sums_ptr + partial[:, None] * H + columns[None, :], mask=readable, other=0.0)
+    highest = tl.max(peak, 0)
+    decay = tl.exp2(peak - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(total * decay, 0)
+    merged = tl.sum(sums * decay[:, None], 0) / tl.where(total > 0, total, 1.0)  # a padded row has no keys and becomes zeros
+    tl.store(out_ptr + row * H + columns, merged.to(out_ptr.dtype.element_ty), mask=columns < H)
+
+
+@triton.jit
+def _find_sequence(query_start_ptr, num_decodes, num_prefills, block_index, BLOCK_Q: tl.constexpr):
+    """The prefill that owns a query block. Prefill i owns the blocks from (its first row) // BLOCK_Q + i on: at least as many as it
+    needs, and known without a prefix sum."""
+    left = num_decodes * 0
+    right = num_prefills
+    while right - left > 1:
+        middle = (left + right) // 2
+        first = tl.load(query_start_ptr + num_decodes + middle) - num_decodes
+        is_at_or_before = first // BLOCK_Q + middle <= block_index
+        left = tl.where(is_at_or_before, middle, left)
+        right = tl.where(is_at_or_before, right, middle)
+    return left
+
+
+@triton.jit(do_not_specialize=["num_decodes", "num_prefills", "table_stride"])
+def prefill_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, query_start_ptr, context_ptr, out_ptr, num_decodes, num_prefills, table_stride,
+    stride_block, stride_head, stride_place, scale,
+    G: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """One (block of queries of one sequence, key/value head). Row r is query r // G of head r % G of the group."""
+    BLOCK_Q: tl.constexpr = ROWS // G
+    block_index = tl.num_programs(0) - 1 - tl.program_id(0)  # a prompt's last queries see the most keys: start them first
+    kv_head = tl.program_id(1)
+    prefill = _find_sequence(query_start_ptr, num_decodes, num_prefills, block_index, BLOCK_Q)
+    sequence = num_decodes + prefill
+    row_start = tl.load(query_start_ptr + sequence)
+    query_len = tl.load(query_start_ptr + sequence + 1) - row_start
+    first_query = (block_index - ((row_start - num_decodes) // BLOCK_Q + prefill)) * BLOCK_Q
+    if first_query >= query_len:
+        return
+    context = tl.load(context_ptr + sequence)
+    member = tl.arange(0, ROWS)
+    columns = tl.arange(0, WIDTH)
+    query = first_query + member // G
+    is_row = (member < BLOCK_Q * G) & (query < query_len)
+    position = context - query_len + query
+    head_row = (row_start + query).to(tl.int64) * (tl.num_programs(1) * G) + kv_head * G + member % G
+    stored = is_row[:, None] & (columns < H)[None, :]
+    q = tl.load(q_ptr + head_row[:, None] * H + columns[None, :], mask=stored, other=0.0)
+    k_ptr += kv_head.to(tl.int64) * stride_head
+    v_ptr += kv_head.to(tl.int64) * stride_head
+    table_ptr += sequence.to(tl.int64) * table_stride
+
+    first_position = context - query_len + first_query
+    end = tl.minimum(first_position + BLOCK_Q, context)
+    low = context * 0
+    full_begin = context * 0
+    if WINDOW > 0:
+        low = tl.maximum(first_position - WINDOW + 1, 0)
+        full_begin = tl.cdiv(tl.maximum(end - WINDOW, 0), TILE) * TILE
+    base = low // TILE * TILE
+    full_end = tl.maximum((first_position + 1) // TILE * TILE, full_begin)
+
+    peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    acc = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+    if WINDOW > 0:
+        if SINK > 0:
+            sink_end = tl.minimum(base, SINK)
+            for start in range(0, sink_end, TILE):
+                peak, total, acc = _attend_tile(
+                    q, peak, total, acc, start, sink_end, low, position, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
+                    H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, True,
+                )  # fmt: skip
+        for start in range(base, tl.minimum(full_begin, end), TILE):
+            peak, total, acc = _attend_tile(
+                q, peak, total, acc, start, end, low, position, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
+                H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, True,
+            )  # fmt: skip
+    for start in range(full_begin, full_end, TILE):
+        peak, total, acc = _attend_tile(
+            q, peak, total, acc, start, end, low, position, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
+            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, False,
+        )  # fmt: skip
+    for start in range(full_end, end, TILE):
+        peak, total, acc = _attend_tile(
+            q, peak, total, acc, start, end, low, position, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
+            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, True,
+        )  # fmt: skip
+    y = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out_ptr + head_row[:, None] * H + columns[None, :], y.to(out_ptr.dtype.element_ty), mask=stored)

@@ -1,0 +1,115 @@
+"""Every launch the back end would make for a case, recorded instead of run, and compiled ahead of time for a GPU that need not be there.
+
+So what is compiled is what the wrappers launch: their constants, tile sizes and warps. Called by `test_compile`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel with the arguments of one launch, by parameter name."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What a compiled kernel takes: bytes of shared memory, registers a thread, bytes of stack a thread (spilled registers)."""
+
+    shared_bytes: int
+    registers: int
+    stack_bytes: int
+
+
+def record(monkeypatch: pytest.MonkeyPatch, module: ModuleType, call: Callable[[], object]) -> list[Launch]:
+    """The launches that `call` makes through the kernels of a module; nothing is computed, so outputs are whatever memory held."""
+    launches: list[Launch] = []
+    for name, kernel in list(vars(module).items()):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(module, name, _Recorder(name, kernel, launches))
+    call()
+    return launches
+
+
+class _Recorder:
+    def __init__(self, name: str, kernel: Any, launches: list[Launch]) -> None:
+        self.name, self.kernel, self.launches = name, kernel, launches
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*args: Any, num_warps: int = 4, num_stages: int = 3, **kwargs: Any) -> None:
+            names = [param.name for param in self.kernel.params]
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            assert set(arguments) == set(names), "a launch must give every parameter"
+            self.launches.append(Launch(self.name, self.kernel, arguments, num_warps, num_stages))
+
+        return launch
+
+
+def compile_launch(launch: Launch, capability: int) -> Compiled:
+    """Compiles for sm_<capability>, specialised as a real launch would be (16-byte pointers, numbers divisible by 16, ones)."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+    for index, param in enumerate(launch.kernel.params):
+        value = launch.arguments[param.name]
+        is_one = isinstance(value, int) and value == 1 and not param.do_not_specialize
+        if param.is_constexpr or value is None or is_one:
+            signature[param.name] = "constexpr"
+            constants[param.name] = value
+        elif isinstance(value, Tensor):
+            signature[param.name] = TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[param.name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0 and not param.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[param.name] = "fp32"
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": launch.num_warps, "num_stages": launch.num_stages})
+    registers, stack = _resources(compiled.asm["cubin"])
+    return Compiled(compiled.metadata.shared, registers, stack)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(cubin)
+        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", path], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2]) + int(found[3])
