@@ -1,6 +1,6 @@
 # What a person types. `make help` lists it.
 TORCH ?= 2.13.0
-TORCH_INDEX ?=
+TORCH_INDEX_URL ?=
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -17,13 +17,13 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 	@echo
-	@echo "Variables: HOST, PORT, ARGS (more flags of braid serve), PYTHON, TORCH (a version), TORCH_INDEX (an index of torch builds)"
+	@echo "Variables: HOST, PORT, ARGS (more flags of braid serve), PYTHON, TORCH (a version), TORCH_INDEX_URL (an index of torch builds)"
 
 # The pinned torch first: the package itself only asks for a range.
 $(VENV)/.installed: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) "torch==$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PIP) "torch==$(TORCH)" $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 	$(PIP) -e .
 	@touch $@
 

@@ -60,11 +60,9 @@ def serve(**values: Any) -> None:
     """
     settings = make_settings(values)
     models = _resolve_all(settings.models)
-    import asyncio
+    from service.__main__ import main as run
 
-    from service.__main__ import serve as run
-
-    sys.exit(asyncio.run(run(settings, models)))
+    sys.exit(run(settings, models))
 
 
 @main.command("pull", context_settings=_CONTEXT, short_help="Fetch models into the cache.")

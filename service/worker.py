@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None, load_models: LoadModels | None 
     fd = parser.parse_args(arguments).fd
 
     bind_life_to_parent()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     # The reading thread calls this even while a step is stuck, so the process ends with its parent in every state.
     mailbox = Mailbox(socket.socket(fileno=fd), on_lost=lambda: os._exit(1))
     messages = mailbox.receive(None)
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None, load_models: LoadModels | None 
         log.error("the first message was not Load")
         return 1
     load = messages[0]
+    logging.getLogger().setLevel(load.log_level.upper())
 
     try:
         loaded = (load_models or load_checkpoints)(load, lambda phase, fraction: mailbox.send(Progress(phase, fraction)))

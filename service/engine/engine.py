@@ -207,7 +207,7 @@ class Engine:
         seconds = self._clock() - started
         if is_good:
             lane.estimate.learn(num_tokens, seconds)
-        self._deliver(num_tokens, seconds)
+        self._deliver(num_tokens, seconds, lane.info.name)
         return True
 
     def _compute(self, lane: Lane, plan: StepPlan) -> bool:
@@ -242,10 +242,10 @@ class Engine:
     def _take(self, outputs: Sequence[Output]) -> None:
         self._events.extend(to_event(output) for output in outputs)
 
-    def _deliver(self, num_tokens: int, seconds: float) -> None:
+    def _deliver(self, num_tokens: int, seconds: float, model: str = "") -> None:
         events, self._events = self._events, []
         stats = [lane.stats() for lane in self._lanes.values()]
-        self._mailbox.send(Delivery(events=events, stats=stats, step_tokens=num_tokens, step_s=seconds))
+        self._mailbox.send(Delivery(events=events, stats=stats, step_tokens=num_tokens, step_s=seconds, step_model=model))
 
 
 def check_request(wanted: Generate, info: ModelInfo) -> None:
