@@ -1,0 +1,384 @@
+// Paged attention over all sequences of a step: online softmax over tiles of 64 keys, float32 sums, grouped heads share a tile.
+// Tiles and splits lie at absolute positions and every query walks through them in the same order, so a query's result depends
+// neither on how its prompt was cut nor on its neighbours, and decode is the same code as prefill. Included by isa_*.cpp.
+// Source: Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022 (tiles); Dao et al. 2023 (splits).
+#pragma once
+#include "lanes.h"
+
+namespace {
+
+constexpr int64_t kTile = 64;    // keys
+constexpr int64_t kSplit = 256;  // keys; a split's sums are closed and merged, whether or not other threads do its neighbours
+constexpr int64_t kRows = 48;    // query rows (queries * heads of a group) that share the tiles they read
+constexpr float kNothing = -1e30f;  // the maximum of no scores at all: finite, so that differences are never NaN
+
+// A few queries of one sequence at one K/V head, over the splits [first_split, last_split). partial: where the sums go when
+// another item merges them; -1 writes y.
+struct Item {
+    int32_t sequence, head, first_query, num_queries;
+    int64_t first_split, last_split, partial;
+};
+
+struct AttentionCall {
+    const KV& kv;
+    const Batch& batch;
+    const Spec& spec;
+    const float* q;
+    float* y;
+    int64_t num_heads;
+    float* partial;  // [items][rows][H + 2]: sums, then maximum and weight
+    int64_t group() const { return num_heads / kv.num_kv_heads; }
+    int64_t width() const { return kv.head_width; }
+    int64_t queries_per_item() const { return most(1, kRows / group()); }
+    int64_t rows_per_item() const { return queries_per_item() * group(); }
+};
+
+// A thread's memory for one item.
+struct Desk {
+    const void** lines;  // a tile's keys and values
+    float *q, *keys, *values, *scores, *sums, *total;  // [R, H], [H, 64], [64, H], [R, 64], [R, H], [R, H]
+    float *maxima, *weights, *total_maxima, *total_weights;
+    static int64_t num_lines(int64_t width) { return 2 * kTile * ceil_div(width * 4, 64); }
+    static size_t bytes(int64_t rows, int64_t width) {
+        const int64_t floats = 3 * rows * width + 2 * kTile * width + rows * kTile + 4 * rows;
+        return static_cast<size_t>(floats) * sizeof(float) + static_cast<size_t>(num_lines(width)) * sizeof(void*);
+    }
+    Desk(void* memory, int64_t rows, int64_t width) {
+        lines = static_cast<const void**>(memory);
+        float* next = reinterpret_cast<float*>(lines + num_lines(width));
+        const auto take = [&](int64_t count) { return next += count, next - count; };
+        keys = take(kTile * width), values = take(kTile * width), scores = take(rows * kTile);
+        q = take(rows * width), sums = take(rows * width), total = take(rows * width);
+        maxima = take(rows), weights = take(rows), total_maxima = take(rows), total_weights = take(rows);
+    }
+};
+
+// Cache lines to ask for while something else is computed: a burst of hundreds would hold up the loads behind it.
+struct Ahead {
+    static constexpr int kEach = 2;  // lines a step of `accumulate`: what 64 steps of keys and 64 of values need at bfloat16 and H = 64
+    const void** lines;
+    int64_t count = 0, at = 0;
+    INLINE void add(const void* row, int64_t bytes) {
+        for (int64_t offset = 0; offset < bytes; offset += 64) lines[count++] = static_cast<const char*>(row) + offset;
+    }
+    INLINE bool has(int64_t steps) const { return at + steps * kEach <= count; }
+    void flush() {
+        for (; at < count; ++at) prefetch(lines[at]);
+    }
+};
+
+// c [R, C * W] += a [R, depth] b [depth, C * W], each number one chain of multiply-adds in order of depth.
+template <int R, int C, bool kHasAhead>
+void accumulate(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, const void** lines) {
+    V sums[R][C];
+    each<R>([&](auto r) ALWAYS { each<C>([&](auto j) ALWAYS { sums[r][j] = load(c + r * ldc + j * W); }); });
+    for (int64_t k = 0; k < depth; ++k) {
+        if (kHasAhead) each<Ahead::kEach>([&](auto i) ALWAYS { prefetch(lines[k * Ahead::kEach + i]); });
+        V columns[C];
+        each<C>([&](auto j) ALWAYS { columns[j] = load(b + k * ldb + j * W); });
+        each<R>([&](auto r) ALWAYS {
+            const V x = splat(a[r * lda + k]);
+            each<C>([&](auto j) ALWAYS { sums[r][j] = fma(x, columns[j], sums[r][j]); });
+        });
+    }
+    each<R>([&](auto r) ALWAYS { each<C>([&](auto j) ALWAYS { store(c + r * ldc + j * W, sums[r][j]); }); });
+}
+
+#if defined(BRAID_AVX512)
+constexpr int kRowBlock = 6, kColumnBlock = 4;
+#else
+constexpr int kRowBlock = 3, kColumnBlock = 2;
+#endif
+
+template <int R, int C>
+INLINE void accumulate_some(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, Ahead& ahead) {
+    if (ahead.has(depth)) {
+        accumulate<R, C, true>(a, lda, b, ldb, depth, c, ldc, ahead.lines + ahead.at);
+        ahead.at += depth * Ahead::kEach;
+    } else {
+        accumulate<R, C, false>(a, lda, b, ldb, depth, c, ldc, nullptr);
+    }
+}
+
+template <int C>
+void accumulate_rows(int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, Ahead& ahead) {
+    for (; rows >= kRowBlock; rows -= kRowBlock, a += kRowBlock * lda, c += kRowBlock * ldc)
+        accumulate_some<kRowBlock, C>(a, lda, b, ldb, depth, c, ldc, ahead);
+    for (; rows >= 3; rows -= 3, a += 3 * lda, c += 3 * ldc) accumulate_some<3, C>(a, lda, b, ldb, depth, c, ldc, ahead);
+    for (; rows > 0; --rows, a += lda, c += ldc) accumulate_some<1, C>(a, lda, b, ldb, depth, c, ldc, ahead);
+}
+
+void multiply_add(int64_t rows, int64_t columns, const float* a, int64_t lda, const float* b, int64_t depth, float* c, Ahead& ahead) {
+    int64_t j = 0;
+    for (; j + kColumnBlock * W <= columns; j += kColumnBlock * W)
+        accumulate_rows<kColumnBlock>(rows, a, lda, b + j, columns, depth, c + j, columns, ahead);
+    for (; j < columns; j += W) accumulate_rows<1>(rows, a, lda, b + j, columns, depth, c + j, columns, ahead);
+}
+
+// What the queries of an item, positions first ... last, may see of a tile's keys.
+struct Sight {
+    int64_t first, last, window, sink;
+    bool sees_after(int64_t query, int64_t key) const { return query - key < window || key < sink; }
+    bool any(int64_t key) const { return key <= last && sees_after(first, key); }
+};
+
+INLINE V load_number(const float* p) { return load(p); }
+INLINE V load_number(const uint16_t* p) { return load_bf16(p); }
+
+// Numbers [W keys][W] become columns [W][keys]. A null row gives zeros.
+template <class T>
+INLINE void turn(const T* const* rows, int64_t h, float* columns) {
+    V square[W];
+    each<W>([&](auto i) ALWAYS { square[i] = rows[i] != nullptr ? load_number(rows[i] + h) : V{}; });
+    transpose(square);
+    each<W>([&](auto i) ALWAYS { store(columns + i * kTile, square[i]); });
+}
+
+// The same for [W keys][2 W] of bfloat16: a pair of numbers travels as one word, which halves the shuffles.
+INLINE void turn_pairs(const uint16_t* const* rows, int64_t h, float* columns) {
+    V square[W];
+    each<W>([&](auto i) ALWAYS { square[i] = rows[i] != nullptr ? load(reinterpret_cast<const float*>(rows[i] + h)) : V{}; });
+    transpose(square);
+    each<W>([&](auto i) ALWAYS {
+        const VU words = reinterpret_cast<VU>(square[i]);
+        store(columns + 2 * i * kTile, reinterpret_cast<V>(words << 16));
+        store(columns + (2 * i + 1) * kTile, reinterpret_cast<V>(words & 0xffff0000u));
+    });
+}
+
+// Where the tile's keys and values are; null for what no query of the item sees, and behind the count up to the next W.
+template <class T>
+INLINE void find_rows(const AttentionCall& call, const Item& item, const Sight& sight, int64_t base, int64_t count, const T** keys, const T** values) {
+    const KV& kv = call.kv;
+    const int32_t* table = call.batch.block_table + item.sequence * call.batch.table_stride;
+    const T *first_key = static_cast<const T*>(kv.keys) + item.head * kv.key_head, *first_value = static_cast<const T*>(kv.values) + item.head * kv.value_head;
+    int64_t at = base / kv.block_size, place = base % kv.block_size;
+    for (int64_t i = 0; i < ceil_div(count, W) * W; ++i) {
+        const bool is_seen = i < count && sight.any(base + i);
+        const int64_t block = is_seen ? table[at] : 0;
+        keys[i] = is_seen ? first_key + block * kv.key_block + place * kv.key_place : nullptr;
+        values[i] = is_seen ? first_value + block * kv.value_block + place * kv.value_place : nullptr;
+        if (++place == kv.block_size) place = 0, ++at;
+    }
+}
+
+// Lists a tile's keys and values, to be fetched before they are needed: the blocks of a sequence lie apart, which hardware can't foresee.
+template <class T>
+INLINE void list_tile(const AttentionCall& call, const Item& item, const Sight& sight, int64_t base, int64_t count, Ahead& ahead) {
+    const T *keys[kTile], *values[kTile];
+    find_rows(call, item, sight, base, count, keys, values);
+    const int64_t bytes = call.width() * static_cast<int64_t>(sizeof(T));
+    for (int64_t i = 0; i < count; ++i)
+        if (keys[i] != nullptr) ahead.add(keys[i], bytes);
+    for (int64_t i = 0; i < count; ++i)
+        if (values[i] != nullptr) ahead.add(values[i], bytes);
+}
+
+// The tile's keys, columns [H, 64], and values, rows [64, H], as float32; zeros for what no query of the item sees, unread.
+template <class T>
+void load_tile(const AttentionCall& call, const Item& item, const Sight& sight, int64_t base, int64_t count, Desk& desk) {
+    const int64_t width = call.width();
+    const T *keys[kTile], *values[kTile];
+    find_rows(call, item, sight, base, count, keys, values);
+    for (int64_t first = 0; first < count; first += W) {
+        int64_t h = 0;
+        if constexpr (sizeof(T) == 2)
+            for (; h + 2 * W <= width; h += 2 * W) turn_pairs(keys + first, h, desk.keys + h * kTile + first);
+        for (; h < width; h += W) turn(keys + first, h, desk.keys + h * kTile + first);
+    }
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t h = 0; h < width; h += W) store(desk.values + i * width + h, values[i] != nullptr ? load_number(values[i] + h) : V{});
+}
+
+INLINE V capped(V score, const Spec& spec) {
+    const V s = score * splat(spec.scale);
+    if (spec.softcap == 0.0f) return s;
+    // tanh(z) = 1 - 2 / (e^2z + 1)
+    const V power = exponential(s * splat(2.0f / spec.softcap));
+    return splat(spec.softcap) * (splat(1.0f) - splat(2.0f) / (power + splat(1.0f)));
+}
+
+// Scores of one row become weights against the running maximum; sums so far are scaled to a new maximum. columns: a multiple of W.
+INLINE void soften(const AttentionCall& call, const Sight& sight, int64_t position, int64_t base, int64_t columns, int64_t row, Desk& desk) {
+    float* scores = desk.scores + row * kTile;
+    const bool is_open = base + columns - 1 <= position && (position - base < sight.window || base + columns <= sight.sink);
+    const V hidden = splat(kNothing);
+    V top = hidden;
+    for (int64_t j = 0; j < columns; j += W) {
+        V s = capped(load(scores + j), call.spec);
+        if (!is_open) {
+            VI is_seen{};
+            for (int i = 0; i < W; ++i) is_seen[i] = base + j + i <= position && sight.sees_after(position, base + j + i) ? -1 : 0;
+            s = is_seen ? s : hidden;
+        }
+        store(scores + j, s);
+        top = max(top, s);
+    }
+    const float before = desk.maxima[row], now = max_lanes(top) > before ? max_lanes(top) : before;
+    V weight{};
+    for (int64_t j = 0; j < columns; j += W) {
+        const V s = load(scores + j);
+        const V p = s > hidden ? exponential(s - splat(now)) : V{};
+        store(scores + j, p);
+        weight += p;
+    }
+    if (now != before) {
+        const float factor = exponential_of(before - now);
+        desk.weights[row] *= factor;
+        float* sums = desk.sums + row * call.width();
+        for (int64_t h = 0; h < call.width(); h += W) store(sums + h, load(sums + h) * splat(factor));
+        desk.maxima[row] = now;
+    }
+    desk.weights[row] += sum_lanes(weight);
+}
+
+INLINE void clear(float* sums, float* maxima, float* weights, int64_t rows, int64_t width) {
+    for (int64_t i = 0; i < rows * width; ++i) sums[i] = 0.0f;
+    for (int64_t r = 0; r < rows; ++r) maxima[r] = kNothing, weights[r] = 0.0f;
+}
+
+// One row's closed split joins the row's total.
+INLINE void merge(float* total, float& total_maximum, float& total_weight, const float* sums, float maximum, float weight, int64_t width) {
+    const float now = maximum > total_maximum ? maximum : total_maximum;
+    const float kept = exponential_of(total_maximum - now), added = exponential_of(maximum - now);
+    for (int64_t h = 0; h < width; h += W) store(total + h, fma(load(total + h), splat(kept), load(sums + h) * splat(added)));
+    total_weight = total_weight * kept + weight * added;
+    total_maximum = now;
+}
+
+INLINE void finish(float* y, const float* total, float weight, int64_t width) {
+    const V divisor = splat(weight > 0.0f ? weight : 1.0f);
+    for (int64_t h = 0; h < width; h += W) store(y + h, load(total + h) / divisor);
+}
+
+INLINE Sight sight_of(const AttentionCall& call, const Item& item) {
+    const int64_t length = call.batch.query_start[item.sequence + 1] - call.batch.query_start[item.sequence];
+    const int64_t first = call.batch.context_len[item.sequence] - length + item.first_query;
+    return Sight{first, first + item.num_queries - 1, call.spec.window, call.spec.sink};
+}
+
+// The sums, maxima and weights of one split, in the desk. While a tile is worked on, the one after it is fetched: of this item, or
+// the first one of `next`, which this thread will likely take then (null: none).
+template <class T>
+void attend_split(const AttentionCall& call, const Item& item, const Item* next, const Sight& sight, int64_t rows, int64_t split, Desk& desk) {
+    clear(desk.sums, desk.maxima, desk.weights, rows, call.width());
+    const int64_t end = least((split + 1) * kSplit, sight.last + 1), item_end = least(item.last_split * kSplit, sight.last + 1);
+    for (int64_t base = split * kSplit; base < end; base += kTile) {
+        const int64_t count = least(kTile, end - base), columns = ceil_div(count, W) * W, after = base + kTile;
+        if (!sight.any(base) && !sight.any(base + count - 1)) continue;  // behind the window and past the sink
+        Ahead ahead{desk.lines};
+        if (after < item_end) {
+            list_tile<T>(call, item, sight, after, least(kTile, item_end - after), ahead);
+        } else if (next != nullptr) {
+            const Sight other = sight_of(call, *next);
+            const int64_t first = next->first_split * kSplit;
+            list_tile<T>(call, *next, other, first, least(kTile, other.last + 1 - first), ahead);
+        }
+        load_tile<T>(call, item, sight, base, count, desk);
+        for (int64_t i = 0; i < rows * kTile; ++i) desk.scores[i] = 0.0f;
+        multiply_add(rows, kTile, desk.q, call.width(), desk.keys, call.width(), desk.scores, ahead);
+        for (int64_t row = 0; row < rows; ++row) soften(call, sight, sight.first + row / call.group(), base, columns, row, desk);
+        multiply_add(rows, call.width(), desk.scores, kTile, desk.values, count, desk.sums, ahead);
+        ahead.flush();
+    }
+}
+
+template <class T>
+void attend_item(const AttentionCall& call, const Item& item, const Item* next, Desk desk) {
+    const int64_t group = call.group(), width = call.width(), rows = item.num_queries * group;
+    const int64_t start = call.batch.query_start[item.sequence] + item.first_query;
+    const Sight sight = sight_of(call, item);
+    const int64_t stride = call.num_heads * width, from = start * stride + item.head * group * width;
+    for (int64_t row = 0; row < rows; ++row)
+        std::memcpy(desk.q + row * width, call.q + from + row / group * stride + row % group * width, static_cast<size_t>(width) * 4);
+    clear(desk.total, desk.total_maxima, desk.total_weights, rows, width);
+    for (int64_t split = item.first_split; split < item.last_split; ++split) {
+        attend_split<T>(call, item, next, sight, rows, split, desk);
+        if (item.partial >= 0) {
+            float* out = call.partial + item.partial * call.rows_per_item() * (width + 2);
+            for (int64_t row = 0; row < rows; ++row, out += width + 2) {
+                std::memcpy(out, desk.sums + row * width, static_cast<size_t>(width) * 4);
+                out[width] = desk.maxima[row], out[width + 1] = desk.weights[row];
+            }
+            return;
+        }
+        for (int64_t row = 0; row < rows; ++row)
+            merge(desk.total + row * width, desk.total_maxima[row], desk.total_weights[row], desk.sums + row * width, desk.maxima[row], desk.weights[row], width);
+    }
+    for (int64_t row = 0; row < rows; ++row)
+        finish(call.y + from + row / group * stride + row % group * width, desk.total + row * width, desk.total_weights[row], width);
+}
+
+// Joins the partial sums of items [first, first + count), which are the splits of the same queries in order.
+void merge_items(const AttentionCall& call, const Item* first, int64_t count, Desk desk) {
+    const int64_t group = call.group(), width = call.width(), rows = first->num_queries * group;
+    const int64_t stride = call.num_heads * width;
+    const int64_t from = (call.batch.query_start[first->sequence] + first->first_query) * stride + first->head * group * width;
+    clear(desk.total, desk.total_maxima, desk.total_weights, rows, width);
+    for (int64_t split = 0; split < count; ++split)
+        for (int64_t row = 0; row < rows; ++row) {
+            const float* sums = call.partial + ((first + split)->partial * call.rows_per_item() + row) * (width + 2);
+            merge(desk.total + row * width, desk.total_maxima[row], desk.total_weights[row], sums, sums[width], sums[width + 1], width);
+        }
+    for (int64_t row = 0; row < rows; ++row)
+        finish(call.y + from + row / group * stride + row % group * width, desk.total + row * width, desk.total_weights[row], width);
+}
+
+INLINE int64_t num_splits_of(const AttentionCall& call, int64_t sequence, int64_t last_query) {
+    const int64_t length = call.batch.query_start[sequence + 1] - call.batch.query_start[sequence];
+    return ceil_div(call.batch.context_len[sequence] - length + last_query + 1, kSplit);
+}
+
+// Lists the items; with items == nullptr only counts them. has_parallel_splits: an item per split, else one for all of them.
+int64_t list_items(const AttentionCall& call, bool has_parallel_splits, Item* items) {
+    int64_t count = 0, partial = 0;
+    const int64_t queries = call.queries_per_item();
+    for (int64_t sequence = 0; sequence < call.batch.num_sequences; ++sequence) {
+        const int64_t length = call.batch.query_start[sequence + 1] - call.batch.query_start[sequence];
+        for (int64_t first = 0; call.batch.context_len[sequence] > 0 && first < length; first += queries) {
+            const int64_t taken = least(queries, length - first), splits = num_splits_of(call, sequence, first + taken - 1);
+            const int64_t pieces = has_parallel_splits ? splits : 1;
+            for (int64_t head = 0; head < call.kv.num_kv_heads; ++head)
+                for (int64_t piece = 0; piece < pieces; ++piece, ++count) {
+                    if (items == nullptr) continue;
+                    items[count] = Item{static_cast<int32_t>(sequence), static_cast<int32_t>(head), static_cast<int32_t>(first), static_cast<int32_t>(taken),
+                                        pieces > 1 ? piece : 0, pieces > 1 ? piece + 1 : splits, pieces > 1 ? partial++ : -1};
+                }
+        }
+    }
+    return count;
+}
+
+void attend(Context& context, const KV& kv, const Batch& batch, const Spec& spec, const float* q, float* y, int64_t num_heads, int64_t num_tokens) {
+    AttentionCall call{kv, batch, spec, q, y, num_heads, nullptr};
+    const int64_t width = kv.head_width, row_size = num_heads * width;
+    for (int64_t s = 0; s < batch.num_sequences; ++s)  // a padded sequence, and the padding behind the last one, give zeros
+        if (batch.context_len[s] == 0)
+            std::memset(y + batch.query_start[s] * row_size, 0, static_cast<size_t>((batch.query_start[s + 1] - batch.query_start[s]) * row_size) * 4);
+    const int64_t used = batch.query_start[batch.num_sequences];
+    std::memset(y + used * row_size, 0, static_cast<size_t>((num_tokens - used) * row_size) * 4);
+
+    const int64_t whole = list_items(call, false, nullptr), threads = context.pool.size();
+    const bool has_parallel_splits = threads > 1 && whole < 4 * threads;
+    const int64_t count = has_parallel_splits ? list_items(call, true, nullptr) : whole;
+    Item* items = static_cast<Item*>(context.items.reserve(static_cast<size_t>(most(count, 1)) * sizeof(Item)));
+    list_items(call, has_parallel_splits, items);
+    if (count > whole) call.partial = static_cast<float*>(context.partial.reserve(static_cast<size_t>(count * call.rows_per_item() * (width + 2)) * 4));
+    const int64_t rows = call.rows_per_item();
+    for (auto& memory : context.of_thread) memory.reserve(Desk::bytes(rows, width));
+    parallel(context, count, [&](int64_t tile, int thread) {
+        const Desk desk(context.of_thread[static_cast<size_t>(thread)].reserve(0), rows, width);
+        const int64_t at = count - 1 - tile;  // the later a query, the more keys: long items first
+        const Item* next = at >= threads ? items + at - threads : nullptr;
+        kv.is_bf16 ? attend_item<uint16_t>(call, items[at], next, desk) : attend_item<float>(call, items[at], next, desk);
+    });
+    const Desk desk(context.of_thread[0].reserve(0), rows, width);
+    for (int64_t at = 0; at < count;) {
+        int64_t end = at + 1;
+        while (items[at].partial >= 0 && end < count && items[end].partial >= 0 && items[end].first_split > 0) ++end;
+        if (items[at].partial >= 0) merge_items(call, items + at, end - at, desk);
+        at = end;
+    }
+}
+
+}  // namespace

@@ -1,0 +1,80 @@
+// The coarse operations of a layer and the stand-alone fine ones, put together from rows, products and attention, and the table
+// that hands them out. Included by the isa_*.cpp files, each of which becomes one instruction set's version.
+#pragma once
+#include "attention.h"
+#include "product.h"
+#include "sample.h"
+
+namespace {
+
+INLINE float* reserve_floats(Scratch& scratch, int64_t count) { return static_cast<float*>(scratch.reserve(static_cast<size_t>(count) * sizeof(float))); }
+
+void kv_write(Context& context, const Layer& layer, const KV& kv, const Batch& batch, const float* product, const int64_t* positions, float* q, int64_t num_tokens) {
+    const int64_t row_size = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_width;
+    float* rows = const_cast<float*>(product);
+    if (rows != context.product.reserve(0)) {  // the caller's numbers are not to be touched
+        rows = reserve_floats(context.product, num_tokens * row_size);
+        std::memcpy(rows, product, static_cast<size_t>(num_tokens * row_size) * sizeof(float));
+    }
+    parallel_rows(context, num_tokens, row_size, [&](int64_t row) {
+        write_token(layer, kv, rows + row * row_size, positions[row], batch.slots[row], q + row * layer.num_heads * layer.head_width);
+    });
+}
+
+void qkv(Context& context, const Layer& layer, const KV& kv, const Batch& batch, const float* x, float* residual, bool has_residual, const int64_t* positions,
+         float* q, int64_t num_tokens) {
+    const Activations a = reserve_activations(context, num_tokens, layer.width);
+    float* normed = reserve_floats(context.hidden, num_tokens * layer.width);
+    parallel_rows(context, num_tokens, layer.width, [&](int64_t row) {
+        const int64_t at = row * layer.width;
+        add_norm_quantize(has_residual ? x + at : nullptr, residual + at, layer.attention_norm, layer.eps, normed + at, a, row);
+    });
+    float* rows = reserve_floats(context.product, num_tokens * layer.qkv.out);
+    product(context, a, layer.qkv, PlainStore{layer.qkv, layer.qkv_bias, rows});
+    kv_write(context, layer, kv, batch, rows, positions, q, num_tokens);
+}
+
+void linear(Context& context, const Matrix& weight, const float* x, float* out, int64_t num_rows) {
+    const Activations a = reserve_activations(context, num_rows, weight.in);
+    parallel_rows(context, num_rows, weight.in, [&](int64_t row) { quantize_row(x + row * weight.in, a, row); });
+    product(context, a, weight, PlainStore{weight, nullptr, out});
+}
+
+void out_mlp(Context& context, const Layer& layer, const float* y, float* residual, float* x, int64_t num_tokens) {
+    float* sum = reserve_floats(context.product, num_tokens * layer.width);
+    linear(context, layer.out, y, sum, num_tokens);
+    const Activations a = reserve_activations(context, num_tokens, layer.width);
+    parallel_rows(context, num_tokens, layer.width, [&](int64_t row) {
+        const int64_t at = row * layer.width;
+        add_norm_quantize(sum + at, residual + at, layer.mlp_norm, layer.eps, sum + at, a, row);
+    });
+    float* hidden = reserve_floats(context.hidden, num_tokens * layer.down.in);
+    if (layer.gelu)
+        product(context, a, layer.gate_up, GatedStore<true>{layer.gate_up, hidden});
+    else
+        product(context, a, layer.gate_up, GatedStore<false>{layer.gate_up, hidden});
+    linear(context, layer.down, hidden, x, num_tokens);
+}
+
+void embed(Context& context, const Matrix& table, const int64_t* ids, float* out, int64_t num_tokens) {
+    parallel_rows(context, num_tokens, table.in, [&](int64_t row) { embed_row(table, ids[row], out + row * table.in); });
+}
+
+void rms_norm(Context& context, const float* x, const float* residual, const float* weight, float eps, float* normed, float* sum, int64_t num_rows, int64_t width) {
+    parallel_rows(context, num_rows, width, [&](int64_t row) {
+        const int64_t at = row * width;
+        if (residual != nullptr) add_row(sum + at, x + at, residual + at, width);
+        norm_row((residual == nullptr ? x : sum) + at, weight, eps, normed + at, width);
+    });
+}
+
+void gated(Context& context, const float* gate_up, float* out, int64_t num_rows, int64_t width, bool is_gelu) {
+    parallel_rows(context, num_rows, width, [&](int64_t row) {
+        const float* from = gate_up + row * 2 * width;
+        is_gelu ? gated_row<true>(from, out + row * width, width) : gated_row<false>(from, out + row * width, width);
+    });
+}
+
+constexpr Table table_of(const char* name) { return Table{name, qkv, attend, out_mlp, linear, embed, rms_norm, kv_write, gated, sample}; }
+
+}  // namespace

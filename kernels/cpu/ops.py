@@ -1,0 +1,281 @@
+"""The CPU back end: the compiled kernels where they apply, plain PyTorch for the rest.
+
+No formula here, only pointers: which function takes which tensors. Called through `kernels.ops.select_ops("cpu")`.
+Shape suffixes: T tokens, D model width, N query heads, H head width, R sampled rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from ctypes import addressof
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kernels.compose import FineOps, compose
+from kernels.cpu.library import KV, Batch, Draw, Layer, Matrix, load
+from kernels.cpu.packed import PackedStrips, linear_floats, pack_floats, pack_strips
+from kernels.linear import reference as plain_linear
+from kernels.ops import Activation, AttentionSpec, Int8Weight, LayerWeights, Ops, PagedBatch, PagedKV, Sampled, SampleRows, Weight
+from kernels.reference_ops import REFERENCE_FINE_OPS, reference_ops
+from kernels.sample.reference import penalised, with_logprobs
+
+ISA_VARIABLE = "BRAID_CPU_ISA"
+_LANES = 16
+"""Head width and feed-forward width must be multiples of this for the compiled attention and the fused feed-forward block."""
+_MOST_KEPT = 1024
+_UNSEEN = 2**63 - 1
+
+
+def cpu_ops(isa: str | None = None, num_threads: int | None = None) -> Ops:
+    """The table of the CPU back end, with threads and memory of its own.
+
+    isa: "avx512", "avx2", "generic" or "" for the best this machine runs; None reads BRAID_CPU_ISA. num_threads: None takes
+    PyTorch's number. Raises: ValueError when the machine or the library can't run the instruction set asked for.
+    """
+    library = load()
+    if library is None:
+        return compose("cpu", replace(REFERENCE_FINE_OPS, linear=_linear_without_library, pack=_pack_without_library))
+    name = os.environ.get(ISA_VARIABLE, "") if isa is None else isa
+    native = _Native(library, name, num_threads or torch.get_num_threads())
+    fine = FineOps(native.attend, native.linear, native.embed, native.rms_norm, native.kv_write, native.gated, native.sample, native.pack)
+    native.composed = compose("cpu", fine)
+    return replace(native.composed, qkv=native.qkv, out_mlp=native.out_mlp)
+
+
+def _pack_without_library(weight: Weight) -> Weight:
+    return pack_floats(weight) if isinstance(weight, Int8Weight) else weight
+
+
+def _linear_without_library(x: Tensor, weight: Weight) -> Tensor:
+    if isinstance(weight, Int8Weight) and isinstance(weight.packed, tuple):
+        return linear_floats(x, weight, weight.packed)
+    return plain_linear.linear(x, weight)
+
+
+def _strips(weight: Weight) -> PackedStrips | None:
+    return weight.packed if isinstance(weight, Int8Weight) and isinstance(weight.packed, PackedStrips) else None
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _is_native(x: Tensor) -> bool:
+    return x.dtype is torch.float32 and not (x.requires_grad and torch.is_grad_enabled())
+
+
+class _Native:
+    """One context of the library, and the C structs of the layers, pools and batches it has met. Not for two threads at once."""
+
+    def __init__(self, library: ctypes.CDLL, isa: str, num_threads: int) -> None:
+        self._library = library
+        self._context = library.braid_create(isa.encode(), num_threads)
+        if self._context is None:
+            raise ValueError(
+                f"this machine can't run the CPU kernels {isa!r}; there are avx512, avx2 and generic, where the processor has them"
+            )
+        weakref.finalize(self, library.braid_destroy, self._context)
+        self.composed = reference_ops()
+        self._layers: dict[int, tuple[LayerWeights, Layer, bool]] = {}
+        self._pools: dict[int, tuple[Tensor, Tensor, KV]] = {}
+        self._batch: tuple[PagedBatch, Batch, tuple[Tensor, ...]] | None = None
+
+    # --- coarse -------------------------------------------------------------------------------------------------------------------
+
+    def qkv(self, x: Tensor, residual: Tensor | None, weights: LayerWeights, positions: Tensor, kv: PagedKV) -> tuple[Tensor, Tensor]:
+        layer, is_fused = self._layer(weights)
+        if not (is_fused and _is_native(x) and self._can_store(kv)):
+            return self.composed.qkv(x, residual, weights, positions, kv)
+        x, positions = x.contiguous(), positions.contiguous()
+        # Without a residual the sum is x itself, which later layers add to in place: that must not reach the caller's tensor.
+        total = x.clone() if residual is None else residual.contiguous()
+        spec = weights.spec
+        q = x.new_empty((len(x), spec.num_heads, spec.head_width))
+        pool, batch = self._places(kv)
+        self._check(
+            self._library.braid_qkv(
+                self._context, addressof(layer), pool, batch, x.data_ptr(), total.data_ptr(), residual is not None,
+                positions.data_ptr(), q.data_ptr(), len(x),
+            )
+        )  # fmt: skip
+        return q, total
+
+    def out_mlp(self, y: Tensor, residual: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
+        layer, is_fused = self._layer(weights)
+        if not (is_fused and _is_native(y)):
+            return self.composed.out_mlp(y, residual, weights)
+        y, residual = y.contiguous(), residual.contiguous()
+        x = torch.empty_like(residual)
+        self._check(self._library.braid_out_mlp(self._context, addressof(layer), y.data_ptr(), residual.data_ptr(), x.data_ptr(), len(y)))
+        return x, residual
+
+    # --- fine ---------------------------------------------------------------------------------------------------------------------
+
+    def attend(self, q: Tensor, kv: PagedKV, spec: AttentionSpec) -> Tensor:
+        if not (_is_native(q) and self._can_store(kv) and q.shape[-1] % _LANES == 0):
+            return REFERENCE_FINE_OPS.attend(q, kv, spec)
+        q = q.contiguous()
+        num_tokens, num_heads, width = q.shape
+        y = q.new_empty((num_tokens, num_heads * width))
+        pool, batch = self._places(kv)
+        self._check(
+            self._library.braid_attend(
+                self._context, pool, batch, spec.scale, spec.softcap, _UNSEEN if spec.window is None else spec.window, spec.sink,
+                q.data_ptr(), y.data_ptr(), num_heads, num_tokens,
+            )
+        )  # fmt: skip
+        return y
+
+    def linear(self, x: Tensor, weight: Weight) -> Tensor:
+        strips = _strips(weight)
+        if strips is None:
+            return plain_linear.linear(x, weight)
+        rows = x.float().contiguous()
+        out = rows.new_empty((len(x), strips.matrix.out_features))
+        self._check(self._library.braid_linear(self._context, addressof(strips.matrix), rows.data_ptr(), out.data_ptr(), len(x)))
+        return out.to(x.dtype)
+
+    def embed(self, ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+        strips = _strips(weight)
+        if strips is None:
+            return plain_linear.embed(ids, weight, dtype)
+        ids = ids.contiguous()
+        out = torch.empty((len(ids), strips.matrix.in_features), dtype=torch.float32)
+        status = self._library.braid_embed(self._context, addressof(strips.matrix), ids.data_ptr(), out.data_ptr(), len(ids))
+        if status == 2:
+            raise IndexError(f"a token id lies outside the vocabulary of {strips.matrix.out_features}")
+        self._check(status)
+        return out.to(dtype)
+
+    def rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if not (_is_native(x) and _is_native(weight)):
+            return REFERENCE_FINE_OPS.rms_norm(x, residual, weight, eps)
+        x, weight = x.contiguous(), weight.contiguous()
+        normed = torch.empty_like(x)
+        total = x if residual is None else torch.empty_like(x)
+        residual = None if residual is None else residual.contiguous()
+        width = x.shape[-1]
+        self._check(
+            self._library.braid_rms_norm(
+                self._context, x.data_ptr(), _pointer(residual), weight.data_ptr(), eps, normed.data_ptr(), total.data_ptr(),
+                x.numel() // width, width,
+            )
+        )  # fmt: skip
+        return normed, total
+
+    def kv_write(self, qkv: Tensor, weights: LayerWeights, positions: Tensor, kv: PagedKV) -> Tensor:
+        if not (_is_native(qkv) and weights.attention_norm.dtype is torch.float32 and self._can_store(kv)):
+            return REFERENCE_FINE_OPS.kv_write(qkv, weights, positions, kv)
+        qkv, positions = qkv.contiguous(), positions.contiguous()
+        spec = weights.spec
+        layer, _ = self._layer(weights)
+        q = qkv.new_empty((len(qkv), spec.num_heads, spec.head_width))
+        pool, batch = self._places(kv)
+        self._check(
+            self._library.braid_kv_write(
+                self._context, addressof(layer), pool, batch, qkv.data_ptr(), positions.data_ptr(), q.data_ptr(), len(qkv)
+            )
+        )
+        return q
+
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        if not _is_native(gate_up) or activation not in ("silu", "gelu_tanh"):
+            return REFERENCE_FINE_OPS.gated(gate_up, activation)
+        gate_up = gate_up.contiguous()
+        num_rows, width = len(gate_up), gate_up.shape[1] // 2
+        out = gate_up.new_empty((num_rows, width))
+        self._check(
+            self._library.braid_gated(self._context, gate_up.data_ptr(), out.data_ptr(), num_rows, width, activation == "gelu_tanh")
+        )
+        return out
+
+    def sample(self, logits: Tensor, rows: SampleRows) -> Sampled:
+        is_changed = rows.mask is not None or rows.counts is not None
+        scores = (penalised(logits, rows) if is_changed else logits.float()).contiguous()
+        floats = [x.float().contiguous() for x in (rows.temperature, rows.top_p, rows.min_p)]
+        ints = [rows.top_k.int().contiguous(), rows.seeds.contiguous(), rows.positions.contiguous()]
+        draw = Draw(*(x.data_ptr() for x in floats + ints))
+        ids = torch.empty(len(scores), dtype=torch.int64)
+        self._check(
+            self._library.braid_sample(self._context, scores.data_ptr(), addressof(draw), ids.data_ptr(), len(scores), scores.shape[1])
+        )
+        return with_logprobs(ids, logits, rows)
+
+    def pack(self, weight: Weight) -> Weight:
+        return pack_strips(weight) if isinstance(weight, Int8Weight) and weight.packed is None else weight
+
+    # --- structs ------------------------------------------------------------------------------------------------------------------
+
+    def _check(self, status: int) -> None:
+        if status:
+            raise MemoryError("the CPU kernels have no memory left for their intermediate results")
+
+    def _can_store(self, kv: PagedKV) -> bool:
+        return kv.keys.dtype in (torch.bfloat16, torch.float32) and kv.keys.stride(3) == 1 and kv.values.stride(3) == 1
+
+    def _layer(self, weights: LayerWeights) -> tuple[Layer, bool]:
+        """The layer's struct, kept as long as this back end, and whether its products can be fused."""
+        known = self._layers.get(id(weights))
+        if known is None:
+            strips = [_strips(weight) for weight in (weights.qkv, weights.out, weights.gate_up, weights.down)]
+            matrices = [one.matrix for one in strips if one is not None]
+            is_fused = len(matrices) == 4 and matrices[3].in_features % _LANES == 0 and weights.attention_norm.dtype is torch.float32
+            known = self._layers[id(weights)] = (weights, _layer_struct(weights, matrices if is_fused else [Matrix()] * 4), is_fused)
+        return known[1], known[2]
+
+    def _places(self, kv: PagedKV) -> tuple[int, int]:
+        """Addresses of the structs of the pool and of the step's batch."""
+        pool = self._pools.get(id(kv.keys))
+        if pool is None or pool[1] is not kv.values:
+            if len(self._pools) >= _MOST_KEPT:
+                self._pools.clear()
+            pool = self._pools[id(kv.keys)] = (kv.keys, kv.values, _pool_struct(kv))
+        batch, new = self._batch, kv.batch
+        if (
+            batch is None
+            or batch[0] is not new
+            or batch[2][0] is not new.slots
+            or batch[2][1] is not new.block_table
+            or batch[2][2] is not new.query_start
+            or batch[2][3] is not new.context_len
+        ):
+            batch = self._batch = _batch_struct(new)
+        return addressof(pool[2]), addressof(batch[1])
+
+
+def _layer_struct(weights: LayerWeights, matrices: list[Matrix]) -> Layer:
+    spec = weights.spec
+    vectors = (weights.attention_norm, weights.mlp_norm, weights.qkv_bias, weights.q_norm, weights.k_norm, weights.rotary)
+    for vector in vectors:
+        if vector is not None and not vector.is_contiguous():
+            raise ValueError("norms, biases and the rotary table must be contiguous")
+    numbers = (
+        spec.num_heads,
+        spec.num_kv_heads,
+        spec.head_width,
+        len(weights.attention_norm),
+        spec.activation == "gelu_tanh",
+        spec.norm_eps,
+    )
+    return Layer(*matrices, *map(_pointer, vectors), *numbers)
+
+
+def _pool_struct(kv: PagedKV) -> KV:
+    _, num_kv_heads, block_size, width = kv.keys.shape
+    strides = (*kv.keys.stride()[:3], *kv.values.stride()[:3])
+    return KV(kv.keys.data_ptr(), kv.values.data_ptr(), *strides, block_size, num_kv_heads, width, kv.keys.dtype is torch.bfloat16)
+
+
+def _batch_struct(batch: PagedBatch) -> tuple[PagedBatch, Batch, tuple[Tensor, ...]]:
+    """The struct with the tensors that it points into. Raises: ValueError for a dtype or stride that the kernels can't read."""
+    given = (batch.slots, batch.block_table, batch.query_start, batch.context_len)
+    kinds = (torch.int64, torch.int32, torch.int32, torch.int32)
+    if any(x.dtype is not kind or not x.is_contiguous() for x, kind in zip(given, kinds, strict=True)):
+        raise ValueError("slots must be int64, block_table, query_start and context_len int32, and all contiguous")
+    slots, table, query_start, context_len = (x.data_ptr() for x in given)
+    width = batch.block_table.shape[1]
+    return batch, Batch(slots, table, width, query_start, context_len, len(batch.context_len)), given

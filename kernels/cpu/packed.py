@@ -1,0 +1,57 @@
+"""Int8 weights in the form that the compiled kernels read, and in the one that plain PyTorch multiplies fastest.
+
+No kernel is called here. Called by `kernels.cpu.ops`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.cpu.library import Matrix
+from kernels.linear.reference import EXACT_COLUMNS, quantize_rows
+from kernels.ops import Int8Weight
+
+STRIP = 16
+"""Outputs side by side: one 64-byte line holds 4 inputs of each."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PackedStrips:
+    """data int8 [strips, quads, 16, 4], zeros where padded; scales float32 and sums int32 (of a row's values), [strips * 16].
+
+    matrix points into the three tensors.
+    """
+
+    data: Tensor
+    scales: Tensor
+    sums: Tensor
+    matrix: Matrix
+
+
+def pack_strips(weight: Int8Weight) -> Int8Weight:
+    """The weight as strips; `values` becomes an empty tensor, because the strips hold the same numbers."""
+    values = F.pad(weight.values, (0, -weight.in_features % 4, 0, -weight.out_features % STRIP))
+    data = values.view(values.shape[0] // STRIP, STRIP, values.shape[1] // 4, 4).transpose(1, 2).contiguous()
+    scales = F.pad(weight.scales, (0, -weight.out_features % STRIP)).contiguous()
+    sums = values.sum(1, dtype=torch.int32)
+    matrix = Matrix(data.data_ptr(), scales.data_ptr(), sums.data_ptr(), weight.out_features, weight.in_features)
+    return replace(weight, values=weight.values.new_empty(0), packed=PackedStrips(data, scales, sums, matrix))
+
+
+def pack_floats(weight: Int8Weight) -> Int8Weight:
+    """The weight with its whole numbers also as float32, cut into columns that can be summed exactly: for machines without the library."""
+    return replace(weight, packed=tuple(part.float() for part in torch.split(weight.values, EXACT_COLUMNS, dim=1)))
+
+
+def linear_floats(x: Tensor, weight: Int8Weight, parts: tuple[Tensor, ...]) -> Tensor:
+    """`kernels.linear.reference.linear` over what `pack_floats` made: the same numbers, without converting the weight every time."""
+    values, scales = quantize_rows(x)
+    columns = torch.split(values.float(), EXACT_COLUMNS, dim=1)
+    product = F.linear(columns[0], parts[0])
+    if len(parts) > 1:
+        product = torch.stack([F.linear(*pair).double() for pair in zip(columns, parts, strict=True)]).sum(0)
+    return (product.to(scales.dtype) * scales[:, None] * weight.scales.to(scales.dtype)).to(x.dtype)

@@ -1,0 +1,159 @@
+// What is done row by row: residual + RMSNorm, quantisation to int8, rotation and K/V store, gated activation, embedding.
+// A row's arithmetic depends on that row alone. No products and no attention. Included by the isa_*.cpp files.
+#pragma once
+#include "lanes.h"
+
+namespace {
+
+#if defined(BRAID_AVX512)
+constexpr int kOffset = 128;  // vpdpbusd multiplies unsigned by signed bytes, so activations are stored + 128
+constexpr int kMostRows = 12;
+#elif defined(BRAID_AVX2)
+constexpr int kOffset = 0;
+constexpr int kMostRows = 4;
+#else
+constexpr int kOffset = 0;
+constexpr int kMostRows = 4;
+#endif
+
+// Rows of int8 for a product: [groups][quads][rows][4], so that a product reads the rows of a group from one place per quad.
+// The rows behind the last one are never stored anywhere, whatever they hold.
+struct Activations {
+    uint8_t* bytes;
+    float* scales;
+    int64_t num_rows, width, rows, quads;
+    int64_t num_groups() const { return ceil_div(num_rows, rows); }
+    uint8_t* group(int64_t index) const { return bytes + index * quads * rows * 4; }
+};
+
+INLINE Activations reserve_activations(Context& context, int64_t num_rows, int64_t width) {
+    Activations a{};
+    a.num_rows = num_rows;
+    a.width = width;
+    a.rows = ceil_div(num_rows, ceil_div(num_rows, kMostRows));
+    a.quads = ceil_div(width, 4);
+    a.bytes = static_cast<uint8_t*>(context.bytes.reserve(static_cast<size_t>(a.num_groups() * a.rows * a.quads * 4)));
+    a.scales = static_cast<float*>(context.scales.reserve(static_cast<size_t>(num_rows) * sizeof(float)));
+    return a;
+}
+
+INLINE float largest(const float* x, int64_t width) {
+    V top = V{};
+    int64_t i = 0;
+    for (; i + W <= width; i += W) top = max(absolute(load(x + i)), top);
+    float result = max_lanes(top);
+    for (; i < width; ++i) result = std::fabs(x[i]) > result ? std::fabs(x[i]) : result;
+    return result;
+}
+
+// Symmetric int8 with the row's own scale, its absolute maximum / 127; ties to even, like the reference.
+INLINE void quantize_row(const float* x, const Activations& a, int64_t row) {
+    const float amax = largest(x, a.width) / 127.0f;
+    const float scale = amax > 0.0f ? amax : 1.0f;
+    a.scales[row] = scale;
+    uint8_t* out = a.group(row / a.rows) + row % a.rows * 4;
+    const int64_t stride = a.rows * 4;
+    int64_t i = 0;
+    for (; i + W <= a.width; i += W, out += stride * (W / 4)) {
+        const VI wide = round_to_int(min(max(load(x + i) / splat(scale), splat(-127.0f)), splat(127.0f))) + kOffset;
+#if defined(BRAID_AVX512)
+        alignas(16) uint32_t quads[4];
+        _mm_store_si128(reinterpret_cast<__m128i*>(quads), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(wide)));
+        for (int q = 0; q < 4; ++q) std::memcpy(out + q * stride, &quads[q], 4);
+#else
+        for (int lane = 0; lane < W; ++lane) out[lane / 4 * stride + lane % 4] = static_cast<uint8_t>(wide[lane]);
+#endif
+    }
+    for (; i < a.width; ++i, out += i % 4 == 0 ? stride : 0)  // fewer than W numbers
+        out[i % 4] = static_cast<uint8_t>(round_to_int(min(max(splat(x[i]) / splat(scale), splat(-127.0f)), splat(127.0f)))[0] + kOffset);
+    for (; i % 4 != 0; ++i) out[i % 4] = kOffset;
+}
+
+INLINE float root_mean_square(const float* x, int64_t width, float eps) {
+    V sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * W <= width; i += 4 * W)
+        for (int j = 0; j < 4; ++j) sums[j] = fma(load(x + i + j * W), load(x + i + j * W), sums[j]);
+    for (; i + W <= width; i += W) sums[0] = fma(load(x + i), load(x + i), sums[0]);
+    float sum = sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; i < width; ++i) sum += x[i] * x[i];
+    return 1.0f / std::sqrt(sum / static_cast<float>(width) + eps);
+}
+
+// normed may be x. Source: Zhang and Sennrich 2019, equation 4.
+INLINE void norm_row(const float* x, const float* weight, float eps, float* normed, int64_t width) {
+    const float factor = root_mean_square(x, width, eps);
+    int64_t i = 0;
+    for (; i + W <= width; i += W) store(normed + i, load(x + i) * splat(factor) * load(weight + i));
+    for (; i < width; ++i) normed[i] = x[i] * factor * weight[i];
+}
+
+INLINE void add_row(float* sum, const float* x, const float* residual, int64_t width) {
+    int64_t i = 0;
+    for (; i + W <= width; i += W) store(sum + i, load(residual + i) + load(x + i));
+    for (; i < width; ++i) sum[i] = residual[i] + x[i];
+}
+
+// residual += x (null: residual as it is); RMSNorm; int8. `normed` is a row of the caller's memory.
+INLINE void add_norm_quantize(const float* x, float* residual, const float* weight, float eps, float* normed, const Activations& a,
+                              int64_t row) {
+    if (x != nullptr) add_row(residual, x, residual, a.width);
+    norm_row(residual, weight, eps, normed, a.width);
+    quantize_row(normed, a, row);
+}
+
+// Pairs (i, i + H / 2). Source: Su et al. 2021, section 3.4.2, in half-split order.
+INLINE void rotate(const float* x, const float* cosine, float* out, int64_t half) {
+    const float* sine = cosine + half;
+    for (int64_t i = 0; i < half; ++i) {
+        const float low = x[i], high = x[i + half];
+        out[i] = low * cosine[i] - high * sine[i];
+        out[i + half] = high * cosine[i] + low * sine[i];
+    }
+}
+
+INLINE void store_head(void* pool, int64_t at, const float* x, const KV& kv) {
+    if (kv.is_bf16) {
+        uint16_t* out = static_cast<uint16_t*>(pool) + at;
+        for (int64_t i = 0; i < kv.head_width; ++i) out[i] = to_bf16(x[i]);
+    } else {
+        std::memcpy(static_cast<float*>(pool) + at, x, static_cast<size_t>(kv.head_width) * sizeof(float));
+    }
+}
+
+// One token's row of the product [(N + 2K) * H], which is worked on in place: norms, rotation, q out, K and V into the slot.
+INLINE void write_token(const Layer& layer, const KV& kv, float* row, int64_t position, int64_t slot, float* q) {
+    const int64_t width = layer.head_width, num_heads = layer.num_heads, num_kv_heads = layer.num_kv_heads;
+    const float* angles = layer.rotary + position * width;
+    for (int64_t head = 0; head < num_heads; ++head) {
+        float* x = row + head * width;
+        if (layer.q_norm != nullptr) norm_row(x, layer.q_norm, layer.eps, x, width);
+        rotate(x, angles, q + head * width, width / 2);
+    }
+    if (slot < 0) return;
+    const int64_t block = slot / kv.block_size, place = slot % kv.block_size;
+    for (int64_t head = 0; head < num_kv_heads; ++head) {
+        float* k = row + (num_heads + head) * width;
+        if (layer.k_norm != nullptr) norm_row(k, layer.k_norm, layer.eps, k, width);
+        rotate(k, angles, k, width / 2);
+        store_head(kv.keys, block * kv.key_block + head * kv.key_head + place * kv.key_place, k, kv);
+        store_head(kv.values, block * kv.value_block + head * kv.value_head + place * kv.value_place, k + num_kv_heads * width, kv);
+    }
+}
+
+template <bool kIsGelu>
+INLINE void gated_row(const float* gate_up, float* out, int64_t width) {
+    int64_t i = 0;
+    for (; i + W <= width; i += W) store(out + i, activate<kIsGelu>(load(gate_up + i)) * load(gate_up + width + i));
+    for (; i < width; ++i) out[i] = activate<kIsGelu>(splat(gate_up[i]))[0] * gate_up[width + i];
+}
+
+// A row of the table out of its strips.
+INLINE void embed_row(const Matrix& table, int64_t id, float* out) {
+    const int64_t quads = ceil_div(table.in, 4);
+    const int8_t* strip = table.data + id / 16 * quads * 64 + id % 16 * 4;
+    const float scale = table.scales[id];
+    for (int64_t i = 0; i < table.in; ++i) out[i] = static_cast<float>(strip[i / 4 * 64 + i % 4]) * scale;
+}
+
+}  // namespace

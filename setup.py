@@ -1,0 +1,58 @@
+"""Builds the CPU kernels beside the package: one shared library, each file compiled for the instruction set that it is named after.
+
+Everything else about the package is in pyproject.toml. Without a C++ compiler the build goes on, and the server falls back to PyTorch.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-fPIC",
+    "-pthread",
+    "-g0",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+]
+ISA_FLAGS = {
+    "isa_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mprefer-vector-width=512".split(),
+    "isa_avx2.cpp": "-mavx2 -mfma".split(),
+}
+FOLDER = Path("kernels/cpu")
+
+
+class BuildKernels(build_ext):
+    """Adds flags file by file: one flag set for the whole library would let machines without AVX-512 run into it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+        objects: list[str] = []
+        for source in ext.sources:
+            extra = ISA_FLAGS.get(Path(source).name, []) if is_x86 else []
+            objects += self.compiler.compile([source], output_dir=self.build_temp, depends=ext.depends, extra_postargs=FLAGS + extra)
+        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), extra_postargs=["-pthread"], target_lang="c++")
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "kernels.cpu._braid_cpu",
+            sources=sorted(str(path) for path in FOLDER.glob("*.cpp")),
+            depends=sorted(str(path) for path in FOLDER.glob("*.h")),
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)

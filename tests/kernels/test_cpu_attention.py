@@ -1,0 +1,127 @@
+"""Paged attention of the compiled CPU back end: against the reference, and bit-equal however a prompt is cut and whoever is beside it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cpu.ops import cpu_ops
+from kernels.ops import AttentionSpec, Ops, PagedBatch, PagedKV
+from kernels.reference_ops import reference_ops
+from tests.kernels.cpu_inputs import ISAS, needs_library, paged_batch, random_kv
+
+pytestmark = needs_library
+REFERENCE = reference_ops()
+SPECS = {
+    "plain": AttentionSpec(0.125),
+    "window": AttentionSpec(0.125, window=9),
+    "sink": AttentionSpec(0.125, window=70, sink=3),
+    "softcap": AttentionSpec(0.3, softcap=5.0),
+    "all": AttentionSpec(0.3, window=33, sink=5, softcap=2.0),
+}
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(2)
+
+
+@pytest.fixture(params=ISAS)
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return cpu_ops(request.param, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "width", "block_size"), [(6, 2, 16, 5), (3, 1, 64, 16), (4, 4, 80, 3)])
+def test_ragged_batches(
+    ops: Ops,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    spec: AttentionSpec,
+    num_heads: int,
+    num_kv_heads: int,
+    width: int,
+    block_size: int,
+) -> None:
+    num_blocks = 2000 // block_size
+    batch, positions = paged_batch([(99, 1), (0, 1), (600, 1), (0, 70), (130, 9), (300, 2)], block_size, num_blocks, generator)
+    kv = random_kv(batch, (num_blocks, num_kv_heads, block_size, width), dtype, generator)
+    q = torch.randn(len(positions), num_heads, width, generator=generator)
+    torch.testing.assert_close(ops.attend(q, kv, spec), REFERENCE.attend(q, kv, spec), rtol=1e-4, atol=5e-6)
+
+
+def test_hidden_blocks_are_not_read(ops: Ops, generator: torch.Generator) -> None:
+    spec = AttentionSpec(0.2, window=20, sink=4)
+    batch, positions = paged_batch([(400, 1), (200, 40)], 4, 300, generator)
+    kv = random_kv(batch, (300, 2, 4, 32), torch.float32, generator)
+    batch.block_table[0, 1:95] = 0  # block 0 holds NaN; positions 4 ... 379 are hidden from position 400
+    batch.block_table[1, 1:45] = 0  # and 4 ... 179 from positions 200 ... 239
+    y = ops.attend(torch.randn(len(positions), 4, 32, generator=generator), kv, spec)
+    assert y.isfinite().all()
+
+
+def test_padded_sequences_and_rows_give_zeros(ops: Ops, generator: torch.Generator) -> None:
+    batch, positions = paged_batch([(9, 1), (5, 1), (0, 6)], 4, 20, generator)
+    batch.context_len[1] = 0
+    kv = random_kv(batch, (20, 2, 4, 16), torch.float32, generator)
+    q = torch.randn(len(positions) + 3, 4, 16, generator=generator)
+    y = ops.attend(q, kv, SPECS["plain"])
+    torch.testing.assert_close(y, REFERENCE.attend(q, kv, SPECS["plain"]), rtol=1e-5, atol=1e-6)
+    assert not y[1].any()
+    assert not y[-3:].any()
+
+
+def rows_of(ops: Ops, q: Tensor, kv: PagedKV, spec: AttentionSpec, cuts: list[int]) -> Tensor:
+    """y of one sequence whose queries are computed in slices that end at `cuts`; kv.batch holds its whole table."""
+    results = []
+    for low, high in itertools.pairwise([0, *cuts]):
+        batch = PagedBatch(
+            slots=torch.full((high - low,), -1),
+            block_table=kv.batch.block_table,
+            query_start=torch.tensor([0, high - low], dtype=torch.int32),
+            context_len=torch.tensor([high], dtype=torch.int32),
+            num_decodes=int(high - low == 1),
+            max_query_len=high - low,
+            max_context_len=high,
+        )
+        results.append(ops.attend(q[low:high], PagedKV(kv.keys, kv.values, batch), spec))
+    return torch.cat(results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_chunks_of_any_length_are_bit_equal(ops: Ops, generator: torch.Generator, dtype: torch.dtype, spec: AttentionSpec) -> None:
+    length = 310
+    batch, _ = paged_batch([(0, length)], 16, 30, generator)
+    kv = random_kv(batch, (30, 1, 16, 64), dtype, generator)
+    q = torch.randn(length, 3, 64, generator=generator)
+    whole = rows_of(ops, q, kv, spec, [length])
+    for cuts in ([1, 64, 65, 200, length], [*range(7, length, 7), length], list(range(1, length + 1))):
+        assert torch.equal(rows_of(ops, q, kv, spec, cuts), whole)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_neighbours_and_threads_change_no_bit(isa: str, generator: torch.Generator) -> None:
+    """One long decode alone has its splits spread over the threads; among others, and with one thread, it has not."""
+    slices = [(700, 1), (1000, 1), *[(40 + i, 1) for i in range(20)], (0, 60)]
+    batch, positions = paged_batch(slices, 16, 200, generator)
+    kv = random_kv(batch, (200, 2, 16, 32), torch.bfloat16, generator)
+    q = torch.randn(len(positions), 8, 32, generator=generator)
+    crowd = cpu_ops(isa, 2).attend(q, kv, SPECS["plain"])
+    assert torch.equal(cpu_ops(isa, 1).attend(q, kv, SPECS["plain"]), crowd)
+    alone = PagedBatch(
+        slots=batch.slots[1:2].contiguous(),
+        block_table=batch.block_table[1:2].contiguous(),
+        query_start=torch.tensor([0, 1], dtype=torch.int32),
+        context_len=batch.context_len[1:2].contiguous(),
+        num_decodes=1,
+        max_query_len=0,
+        max_context_len=1001,
+    )
+    for num_threads in (1, 2, 3):
+        y = cpu_ops(isa, num_threads).attend(q[1:2], PagedKV(kv.keys, kv.values, alone), SPECS["plain"])
+        assert torch.equal(y[0], crowd[1])
