@@ -86,12 +86,12 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, list[Resolve
     """What reaches the composition root, which is not run."""
     seen: list[tuple[Settings, list[Resolved]]] = []
 
-    async def serve(settings: Settings, models: list[Resolved]) -> int:
+    def run(settings: Settings, models: list[Resolved]) -> int:
         seen.append((settings, models))
         return 3
 
     root = types.ModuleType("service.__main__")
-    root.serve = serve  # type: ignore[attr-defined]
+    root.main = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "service.__main__", root)
     return seen
 

@@ -1,0 +1,95 @@
+"""The HTTP application: routes, layers in front of them, and errors in OpenAI's shape. Reads top to bottom as one list.
+
+Starts nothing and reads no settings. Called by the composition root and by tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from service.api.auth import ApiKeys, KeyCheck
+from service.api.backend import Backend
+from service.api.body import BodyLimits
+from service.api.chat import chat_route
+from service.api.completions import completion_route
+from service.api.envelope import CLIENT_GONE, Envelope
+from service.api.errors import error_response
+from service.api.ops import ops_router
+from service.codec.prompt import Codec
+from service.engine.client import EngineClient
+from service.errors import BraidError, EngineError, MethodError, RequestError, RouteNotFoundError
+from service.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """max_requests: in flight, as the engine client counts them."""
+
+    body: BodyLimits = field(default_factory=BodyLimits)
+    max_requests: int = 256
+
+
+def build_app(
+    *,
+    engine: EngineClient,
+    codecs: Mapping[str, Codec],
+    metrics: Metrics,
+    limits: Limits | None = None,
+    api_keys: Sequence[str] = (),
+    allow_origins: Sequence[str] = (),
+) -> FastAPI:
+    """codecs: by model name, the default first. api_keys: none lets everybody in. allow_origins: none sends no CORS headers."""
+    limits = limits or Limits()
+    backend = Backend(engine, codecs, metrics, limits.max_requests)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_api_route("/v1/chat/completions", chat_route(backend, limits.body), methods=["POST"])
+    app.add_api_route("/v1/completions", completion_route(backend, limits.body), methods=["POST"])
+    app.include_router(ops_router(backend, metrics))
+
+    app.add_exception_handler(BraidError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+
+    # The last one added is the outermost.
+    app.add_middleware(KeyCheck, keys=ApiKeys(api_keys))
+    if allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(allow_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-braid-warnings", "openai-processing-ms", "retry-after"],
+        )
+    app.add_middleware(Envelope, metrics=metrics)
+    return app
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return error_response(error if isinstance(error, BraidError) else EngineError("The server had an error."))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 400
+    if status == 405:
+        return error_response(MethodError("this path does not take that method"), dict(getattr(error, "headers", None) or {}))
+    if status == 404:
+        return error_response(RouteNotFoundError("there is no such path on this server"))
+    return error_response(RequestError("the request can't be understood"))
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    return error_response(RequestError("the request can't be understood"))
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    """Nobody reads it."""
+    return Response(status_code=CLIENT_GONE)

@@ -1,0 +1,181 @@
+"""From bytes on the wire to a checked request: reading with a cap and a time limit, JSON, schema, and errors that name the field.
+
+The one validator of all routes. Knows no engine and no model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from starlette.requests import ClientDisconnect, Request
+
+from service.api.schema import SamplingFields
+from service.errors import BodyTooLargeError, DeadlineError, MediaTypeError, RequestError
+
+MAX_WARNINGS = 16
+_MAX_NAME = 64
+_DISCARD_S = 1.0
+_DISCARD_BYTES = 64 * 2**20
+
+R = TypeVar("R", bound=SamplingFields)
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """idle_s: the longest pause between two pieces; total_s: from the first to the last."""
+
+    max_bytes: int = 8 * 2**20
+    idle_s: float = 10.0
+    total_s: float = 120.0
+
+
+async def parse(request: Request, kind: type[R], limits: BodyLimits) -> tuple[R, list[str]]:
+    """The request, and warnings about fields that were ignored. Raises: RequestError and its kinds; DeadlineError for a slow body."""
+    return validate(await read(request, limits), kind)
+
+
+async def read(request: Request, limits: BodyLimits) -> bytes:
+    """Raises: MediaTypeError, BodyTooLargeError, DeadlineError; ClientDisconnect when there is nobody to answer."""
+    _check_headers(request)
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limits.max_bytes:
+        await _discard(request)
+        raise _too_large(limits)
+    body = bytearray()
+    end = time.monotonic() + limits.total_s
+    pieces = request.stream()
+    try:
+        while True:
+            async with asyncio.timeout(min(limits.idle_s, end - time.monotonic())):
+                body += await anext(pieces)
+            if len(body) > limits.max_bytes:
+                body.clear()
+                await _discard(request)
+                raise _too_large(limits)
+    except StopAsyncIteration:
+        return bytes(body)
+    except TimeoutError:
+        raise DeadlineError("the request's body did not arrive in time", code="request_timeout") from None
+
+
+def _check_headers(request: Request) -> None:
+    media_type, _, parameters = request.headers.get("content-type", "").partition(";")
+    if media_type.strip().lower() != "application/json":
+        raise MediaTypeError("the body must be JSON: send Content-Type: application/json")
+    charset = parameters.replace(" ", "").replace('"', "").lower()
+    if "charset=" in charset and "charset=utf-8" not in charset:
+        raise MediaTypeError("the body must be JSON in UTF-8")
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise MediaTypeError("compressed request bodies are not accepted")
+
+
+def _too_large(limits: BodyLimits) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the body is larger than {limits.max_bytes} bytes, which is the limit")
+
+
+async def _discard(request: Request) -> None:
+    """Reads a while without keeping anything: a client that is still writing when the connection closes would miss the answer."""
+    if "expect" in request.headers:
+        return
+    read = 0
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(_DISCARD_S):
+            while read < _DISCARD_BYTES:
+                message = await request.receive()
+                read += len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    return
+
+
+def validate(body: bytes, kind: type[R]) -> tuple[R, list[str]]:
+    """Raises: RequestError with `param` naming the first field that is wrong."""
+    data = _decode(body, kind)
+    _check_unbuilt(data, kind)
+    parsed = _validate(data, kind)
+    parsed.check()
+    ignored = [name for name in parsed.unknown_fields() if name not in kind.unbuilt]
+    return parsed, [f"unknown field {_printable(name)!r} was ignored" for name in ignored[:MAX_WARNINGS]]
+
+
+def _decode(body: bytes, kind: type[R]) -> dict[str, Any]:
+    try:
+        data = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        _name_bad_field(body, kind)
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else _reason(error)
+        raise RequestError(f"the body is not valid JSON: {reason}", code="invalid_json") from None
+    if not isinstance(data, dict):
+        raise RequestError("the body must be a JSON object", code="invalid_json")
+    return data
+
+
+def _reason(error: Exception) -> str:
+    return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error).removeprefix("JSON is malformed: ")
+
+
+def _name_bad_field(body: bytes, kind: type[R]) -> None:
+    """For what strict JSON refuses and Python reads (NaN, 1e999, half a surrogate pair), the schema can say in which field it is.
+
+    Raises: RequestError when it can.
+    """
+    with contextlib.suppress(ValueError, RecursionError):
+        data = json.loads(body.decode("utf-8"), parse_int=_lenient_int)
+        if isinstance(data, dict):
+            _validate(data, kind)
+
+
+def _lenient_int(digits: str) -> int | float:
+    return int(digits) if len(digits) < 400 else float("inf")
+
+
+def _check_unbuilt(data: dict[str, Any], kind: type[R]) -> None:
+    for name, is_neutral in kind.unbuilt.items():
+        value = data.get(name)
+        if value is not None and not is_neutral(value):
+            raise RequestError(f"{name} is not supported by this server", param=name, code="unsupported_parameter")
+
+
+def _validate(data: dict[str, Any], kind: type[R]) -> R:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise _request_error(error.errors(include_url=False, include_input=False)[0], data) from None
+
+
+def _request_error(problem: ErrorDetails, data: dict[str, Any]) -> RequestError:
+    is_missing = problem["type"] == "missing"
+    param = _param(problem["loc"], data, is_missing)
+    if is_missing:
+        return RequestError(f"{param} is required", param=param, code="missing_required_parameter")
+    text = "must be an object" if problem["type"] == "model_type" else problem["msg"].removeprefix("Value error, ")
+    text = text.replace(" after validation", "").replace(
+        ", unable to parse raw data as a unicode string", ": half a surrogate pair is none"
+    )
+    code = "invalid_type" if problem["type"].endswith("_type") else "invalid_value"
+    return RequestError(f"{param}: {text[:1].lower()}{text[1:]}", param=param, code=code)
+
+
+def _param(loc: tuple[int | str, ...], data: Any, is_missing: bool) -> str:
+    """pydantic's place as `messages[1].content`: it mixes the names of union members in, which are not in the data."""
+    path = ""
+    for place, key in enumerate(loc):
+        if isinstance(data, list) and isinstance(key, int) and key < len(data):
+            path += f"[{key}]"
+            data = data[key]
+        elif isinstance(data, dict) and (key in data or (is_missing and place == len(loc) - 1)):
+            path += f".{_printable(str(key))}"
+            data = data.get(key)
+    return path.removeprefix(".")
+
+
+def _printable(name: str) -> str:
+    """A client's own word, fit for a header and a message."""
+    return "".join(char if 32 < ord(char) < 127 else "?" for char in name[:_MAX_NAME])

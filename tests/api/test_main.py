@@ -1,0 +1,176 @@
+"""The server's life as a process: start, readiness, signals, draining, and the engine's death."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from service.__main__ import listen
+from service.errors import StartupError
+from tests.api.conftest import eventually
+
+ROOT = Path(__file__).parents[2]
+HI = [{"role": "user", "content": "hi"}]
+
+
+class Process:
+    """A server of its own, and the streams that were opened on it."""
+
+    def __init__(self, drain_s: float, *worker: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "tests.api.root", str(self.port), str(drain_s), *worker]
+        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        self.answers: list[str] = []
+        self.readers: list[threading.Thread] = []
+
+    def status(self, path: str) -> int:
+        try:
+            return httpx.get(f"{self.url}{path}", timeout=2).status_code
+        except httpx.TransportError:
+            return 0
+
+    def wait_ready(self) -> None:
+        eventually(lambda: self.status("/ready") == 200, 20)
+
+    def stream(self, max_tokens: int) -> None:
+        """Reads a stream in a thread; what came is in `answers` when it has ended."""
+
+        def read() -> None:
+            body = {"messages": HI, "max_tokens": max_tokens, "stream": True}
+            with contextlib.suppress(httpx.TransportError), httpx.Client(timeout=30) as client:
+                self.answers.append(client.post(f"{self.url}/v1/chat/completions", json=body).text)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        self.readers.append(reader)
+
+    def engine(self) -> psutil.Process:
+        (child,) = psutil.Process(self.process.pid).children()
+        return child
+
+    def end(self, seconds: float) -> tuple[int, str]:
+        """(exit status, what it wrote) within that time; no engine may outlive it."""
+        for reader in self.readers:
+            reader.join(20)
+        _, written = self.process.communicate(timeout=seconds)
+        return self.process.returncode, written
+
+
+@pytest.fixture
+def start() -> Iterator[object]:
+    started: list[Process] = []
+
+    def begin(drain_s: float, *worker: str) -> Process:
+        started.append(Process(drain_s, *worker))
+        return started[-1]
+
+    yield begin
+    for server in started:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.communicate()
+
+
+def test_drains_and_ends_well(start) -> None:  # type: ignore[no-untyped-def]
+    server = start(20, "--step-s", "0.02")
+    server.wait_ready()
+    for _ in range(3):
+        server.stream(60)
+    running = 'braid:num_requests_running{engine="0",model_name="tiny"} 3.0'
+    eventually(lambda: running in httpx.get(f"{server.url}/metrics").text)
+    child = server.engine()
+    server.process.terminate()
+    eventually(lambda: server.status("/ready") == 503, 1)
+    assert server.status("/live") == 200
+    refused = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": HI})
+    assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+    status, written = server.end(10)
+    assert status == 0, written
+    assert len(server.answers) == 3
+    assert all(answer.endswith("data: [DONE]\n\n") for answer in server.answers)
+    assert not child.is_running()
+
+
+def test_what_does_not_finish_in_time_is_told(start) -> None:  # type: ignore[no-untyped-def]
+    server = start(0.3, "--step-s", "0.05")
+    server.wait_ready()
+    server.stream(400)
+    eventually(lambda: 'braid:num_requests_running{engine="0",model_name="tiny"} 1.0' in httpx.get(f"{server.url}/metrics").text)
+    begin = time.monotonic()
+    server.process.send_signal(signal.SIGINT)
+    status, written = server.end(10)
+    assert status == 0, written
+    assert time.monotonic() - begin < 5
+    last = json.loads(server.answers[0].rstrip().rpartition("data: ")[2])
+    assert last["error"]["type"] == "service_unavailable_error"
+
+
+def test_a_dead_engine_ends_the_server(start) -> None:  # type: ignore[no-untyped-def]
+    server = start(20, "--step-s", "0.05")
+    server.wait_ready()
+    server.stream(400)
+    eventually(lambda: 'braid:num_requests_running{engine="0",model_name="tiny"} 1.0' in httpx.get(f"{server.url}/metrics").text)
+    server.engine().kill()
+    eventually(lambda: server.status("/health") == 503, 2)
+    status, written = server.end(10)
+    assert status == 1
+    assert "the engine is dead" in written
+    last = json.loads(server.answers[0].rstrip().rpartition("data: ")[2])
+    assert last["error"]["type"] == "server_error"
+
+
+def test_a_second_signal_ends_at_once(start) -> None:  # type: ignore[no-untyped-def]
+    server = start(60, "--step-s", "0.05")
+    server.wait_ready()
+    server.stream(400)
+    eventually(lambda: 'braid:num_requests_running{engine="0",model_name="tiny"} 1.0' in httpx.get(f"{server.url}/metrics").text)
+    child = server.engine()
+    server.process.terminate()
+    eventually(lambda: server.status("/ready") == 503, 1)
+    server.process.terminate()
+    assert server.end(3)[0] == 128 + signal.SIGTERM
+    eventually(lambda: not child.is_running())
+
+
+def test_a_signal_while_loading(start) -> None:  # type: ignore[no-untyped-def]
+    server = start(60, "--start", "hang")
+    eventually(lambda: server.status("/live") == 200, 10)
+    eventually(lambda: httpx.get(f"{server.url}/ready").json() == {"status": "loading", "detail": "weights", "progress": 0.25}, 10)
+    server.process.terminate()
+    status, written = server.end(5)
+    assert status == 0, written
+
+
+def test_an_engine_that_can_not_start(start) -> None:  # type: ignore[no-untyped-def]
+    status, written = start(60, "--start", "refuse").end(20)
+    assert status == 1
+    assert "the weights are not what they say" in written
+
+
+def test_an_address_that_is_taken() -> None:
+    with listen("127.0.0.1", 0) as taken, pytest.raises(StartupError, match="Address already in use; another"):
+        listen("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(StartupError, match="can't listen on"):
+        listen("no.such.host.invalid", 1)
+
+
+def test_the_http_process_never_loads_torch() -> None:
+    code = "import sys, service.__main__; print(sorted({'torch', 'transformers', 'triton'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ})
+    assert result.stdout.strip() == "[]"
