@@ -27,6 +27,7 @@ void qkv(Context& context, const Layer& layer, const KV& kv, const Batch& batch,
     float* normed = reserve_floats(context.hidden, num_tokens * layer.width);
     parallel_rows(context, num_tokens, layer.width, [&](int64_t row) {
         const int64_t at = row * layer.width;
+        if (!has_residual) std::memcpy(residual + at, x + at, static_cast<size_t>(layer.width) * sizeof(float));
         add_norm_quantize(has_residual ? x + at : nullptr, residual + at, layer.attention_norm, layer.eps, normed + at, a, row);
     });
     float* rows = reserve_floats(context.product, num_tokens * layer.qkv.out);

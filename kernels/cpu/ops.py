@@ -91,8 +91,8 @@ class _Native:
         if not (is_fused and _is_native(x) and self._can_store(kv)):
             return self.composed.qkv(x, residual, weights, positions, kv)
         x, positions = x.contiguous(), positions.contiguous()
-        # Without a residual the sum is x itself, which later layers add to in place: that must not reach the caller's tensor.
-        total = x.clone() if residual is None else residual.contiguous()
+        # Without a residual the kernel copies x: later layers add to the sum in place, and that must not reach the caller's tensor.
+        total = torch.empty_like(x) if residual is None else residual.contiguous()
         spec = weights.spec
         q = x.new_empty((len(x), spec.num_heads, spec.head_width))
         pool, batch = self._places(kv)

@@ -154,7 +154,7 @@ struct GatedStore {
 // stay large, and 8 groups, so that with many rows a pair of strips is used 96 times out of the nearest cache.
 template <class Store>
 void product(Context& context, const Activations& a, const Matrix& weight, const Store& out) {
-    constexpr int64_t kGroupsPerTile = 8, kMostPairs = 8;
+    constexpr int64_t kGroupsPerTile = 8, kMostPairs = 32;
     const int64_t num_pairs = out.num_pairs(), num_groups = a.num_groups();
     const int64_t pairs = most(1, least(kMostPairs, num_pairs / (12 * context.pool.size())));
     const int64_t chunks = ceil_div(num_groups, kGroupsPerTile);
