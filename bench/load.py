@@ -179,7 +179,7 @@ def serving(model: str, arguments: list[str]) -> Iterator[tuple[str, float]]:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     start = time.perf_counter()
-    command = [sys.executable, "-m", "service.cli", "serve", *([model] if model else []), "--port", str(port), *arguments]
+    command = [sys.executable, "-m", "service.cli", "serve", *([model] if model else []), "--port", str(port), "--log-level", "warning", *arguments]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     try:
         while True:
@@ -250,8 +250,7 @@ def main(model: str, url: str, users: tuple[int, ...], json_path: Path | None, *
             with serving(model, [*arguments, "--no-prefix-cache"]) as (address, _):
                 report["runs"]["no_prefix_cache"] = measure(address, loads)
     after = read_bandwidth()
-    bandwidth = max(before, after)
-    limit = bandwidth / weight_bytes if weight_bytes else 0.0
+    limit = (before + after) / 2 / weight_bytes if weight_bytes else 0.0
     report |= {"read_bandwidth": {"before": before, "after": after}, "weight_bytes": weight_bytes, "limit_tokens_per_s": limit}
     click.echo(f"{report['machine']['processor']}, {report['machine']['threads']} threads, commit {report['machine']['commit']}")
     click.echo(

@@ -80,25 +80,25 @@ class _Native:
             )
         weakref.finalize(self, library.braid_destroy, self._context)
         self.composed = reference_ops()
-        self._layers: dict[int, tuple[LayerWeights, Layer, bool]] = {}
-        self._pools: dict[int, tuple[Tensor, Tensor, KV]] = {}
-        self._batch: tuple[PagedBatch, Batch, tuple[Tensor, ...]] | None = None
+        self._layers: dict[int, tuple[int, bool, tuple[LayerWeights, Layer]]] = {}
+        self._pools: dict[int, tuple[Tensor, Tensor, KV | None]] = {}
+        self._batch: tuple[Tensor, Tensor, Tensor, Tensor, Batch] | None = None
 
     # --- coarse -------------------------------------------------------------------------------------------------------------------
 
     def qkv(self, x: Tensor, residual: Tensor | None, weights: LayerWeights, positions: Tensor, kv: PagedKV) -> tuple[Tensor, Tensor]:
         layer, is_fused = self._layer(weights)
-        if not (is_fused and _is_native(x) and self._can_store(kv)):
+        places = self._places(kv)
+        if places is None or not is_fused or not _is_native(x):
             return self.composed.qkv(x, residual, weights, positions, kv)
         x, positions = x.contiguous(), positions.contiguous()
         # Without a residual the kernel copies x: later layers add to the sum in place, and that must not reach the caller's tensor.
         total = torch.empty_like(x) if residual is None else residual.contiguous()
         spec = weights.spec
         q = x.new_empty((len(x), spec.num_heads, spec.head_width))
-        pool, batch = self._places(kv)
         self._check(
             self._library.braid_qkv(
-                self._context, addressof(layer), pool, batch, x.data_ptr(), total.data_ptr(), residual is not None,
+                self._context, layer, *places, x.data_ptr(), total.data_ptr(), residual is not None,
                 positions.data_ptr(), q.data_ptr(), len(x),
             )
         )  # fmt: skip
@@ -110,21 +110,21 @@ class _Native:
             return self.composed.out_mlp(y, residual, weights)
         y, residual = y.contiguous(), residual.contiguous()
         x = torch.empty_like(residual)
-        self._check(self._library.braid_out_mlp(self._context, addressof(layer), y.data_ptr(), residual.data_ptr(), x.data_ptr(), len(y)))
+        self._check(self._library.braid_out_mlp(self._context, layer, y.data_ptr(), residual.data_ptr(), x.data_ptr(), len(y)))
         return x, residual
 
     # --- fine ---------------------------------------------------------------------------------------------------------------------
 
     def attend(self, q: Tensor, kv: PagedKV, spec: AttentionSpec) -> Tensor:
-        if not (_is_native(q) and self._can_store(kv) and q.shape[-1] % _LANES == 0):
+        places = self._places(kv)
+        if places is None or not _is_native(q) or q.shape[2] % _LANES:
             return REFERENCE_FINE_OPS.attend(q, kv, spec)
         q = q.contiguous()
         num_tokens, num_heads, width = q.shape
         y = q.new_empty((num_tokens, num_heads * width))
-        pool, batch = self._places(kv)
         self._check(
             self._library.braid_attend(
-                self._context, pool, batch, spec.scale, spec.softcap, _UNSEEN if spec.window is None else spec.window, spec.sink,
+                self._context, *places, spec.scale, spec.softcap, _UNSEEN if spec.window is None else spec.window, spec.sink,
                 q.data_ptr(), y.data_ptr(), num_heads, num_tokens,
             )
         )  # fmt: skip
@@ -168,17 +168,15 @@ class _Native:
         return normed, total
 
     def kv_write(self, qkv: Tensor, weights: LayerWeights, positions: Tensor, kv: PagedKV) -> Tensor:
-        if not (_is_native(qkv) and weights.attention_norm.dtype is torch.float32 and self._can_store(kv)):
+        places = self._places(kv)
+        if places is None or not _is_native(qkv) or weights.attention_norm.dtype is not torch.float32:
             return REFERENCE_FINE_OPS.kv_write(qkv, weights, positions, kv)
         qkv, positions = qkv.contiguous(), positions.contiguous()
         spec = weights.spec
         layer, _ = self._layer(weights)
         q = qkv.new_empty((len(qkv), spec.num_heads, spec.head_width))
-        pool, batch = self._places(kv)
         self._check(
-            self._library.braid_kv_write(
-                self._context, addressof(layer), pool, batch, qkv.data_ptr(), positions.data_ptr(), q.data_ptr(), len(qkv)
-            )
+            self._library.braid_kv_write(self._context, layer, *places, qkv.data_ptr(), positions.data_ptr(), q.data_ptr(), len(qkv))
         )
         return q
 
@@ -214,37 +212,37 @@ class _Native:
         if status:
             raise MemoryError("the CPU kernels have no memory left for their intermediate results")
 
-    def _can_store(self, kv: PagedKV) -> bool:
-        return kv.keys.dtype in (torch.bfloat16, torch.float32) and kv.keys.stride(3) == 1 and kv.values.stride(3) == 1
-
-    def _layer(self, weights: LayerWeights) -> tuple[Layer, bool]:
-        """The layer's struct, kept as long as this back end, and whether its products can be fused."""
+    def _layer(self, weights: LayerWeights) -> tuple[int, bool]:
+        """The address of the layer's struct, kept as long as this back end, and whether its products can be fused."""
         known = self._layers.get(id(weights))
         if known is None:
             strips = [_strips(weight) for weight in (weights.qkv, weights.out, weights.gate_up, weights.down)]
             matrices = [one.matrix for one in strips if one is not None]
             is_fused = len(matrices) == 4 and matrices[3].in_features % _LANES == 0 and weights.attention_norm.dtype is torch.float32
-            known = self._layers[id(weights)] = (weights, _layer_struct(weights, matrices if is_fused else [Matrix()] * 4), is_fused)
-        return known[1], known[2]
+            struct = _layer_struct(weights, matrices if is_fused else [Matrix()] * 4)
+            known = self._layers[id(weights)] = (addressof(struct), is_fused, (weights, struct))
+        return known[0], known[1]
 
-    def _places(self, kv: PagedKV) -> tuple[int, int]:
-        """Addresses of the structs of the pool and of the step's batch."""
+    def _places(self, kv: PagedKV) -> tuple[int, int] | None:
+        """Addresses of the structs of the pool and of the step's batch; None for a pool that the kernels can't read."""
         pool = self._pools.get(id(kv.keys))
         if pool is None or pool[1] is not kv.values:
             if len(self._pools) >= _MOST_KEPT:
                 self._pools.clear()
             pool = self._pools[id(kv.keys)] = (kv.keys, kv.values, _pool_struct(kv))
+        struct = pool[2]
+        if struct is None:
+            return None
         batch, new = self._batch, kv.batch
         if (
             batch is None
-            or batch[0] is not new
-            or batch[2][0] is not new.slots
-            or batch[2][1] is not new.block_table
-            or batch[2][2] is not new.query_start
-            or batch[2][3] is not new.context_len
+            or batch[0] is not new.slots
+            or batch[1] is not new.block_table
+            or batch[2] is not new.query_start
+            or batch[3] is not new.context_len
         ):
-            batch = self._batch = _batch_struct(new)
-        return addressof(pool[2]), addressof(batch[1])
+            batch = self._batch = (new.slots, new.block_table, new.query_start, new.context_len, _batch_struct(new))
+        return addressof(struct), addressof(batch[4])
 
 
 def _layer_struct(weights: LayerWeights, matrices: list[Matrix]) -> Layer:
@@ -264,18 +262,19 @@ def _layer_struct(weights: LayerWeights, matrices: list[Matrix]) -> Layer:
     return Layer(*matrices, *map(_pointer, vectors), *numbers)
 
 
-def _pool_struct(kv: PagedKV) -> KV:
+def _pool_struct(kv: PagedKV) -> KV | None:
     _, num_kv_heads, block_size, width = kv.keys.shape
+    if kv.keys.dtype not in (torch.bfloat16, torch.float32) or kv.keys.stride(3) != 1 or kv.values.stride(3) != 1:
+        return None
     strides = (*kv.keys.stride()[:3], *kv.values.stride()[:3])
     return KV(kv.keys.data_ptr(), kv.values.data_ptr(), *strides, block_size, num_kv_heads, width, kv.keys.dtype is torch.bfloat16)
 
 
-def _batch_struct(batch: PagedBatch) -> tuple[PagedBatch, Batch, tuple[Tensor, ...]]:
-    """The struct with the tensors that it points into. Raises: ValueError for a dtype or stride that the kernels can't read."""
+def _batch_struct(batch: PagedBatch) -> Batch:
+    """A struct that points into the batch's tensors. Raises: ValueError for a dtype or stride that the kernels can't read."""
     given = (batch.slots, batch.block_table, batch.query_start, batch.context_len)
     kinds = (torch.int64, torch.int32, torch.int32, torch.int32)
     if any(x.dtype is not kind or not x.is_contiguous() for x, kind in zip(given, kinds, strict=True)):
         raise ValueError("slots must be int64, block_table, query_start and context_len int32, and all contiguous")
     slots, table, query_start, context_len = (x.data_ptr() for x in given)
-    width = batch.block_table.shape[1]
-    return batch, Batch(slots, table, width, query_start, context_len, len(batch.context_len)), given
+    return Batch(slots, table, batch.block_table.shape[1], query_start, context_len, len(batch.context_len))

@@ -1,0 +1,122 @@
+"""Loading the compiled CPU kernels, doing without them, and what their functions leave alone around their outputs."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import addressof
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cpu import ops as ops_module
+from kernels.cpu.library import Draw, load
+from kernels.cpu.ops import ISA_VARIABLE, cpu_ops
+from kernels.cpu.packed import PackedStrips, pack_strips
+from kernels.linear.reference import quantize_int8
+from kernels.ops import Int8Weight
+from kernels.reference_ops import reference_ops
+from tests.kernels.cpu_inputs import ISAS, copied, needs_library, packed, paged_batch, random_kv, random_layer
+
+GUARD = 12345.0
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+@needs_library
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="sse9"):
+        cpu_ops("sse9")
+    monkeypatch.setenv(ISA_VARIABLE, "sse9")
+    with pytest.raises(ValueError, match="sse9"):
+        cpu_ops()
+    monkeypatch.setenv(ISA_VARIABLE, "generic")
+    assert cpu_ops().name == "cpu"
+
+
+def test_without_the_library_everything_still_runs(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    monkeypatch.setattr(ops_module, "load", lambda: None)
+    ops, reference = cpu_ops(), reference_ops()
+    for out, width in ((70, 92), (30, 2500)):
+        weight = quantize_int8(torch.randn(out, width, generator=generator))
+        x = torch.randn(9, width, generator=generator)
+        table = ops.pack(weight)
+        assert torch.equal(ops.linear(x, table), reference.linear(x, weight))
+        assert torch.equal(ops.linear(x[3:4], table), reference.linear(x, weight)[3:4])
+        assert torch.equal(
+            ops.embed(torch.tensor([3, 0]), table, torch.float32), reference.embed(torch.tensor([3, 0]), weight, torch.float32)
+        )
+    weights = random_layer(generator)
+    batch, positions = paged_batch([(3, 1), (0, 5)], 4, 10, generator)
+    kv = random_kv(batch, (10, 2, 4, 48), torch.bfloat16, generator)
+    x = torch.randn(6, 92, generator=generator)
+    expected, _ = reference.qkv(x, None, weights, positions, copied(kv))
+    assert torch.equal(ops.qkv(x, None, packed(weights, ops), positions, kv)[0], expected)
+
+
+def guarded(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """(output, whole): a contiguous output in the middle of guard numbers."""
+    count = torch.Size(shape).numel()
+    whole = torch.full((count + 128,), GUARD).to(dtype)
+    return whole[64 : 64 + count].view(shape), whole
+
+
+def is_intact(whole: Tensor) -> bool:
+    return bool((whole[:64] == GUARD).all() and (whole[-64:] == GUARD).all())
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+def test_nothing_is_written_around_an_output(isa: str, generator: torch.Generator) -> None:
+    library = load()
+    assert library is not None
+    context = library.braid_create(isa.encode(), 2)
+    try:
+        _write_everything(library, context, generator)
+    finally:
+        library.braid_destroy(context)
+
+
+def _write_everything(library: ctypes.CDLL, context: int, generator: torch.Generator) -> None:
+    for num_rows, out, width in ((1, 33, 7), (5, 47, 92), (13, 1, 20)):
+        weight = pack_strips(quantize_int8(torch.randn(out, width, generator=generator)))
+        assert isinstance(weight, Int8Weight)
+        assert isinstance(weight.packed, PackedStrips)
+        matrix = addressof(weight.packed.matrix)
+        x = torch.randn(num_rows, max(width, 2 * out), generator=generator)
+
+        y, whole = guarded(num_rows, out)
+        assert library.braid_linear(context, matrix, x[:, :width].contiguous().data_ptr(), y.data_ptr(), num_rows) == 0
+        assert is_intact(whole)
+        assert not (y == GUARD).any()
+
+        rows, whole = guarded(num_rows, width)
+        ids = torch.randint(out, (num_rows,), generator=generator)
+        assert library.braid_embed(context, matrix, ids.data_ptr(), rows.data_ptr(), num_rows) == 0
+        assert is_intact(whole)
+
+        halves = x[:, : 2 * out].contiguous()
+        product, whole = guarded(num_rows, out)
+        assert library.braid_gated(context, halves.data_ptr(), product.data_ptr(), num_rows, out, 0) == 0
+        assert is_intact(whole)
+
+        rows = x[:, :width].contiguous()
+        norm = torch.ones(width)
+        (normed, whole), (total, whole_total) = guarded(num_rows, width), guarded(num_rows, width)
+        status = library.braid_rms_norm(
+            context, rows.data_ptr(), rows.data_ptr(), norm.data_ptr(), 1e-5, normed.data_ptr(), total.data_ptr(), num_rows, width
+        )
+        assert status == 0
+        assert is_intact(whole)
+        assert is_intact(whole_total)
+
+        ones, zeros = torch.ones(num_rows), torch.zeros(num_rows, dtype=torch.int64)
+        top_k = torch.full((num_rows,), 3, dtype=torch.int32)
+        draw = Draw(*(t.data_ptr() for t in (ones, ones * 0.9, ones * 0.01, top_k, zeros, zeros)))
+        drawn, whole = guarded(num_rows, dtype=torch.int64)
+        assert library.braid_sample(context, rows.data_ptr(), addressof(draw), drawn.data_ptr(), num_rows, width) == 0
+        assert is_intact(whole)
+        assert ((drawn >= 0) & (drawn < width)).all()
