@@ -179,7 +179,18 @@ def serving(model: str, arguments: list[str]) -> Iterator[tuple[str, float]]:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     start = time.perf_counter()
-    command = [sys.executable, "-m", "service.cli", "serve", *([model] if model else []), "--port", str(port), "--log-level", "warning", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "service.cli",
+        "serve",
+        *([model] if model else []),
+        "--port",
+        str(port),
+        "--log-level",
+        "warning",
+        *arguments,
+    ]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     try:
         while True:
