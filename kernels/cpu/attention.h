@@ -61,7 +61,12 @@ struct Ahead {
     INLINE void add(const void* row, int64_t bytes) {
         for (int64_t offset = 0; offset < bytes; offset += 64) lines[count++] = static_cast<const char*>(row) + offset;
     }
-    INLINE bool has(int64_t steps) const { return at + steps * kEach <= count; }
+    // The lines for so many steps, or null when fewer are left.
+    INLINE const void** take(int64_t steps) {
+        if (at + steps * kEach > count) return nullptr;
+        at += steps * kEach;
+        return lines + at - steps * kEach;
+    }
     void flush() {
         for (; at < count; ++at) prefetch(lines[at]);
     }
@@ -92,12 +97,10 @@ constexpr int kRowBlock = 3, kColumnBlock = 2;
 
 template <int R, int C>
 INLINE void accumulate_some(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, Ahead& ahead) {
-    if (ahead.has(depth)) {
-        accumulate<R, C, true>(a, lda, b, ldb, depth, c, ldc, ahead.lines + ahead.at);
-        ahead.at += depth * Ahead::kEach;
-    } else {
+    if (const void** lines = ahead.take(depth))
+        accumulate<R, C, true>(a, lda, b, ldb, depth, c, ldc, lines);
+    else
         accumulate<R, C, false>(a, lda, b, ldb, depth, c, ldc, nullptr);
-    }
 }
 
 template <int C>
@@ -124,6 +127,13 @@ struct Sight {
 
 INLINE V load_number(const float* p) { return load(p); }
 INLINE V load_number(const uint16_t* p) { return load_bf16(p); }
+INLINE float as_float(float x) { return x; }
+INLINE float as_float(uint16_t x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float number;
+    std::memcpy(&number, &bits, sizeof number);
+    return number;
+}
 
 // Numbers [W keys][W] become columns [W][keys]. A null row gives zeros.
 template <class T>
@@ -162,14 +172,31 @@ INLINE void find_rows(const AttentionCall& call, const Item& item, const Sight& 
     }
 }
 
+// Whether one position can go straight over a tile: its blocks hold keys as columns that no group of W straddles, and no key of the
+// tile is hidden from it, so that nothing which was never written, or is another's by now, is multiplied.
+INLINE bool is_direct(const AttentionCall& call, const Item& item, const Sight& sight, int64_t base, int64_t count) {
+    return item.num_queries == 1 && call.kv.key_place == 1 && call.kv.key_number != 1 && call.kv.block_size % W == 0 && kTile % call.kv.block_size == 0 &&
+           (sight.last - base < sight.window || base + count <= sight.sink);
+}
+
 // Lists a tile's keys and values, to be fetched before they are needed: the blocks of a sequence lie apart, which hardware can't foresee.
 template <class T>
 INLINE void list_tile(const AttentionCall& call, const Item& item, const Sight& sight, int64_t base, int64_t count, Ahead& ahead) {
+    const KV& kv = call.kv;
+    const int64_t bytes = call.width() * static_cast<int64_t>(sizeof(T));
+    if (is_direct(call, item, sight, base, count) && kv.value_place == call.width()) {  // whole blocks, each in one piece
+        const int32_t* table = call.batch.block_table + item.sequence * call.batch.table_stride;
+        const T *first_key = static_cast<const T*>(kv.keys) + item.head * kv.key_head, *first_value = static_cast<const T*>(kv.values) + item.head * kv.value_head;
+        for (int64_t at = base / kv.block_size; at * kv.block_size < base + count; ++at) {
+            ahead.add(first_key + table[at] * kv.key_block, bytes * kv.block_size);
+            ahead.add(first_value + table[at] * kv.value_block, bytes * least(kv.block_size, base + count - at * kv.block_size));
+        }
+        return;
+    }
     const T *keys[kTile], *values[kTile];
     find_rows(call, item, sight, base, count, keys, values);
-    const int64_t bytes = call.width() * static_cast<int64_t>(sizeof(T));
     for (int64_t i = 0; i < count; ++i)
-        if (keys[i] != nullptr) ahead.add(keys[i], bytes);
+        if (keys[i] != nullptr && kv.key_number == 1) ahead.add(keys[i], bytes);
     for (int64_t i = 0; i < count; ++i)
         if (values[i] != nullptr) ahead.add(values[i], bytes);
 }
@@ -180,7 +207,15 @@ void load_tile(const AttentionCall& call, const Item& item, const Sight& sight, 
     const int64_t width = call.width();
     const T *keys[kTile], *values[kTile];
     find_rows(call, item, sight, base, count, keys, values);
-    for (int64_t first = 0; first < count; first += W) {
+    const int64_t step = call.kv.key_number;
+    for (int64_t first = 0; step != 1 && first < count; first += W) {  // columns already: copied
+        bool is_whole = call.kv.key_place == 1 && call.kv.block_size % W == 0;
+        for (int i = 0; i < W; ++i) is_whole &= keys[first + i] != nullptr;
+        for (int64_t h = 0; is_whole && h < width; ++h) store(desk.keys + h * kTile + first, load_number(keys[first] + h * step));
+        for (int64_t i = first; !is_whole && i < first + W; ++i)
+            for (int64_t h = 0; h < width; ++h) desk.keys[h * kTile + i] = keys[i] != nullptr ? as_float(keys[i][h * step]) : 0.0f;
+    }
+    for (int64_t first = 0; step == 1 && first < count; first += W) {
         int64_t h = 0;
         if constexpr (sizeof(T) == 2)
             for (; h + 2 * W <= width; h += 2 * W) turn_pairs(keys + first, h, desk.keys + h * kTile + first);
@@ -207,9 +242,9 @@ INLINE void soften(const AttentionCall& call, const Sight& sight, int64_t positi
     for (int64_t j = 0; j < columns; j += W) {
         V s = capped(load(scores + j), call.spec);
         if (!is_open) {
-            VI is_seen{};
-            for (int i = 0; i < W; ++i) is_seen[i] = base + j + i <= position && sight.sees_after(position, base + j + i) ? -1 : 0;
-            s = is_seen ? s : hidden;
+            const VI key = lane_index() + static_cast<int32_t>(base + j), last = VI{} + static_cast<int32_t>(position);
+            const VI is_near = last - key < VI{} + static_cast<int32_t>(least(sight.window, INT32_MAX)), is_sink = key < VI{} + static_cast<int32_t>(sight.sink);
+            s = ((key <= last) & (is_near | is_sink)) != 0 ? s : hidden;
         }
         store(scores + j, s);
         top = max(top, s);
@@ -230,6 +265,95 @@ INLINE void soften(const AttentionCall& call, const Sight& sight, int64_t positi
         desk.maxima[row] = now;
     }
     desk.weights[row] += sum_lanes(weight);
+}
+
+// Where the W keys of each group of a tile begin, when blocks hold keys as columns: numbers [H][W], key_number apart.
+template <class T>
+INLINE void find_groups(const AttentionCall& call, const Item& item, int64_t base, int64_t count, const T** groups) {
+    const KV& kv = call.kv;
+    const int32_t* table = call.batch.block_table + item.sequence * call.batch.table_stride;
+    const T* first = static_cast<const T*>(kv.keys) + item.head * kv.key_head;
+    for (int64_t i = 0; i < count; i += W) groups[i / W] = first + table[(base + i) / kv.block_size] * kv.key_block + (base + i) % kv.block_size;
+}
+
+// scores [R, C * W] of one position's rows, straight from the pool: the chain of multiply-adds is that of `accumulate`.
+template <int R, int C, bool kHasAhead, class T>
+INLINE void score_groups(const AttentionCall& call, const T* const* groups, const float* q, float* scores, const void** lines) {
+    const int64_t width = call.width(), step = call.kv.key_number;
+    V sums[R][C];
+    each<R>([&](auto r) ALWAYS { each<C>([&](auto j) ALWAYS { sums[r][j] = V{}; }); });
+    for (int64_t h = 0; h < width; ++h) {
+        if (kHasAhead) each<Ahead::kEach>([&](auto i) ALWAYS { prefetch(lines[h * Ahead::kEach + i]); });
+        V columns[C];
+        each<C>([&](auto j) ALWAYS { columns[j] = load_number(groups[j] + h * step); });
+        each<R>([&](auto r) ALWAYS {
+            const V x = splat(q[r * width + h]);
+            each<C>([&](auto j) ALWAYS { sums[r][j] = fma(x, columns[j], sums[r][j]); });
+        });
+    }
+    each<R>([&](auto r) ALWAYS { each<C>([&](auto j) ALWAYS { store(scores + r * kTile + j * W, sums[r][j]); }); });
+}
+
+// sums [R, C * W] += weights [R, count] times the values, straight from the pool.
+template <int R, int C, bool kHasAhead, class T>
+INLINE void add_values(const AttentionCall& call, const T* const* values, int64_t count, int64_t h, const float* weights, float* sums, const void** lines) {
+    const int64_t width = call.width();
+    V totals[R][C];
+    each<R>([&](auto r) ALWAYS { each<C>([&](auto j) ALWAYS { totals[r][j] = load(sums + r * width + h + j * W); }); });
+    for (int64_t i = 0; i < count; ++i) {
+        if (kHasAhead) each<Ahead::kEach>([&](auto n) ALWAYS { prefetch(lines[i * Ahead::kEach + n]); });
+        V row[C];
+        each<C>([&](auto j) ALWAYS { row[j] = load_number(values[i] + h + j * W); });
+        each<R>([&](auto r) ALWAYS {
+            const V x = splat(weights[r * kTile + i]);
+            each<C>([&](auto j) ALWAYS { totals[r][j] = fma(x, row[j], totals[r][j]); });
+        });
+    }
+    each<R>([&](auto r) ALWAYS { each<C>([&](auto j) ALWAYS { store(sums + r * width + h + j * W, totals[r][j]); }); });
+}
+
+template <int R, class T>
+void score_direct(const AttentionCall& call, const T* const* groups, int64_t num_groups, const float* q, float* scores, Ahead& ahead) {
+    int64_t g = 0;
+    for (; g + kColumnBlock <= num_groups; g += kColumnBlock)
+        if (const void** lines = ahead.take(call.width()))
+            score_groups<R, kColumnBlock, true>(call, groups + g, q, scores + g * W, lines);
+        else
+            score_groups<R, kColumnBlock, false>(call, groups + g, q, scores + g * W, nullptr);
+    for (; g < num_groups; ++g) score_groups<R, 1, false>(call, groups + g, q, scores + g * W, nullptr);
+}
+
+template <int R, class T>
+void add_direct(const AttentionCall& call, const T* const* values, int64_t count, const float* weights, float* sums, Ahead& ahead) {
+    int64_t h = 0;
+    for (; h + kColumnBlock * W <= call.width(); h += kColumnBlock * W)
+        if (const void** lines = ahead.take(count))
+            add_values<R, kColumnBlock, true>(call, values, count, h, weights, sums, lines);
+        else
+            add_values<R, kColumnBlock, false>(call, values, count, h, weights, sums, nullptr);
+    for (; h < call.width(); h += W) add_values<R, 1, false>(call, values, count, h, weights, sums, nullptr);
+}
+
+// A tile of a decode: scores, softmax, sums. rows: heads of the group. The last group's places behind the context are scored too,
+// and hidden by `soften`.
+template <class T>
+void attend_direct(const AttentionCall& call, const Item& item, const Sight& sight, int64_t rows, int64_t base, int64_t count, Desk& desk, Ahead& ahead) {
+    const KV& kv = call.kv;
+    const int64_t width = call.width(), num_groups = ceil_div(count, W);
+    const T *groups[kTile / W], *values[kTile];
+    find_groups(call, item, base, count, groups);
+    const int32_t* table = call.batch.block_table + item.sequence * call.batch.table_stride;
+    for (int64_t i = 0; i < count;) {
+        const T* value = static_cast<const T*>(kv.values) + item.head * kv.value_head + table[(base + i) / kv.block_size] * kv.value_block;
+        for (int64_t place = (base + i) % kv.block_size; place < kv.block_size && i < count; ++place, ++i) values[i] = value + place * kv.value_place;
+    }
+    int64_t row = 0;
+    for (; row + 3 <= rows; row += 3) score_direct<3>(call, groups, num_groups, desk.q + row * width, desk.scores + row * kTile, ahead);
+    for (; row < rows; ++row) score_direct<1>(call, groups, num_groups, desk.q + row * width, desk.scores + row * kTile, ahead);
+    for (row = 0; row < rows; ++row) soften(call, sight, sight.first, base, num_groups * W, row, desk);
+    row = 0;
+    for (; row + 3 <= rows; row += 3) add_direct<3>(call, values, count, desk.scores + row * kTile, desk.sums + row * width, ahead);
+    for (; row < rows; ++row) add_direct<1>(call, values, count, desk.scores + row * kTile, desk.sums + row * width, ahead);
 }
 
 INLINE void clear(float* sums, float* maxima, float* weights, int64_t rows, int64_t width) {
@@ -273,6 +397,11 @@ void attend_split(const AttentionCall& call, const Item& item, const Item* next,
             const Sight other = sight_of(call, *next);
             const int64_t first = next->first_split * kSplit;
             list_tile<T>(call, *next, other, first, least(kTile, other.last + 1 - first), ahead);
+        }
+        if (is_direct(call, item, sight, base, count)) {
+            attend_direct<T>(call, item, sight, rows, base, count, desk, ahead);
+            ahead.flush();
+            continue;
         }
         load_tile<T>(call, item, sight, base, count, desk);
         for (int64_t i = 0; i < rows * kTile; ++i) desk.scores[i] = 0.0f;

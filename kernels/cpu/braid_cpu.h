@@ -31,6 +31,7 @@ struct KV {
     void *keys, *values;
     int64_t key_block, key_head, key_place, value_block, value_head, value_place;
     int64_t block_size, num_kv_heads, head_width, is_bf16;
+    int64_t key_number;  // between two numbers of a key: 1, or block_size where a block holds its keys as columns
 };
 
 struct Batch {

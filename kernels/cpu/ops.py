@@ -264,10 +264,11 @@ def _layer_struct(weights: LayerWeights, matrices: list[Matrix]) -> Layer:
 
 def _pool_struct(kv: PagedKV) -> KV | None:
     _, num_kv_heads, block_size, width = kv.keys.shape
-    if kv.keys.dtype not in (torch.bfloat16, torch.float32) or kv.keys.stride(3) != 1 or kv.values.stride(3) != 1:
+    if kv.keys.dtype not in (torch.bfloat16, torch.float32) or 1 not in kv.keys.stride()[2:] or kv.values.stride(3) != 1:
         return None
     strides = (*kv.keys.stride()[:3], *kv.values.stride()[:3])
-    return KV(kv.keys.data_ptr(), kv.values.data_ptr(), *strides, block_size, num_kv_heads, width, kv.keys.dtype is torch.bfloat16)
+    numbers = (block_size, num_kv_heads, width, kv.keys.dtype is torch.bfloat16, kv.keys.stride(3))
+    return KV(kv.keys.data_ptr(), kv.values.data_ptr(), *strides, *numbers)
 
 
 def _batch_struct(batch: PagedBatch) -> Batch:

@@ -112,12 +112,14 @@ INLINE void rotate(const float* x, const float* cosine, float* out, int64_t half
     }
 }
 
-INLINE void store_head(void* pool, int64_t at, const float* x, const KV& kv) {
+// step: between two numbers in the pool.
+INLINE void store_head(void* pool, int64_t at, int64_t step, const float* x, const KV& kv) {
     if (kv.is_bf16) {
         uint16_t* out = static_cast<uint16_t*>(pool) + at;
-        for (int64_t i = 0; i < kv.head_width; ++i) out[i] = to_bf16(x[i]);
+        for (int64_t i = 0; i < kv.head_width; ++i) out[i * step] = to_bf16(x[i]);
     } else {
-        std::memcpy(static_cast<float*>(pool) + at, x, static_cast<size_t>(kv.head_width) * sizeof(float));
+        float* out = static_cast<float*>(pool) + at;
+        for (int64_t i = 0; i < kv.head_width; ++i) out[i * step] = x[i];
     }
 }
 
@@ -136,8 +138,8 @@ INLINE void write_token(const Layer& layer, const KV& kv, float* row, int64_t po
         float* k = row + (num_heads + head) * width;
         if (layer.k_norm != nullptr) norm_row(k, layer.k_norm, layer.eps, k, width);
         rotate(k, angles, k, width / 2);
-        store_head(kv.keys, block * kv.key_block + head * kv.key_head + place * kv.key_place, k, kv);
-        store_head(kv.values, block * kv.value_block + head * kv.value_head + place * kv.value_place, k + num_kv_heads * width, kv);
+        store_head(kv.keys, block * kv.key_block + head * kv.key_head + place * kv.key_place, kv.key_number, k, kv);
+        store_head(kv.values, block * kv.value_block + head * kv.value_head + place * kv.value_place, 1, k + num_kv_heads * width, kv);
     }
 }
 

@@ -59,7 +59,12 @@ class KVCache:
         self.pool = _zeros(shape, dtype, device)
         self.places = layout.places
         self.block_size = block_size
-        self.views: list[tuple[Tensor, Tensor]] = [(self.pool[at, 0], self.pool[at, 1]) for at in range(layout.layers_per_group)]
+        self.views = [(self._keys(at), self.pool[at, 1]) for at in range(layout.layers_per_group)]
+
+    def _keys(self, place: int) -> Tensor:
+        """[B, K, P, H]. On the CPU a block's keys lie as columns [H, P]: a vector of one number of many keys is then a plain load."""
+        keys = self.pool[place, 0]
+        return keys.view(*keys.shape[:2], keys.shape[3], keys.shape[2]).transpose(2, 3) if keys.device.type == "cpu" else keys
 
     def of_layers(self, batches: list[PagedBatch]) -> list[PagedKV]:
         """One `PagedKV` per layer. batches: one per group."""

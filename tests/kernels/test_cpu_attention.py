@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.cpu.ops import cpu_ops
 from kernels.ops import AttentionSpec, Ops, PagedBatch, PagedKV
 from kernels.reference_ops import reference_ops
-from tests.kernels.cpu_inputs import ISAS, needs_library, paged_batch, random_kv
+from tests.kernels.cpu_inputs import ISAS, needs_library, paged_batch, random_kv, random_layer
 
 pytestmark = needs_library
 REFERENCE = reference_ops()
@@ -125,3 +125,43 @@ def test_neighbours_and_threads_change_no_bit(isa: str, generator: torch.Generat
     for num_threads in (1, 2, 3):
         y = cpu_ops(isa, num_threads).attend(q[1:2], PagedKV(kv.keys, kv.values, alone), SPECS["plain"])
         assert torch.equal(y[0], crowd[1])
+
+
+def with_columns(kv: PagedKV) -> PagedKV:
+    """The same keys, each block of them laid down as columns."""
+    return PagedKV(kv.keys.transpose(2, 3).contiguous().transpose(2, 3), kv.values, kv.batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+@pytest.mark.parametrize("heads", [(3, 1), (4, 4), (8, 2), (14, 2)], ids=str)
+@pytest.mark.parametrize("block_size", [16, 64, 12, 128])
+def test_keys_as_columns_change_no_bit(
+    ops: Ops, generator: torch.Generator, dtype: torch.dtype, spec: AttentionSpec, heads: tuple[int, int], block_size: int
+) -> None:
+    """Blocks that vectors fit, that they straddle, and that are longer than a tile; decodes, chunks, and NaN in what nobody sees."""
+    batch, positions = paged_batch([(0, 1), (70, 1), (255, 1), (256, 1), (400, 1), (0, 40), (90, 33)], block_size, 200, generator)
+    kv = random_kv(batch, (200, heads[1], block_size, 32), dtype, generator)
+    for table, context in zip(batch.block_table, batch.context_len.tolist(), strict=True):
+        last, place = divmod(context - 1, block_size)
+        kv.keys[table[last], :, place + 1 :] = kv.values[table[last], :, place + 1 :] = float("nan")
+    q = torch.randn(len(positions), heads[0], 32, generator=generator)
+    y = ops.attend(q, with_columns(kv), spec)
+    assert y.isfinite().all()
+    assert torch.equal(y, ops.attend(q, kv, spec))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_are_written_as_columns(ops: Ops, generator: torch.Generator, dtype: torch.dtype) -> None:
+    batch, positions = paged_batch([(5, 1), (0, 20)], 16, 8, generator)
+    weights = random_layer(generator, has_norms=True)
+    spec = weights.spec
+    shape = (8, spec.num_kv_heads, 16, spec.head_width)
+    rows = PagedKV(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), batch)
+    columns = with_columns(PagedKV(rows.keys, rows.values.clone(), batch))
+    product = torch.randn(len(positions), (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_width, generator=generator)
+    q = ops.kv_write(product, weights, positions, rows)
+    assert torch.equal(ops.kv_write(product, weights, positions, columns), q)
+    assert rows.keys.any()
+    assert torch.equal(columns.keys, rows.keys)
+    assert torch.equal(columns.values, rows.values)

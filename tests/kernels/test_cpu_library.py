@@ -115,7 +115,8 @@ def _write_everything(library: ctypes.CDLL, context: int, generator: torch.Gener
 
         ones, zeros = torch.ones(num_rows), torch.zeros(num_rows, dtype=torch.int64)
         top_k = torch.full((num_rows,), 3, dtype=torch.int32)
-        draw = Draw(*(t.data_ptr() for t in (ones, ones * 0.9, ones * 0.01, top_k, zeros, zeros)))
+        parameters = (ones, ones * 0.9, ones * 0.01, top_k, zeros, zeros)
+        draw = Draw(*(t.data_ptr() for t in parameters))
         drawn, whole = guarded(num_rows, dtype=torch.int64)
         assert library.braid_sample(context, rows.data_ptr(), addressof(draw), drawn.data_ptr(), num_rows, width) == 0
         assert is_intact(whole)
