@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from kernels.cpu.library import load as native_library
 from kernels.ops import Ops, select_ops
 from service.engine.messages import Load, ModelInfo, ModelSource
 from service.errors import StartupError
@@ -87,6 +88,9 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
     for source, model in models:
         progress("kv_cache", len(loaded) / len(models))
         loaded.append(_equip(source.name, model, load, storage, kv_bytes))
+    if storage.precision.is_int8 and device.type == "cpu" and native_library() is not None:
+        # Our own threads do the work; PyTorch's would spin beside them after each small op (16 rows: 8.7 ms a step instead of 13.4).
+        torch.set_num_threads(1)
     for number, one in enumerate(loaded):
         progress("warm_up", number / len(loaded))
         _warm_up(one, load, device)
