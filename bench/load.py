@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,7 @@ class Load:
     output_tokens: int
     shared_prefix: int
     seed: int
+    think_s: float = 0.0  # mean of the pause before each request, exponentially distributed
 
 
 async def run_load(url: str, load: Load) -> dict[str, Any]:
@@ -136,7 +137,8 @@ async def run_load(url: str, load: Load) -> dict[str, Any]:
 
         async def user(number: int) -> None:
             for turn in range(load.requests_per_user):
-                source = random.Random(load.seed * 1_000_003 + number * 1009 + turn)
+                source = random.Random(f"{load.seed}/{load.output_tokens}/{number}/{turn}")  # the warm-up asks other things
+                await asyncio.sleep(source.expovariate(1 / load.think_s) if load.think_s else 0)
                 messages = [{"role": "user", "content": words(source, num_words)}]
                 if system:
                     messages.insert(0, {"role": "system", "content": system})
@@ -217,7 +219,7 @@ def serving(model: str, arguments: list[str]) -> Iterator[tuple[str, float]]:
 def measure(url: str, loads: list[Load]) -> list[dict[str, Any]]:
     """A warm-up of one short round, then every load in turn."""
     first = loads[0]
-    asyncio.run(run_load(url, Load(min(first.users, 2), 1, first.prompt_tokens, 8, first.shared_prefix, seed=99)))
+    asyncio.run(run_load(url, replace(first, users=min(first.users, 2), requests_per_user=1, output_tokens=8, think_s=0.0)))
     return [asyncio.run(run_load(url, load)) for load in loads]
 
 
@@ -246,13 +248,21 @@ def print_table(title: str, rows: list[dict[str, Any]], limit: float) -> None:
 @click.option("--prompt-tokens", type=click.IntRange(8), default=139)
 @click.option("--output-tokens", type=click.IntRange(2), default=128)
 @click.option("--shared-prefix", type=click.IntRange(0), default=0, help="Tokens of a system prompt that all users share.")
+@click.option("--think-time", "think_s", type=click.FloatRange(0), default=0.0, help="Mean seconds a user waits before each request.")
 @click.option("--compare-prefix-cache", is_flag=True, help="Run everything again with --no-prefix-cache.")
 @click.option("--server-argument", multiple=True, help="Passed on to `braid serve`; repeatable.")
 @click.option("--seed", default=1)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
 def main(model: str, url: str, users: tuple[int, ...], json_path: Path | None, **options: Any) -> None:
     """Measure chat requests over HTTP."""
-    shape = (options["requests_per_user"], options["prompt_tokens"], options["output_tokens"], options["shared_prefix"], options["seed"])
+    shape = (
+        options["requests_per_user"],
+        options["prompt_tokens"],
+        options["output_tokens"],
+        options["shared_prefix"],
+        options["seed"],
+        options["think_s"],
+    )
     loads = [Load(count, *shape) for count in users]
     report: dict[str, Any] = {"machine": describe_machine(), "options": {"model": model, "users": users, **options}}
     before = read_bandwidth()

@@ -1,6 +1,7 @@
 // Paged attention over all sequences of a step: online softmax over tiles of 64 keys, float32 sums, grouped heads share a tile.
 // Tiles and splits lie at absolute positions and every query walks through them in the same order, so a query's result depends
 // neither on how its prompt was cut nor on its neighbours, and decode is the same code as prefill. Included by isa_*.cpp.
+// One file of more than 350 lines, because all of it is one loop nest: tile, split, item, merge, and the fetching ahead between them.
 // Source: Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022 (tiles); Dao et al. 2023 (splits).
 #pragma once
 #include "lanes.h"
