@@ -16,7 +16,7 @@ from service.api.auth import salted
 from service.api.generation import Choice, Generation
 from service.api.schema import SamplingFields
 from service.codec.prompt import Codec
-from service.codec.text import TextStream
+from service.codec.text import StopStrings, TextStream
 from service.engine.client import EngineClient
 from service.engine.messages import Generate, ModelInfo
 from service.engine.stream import Stream
@@ -122,10 +122,11 @@ def _choices(streams: list[Stream], codec: Codec, request: SamplingFields) -> li
         return lambda: stream.abort(number, finished=True)
 
     own_stops = frozenset(request.stop_token_ids)
+    stops = StopStrings(request.stop)
     return [
         Choice(
             index * request.n + number,
-            TextStream(codec.tokenizer, request.stop, request.include_stop_str_in_output),
+            TextStream(codec.tokenizer, stops, request.include_stop_str_in_output),
             own_stops,
             aborter(stream, number),
         )

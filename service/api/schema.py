@@ -20,6 +20,8 @@ MAX_PROMPTS = 128
 MAX_STOPS = 64
 MAX_IDS = 2**20
 MAX_CHARS = 2**28
+MAX_BIASES = 4096
+MAX_METADATA = 64
 _INT32 = 2**31 - 1
 
 # A bound also makes pydantic refuse half a surrogate pair, which a plain str lets pass.
@@ -28,7 +30,7 @@ Word = Annotated[str, StringConstraints(max_length=512)]
 Count = Annotated[int, Field(ge=1, le=_INT32)]
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
 class Strict(BaseModel):
@@ -49,6 +51,13 @@ class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False
+
+
+def _bounded(value: Any, most: int) -> Any:
+    """Counts an object's entries before pydantic looks at each of them, and makes an error of each: it has no fail_fast for these."""
+    if isinstance(value, dict) and len(value) > most:
+        raise ValueError(f"must have at most {most} entries, not {len(value)}")
+    return value
 
 
 def _is_empty(value: Any) -> bool:
@@ -129,7 +138,7 @@ class SamplingFields(Strict):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] = []
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]], Field(max_length=4096)] = {}
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]], Field(max_length=MAX_BIASES)] = {}
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     ignore_eos: bool = False
@@ -147,6 +156,11 @@ class SamplingFields(Strict):
     @classmethod
     def _one_stop(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few_biases(cls, value: Any) -> Any:
+        return _bounded(value, MAX_BIASES)
 
     @field_validator("logit_bias", mode="after")
     @classmethod
@@ -254,7 +268,7 @@ class ChatRequest(SamplingFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
     # Accepted, of no effect on the text here.
-    metadata: Annotated[dict[str, Word], Field(max_length=64)] | None = None
+    metadata: Annotated[dict[str, Word], Field(max_length=MAX_METADATA)] | None = None
     store: bool | None = None
     service_tier: Word | None = None
     parallel_tool_calls: bool | None = None
@@ -264,6 +278,11 @@ class ChatRequest(SamplingFields):
     safety_identifier: Word | None = None
     prompt_cache_key: Word | None = None
     prompt_cache_retention: Word | None = None
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _little_metadata(cls, value: Any) -> Any:
+        return _bounded(value, MAX_METADATA)
 
     def check(self) -> None:
         super().check()

@@ -28,11 +28,12 @@ class TextStream:
     """Incremental detokenizer. However the ids are cut into pushes, the deltas joined are the text of all ids up to the stop string
     that is complete first; of several complete at one character, the longest."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), include_stop: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: StopStrings | Sequence[str] = (), include_stop: bool = False) -> None:
         self._tokenizer = tokenizer
         self._include_stop = include_stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stops = _StopSearch(stop)
+        self._stops = stop if isinstance(stop, StopStrings) else StopStrings(stop)
+        self._stop_node = 0
         self._held = ""  # decoded, not yet shown
         self._num_shown = 0  # characters
         self._spans: deque[tuple[int, int]] = deque()  # of each token not yet shown whole: its first character, one past its last
@@ -74,14 +75,15 @@ class TextStream:
 
     def _search(self, text: str) -> str:
         for index, char in enumerate(text if self._stops.has_any else ""):
-            stop = self._stops.step(char)
+            self._stop_node = self._stops.step(self._stop_node, char)
+            stop = self._stops.found(self._stop_node)
             if stop:
                 self._held += text[: index + 1]
                 self._stop_string = stop
                 self._is_over = True
                 return self._show(len(self._held) - (0 if self._include_stop else len(stop)))
         self._held += text
-        return self._show(len(self._held) - self._stops.depth)
+        return self._show(len(self._held) - self._stops.depth(self._stop_node))
 
     def _show(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]
@@ -103,10 +105,10 @@ class TextStream:
         return end <= self._num_shown or (self._stop_string is not None and first < self._num_shown)
 
 
-class _StopSearch:
-    """Finds any of several strings in a text read one character at a time.
+class StopStrings:
+    """Finds any of several strings in texts read one character at a time. A reader keeps the node that it has reached, 0 at first;
+    nothing here changes, so that all choices of a request share what may take megabytes.
 
-    depth: how many of the last characters begin one of them, which is exactly what has to be held back.
     Source: Aho and Corasick, Efficient string matching (1975).
     """
 
@@ -119,23 +121,24 @@ class _StopSearch:
             if stop:
                 self._add(stop)
         self._link()
-        self._node = 0
 
     @property
     def has_any(self) -> bool:
         return len(self._next) > 1
 
-    @property
-    def depth(self) -> int:
-        return self._depth[self._node]
-
-    def step(self, char: str) -> str | None:
-        """Reads one character; the longest string that it completes, if any. Mutates: the place reached."""
-        node = self._node
+    def step(self, node: int, char: str) -> int:
+        """The node after one more character."""
         while node and char not in self._next[node]:
             node = self._fail[node]
-        self._node = self._next[node].get(char, 0)
-        return self._found[self._node]
+        return self._next[node].get(char, 0)
+
+    def found(self, node: int) -> str | None:
+        """The longest string that the last character completed, if any."""
+        return self._found[node]
+
+    def depth(self, node: int) -> int:
+        """How many of the last characters begin one of the strings, which is exactly what has to be held back."""
+        return self._depth[node]
 
     def _add(self, stop: str) -> None:
         node = 0

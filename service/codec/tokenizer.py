@@ -64,7 +64,8 @@ class Tokenizer:
             else:
                 plain = part.replace(marker, "") if marker else part
                 plain.encode()  # the library's own refusal of a lone surrogate is a TypeError about something else
-                ids += encoder.encode(plain, add_special_tokens=False).ids
+                # The library's `encode` keeps the interpreter's lock for its whole run, seconds for megabytes; its batches let it go.
+                ids += encoder.encode_batch_fast([plain], add_special_tokens=False)[0].ids
             encoder = self._rest
         return ids
 

@@ -91,12 +91,13 @@ def test_numbers_out_of_range(server: Running, field: str, extra: list[Any]) -> 
         ("stop", {"messages": HI, "stop": 5}),
         ("stop", {"messages": HI, "stop": ["a"] * 65}),
         ("stop", {"messages": HI, "stop": ""}),
-        ("stop[1]", {"messages": HI, "stop": ["a", "x" * 1025]}),
+        ("stop[1]", {"messages": HI, "stop": ["a", "x" * 257]}),
         ("logit_bias", {"messages": HI, "logit_bias": {"a": 1}}),
         ("logit_bias", {"messages": HI, "logit_bias": {"-1": 1}}),
         ("logit_bias", {"messages": HI, "logit_bias": {str(2**63): 1}}),
         ("logit_bias.5", {"messages": HI, "logit_bias": {"5": 101}}),
         ("logit_bias.5", {"messages": HI, "logit_bias": {"5": True}}),
+        ("logit_bias", {"messages": HI, "logit_bias": {str(token): "a" for token in range(4097)}}),  # counted before it is looked at
         ("stop_token_ids[0]", {"messages": HI, "stop_token_ids": [-1]}),
         ("stop_token_ids[0]", {"messages": HI, "stop_token_ids": [True]}),
         ("stop_token_ids", {"messages": HI, "stop_token_ids": [2**30], "min_tokens": 1}),
@@ -112,6 +113,7 @@ def test_numbers_out_of_range(server: Running, field: str, extra: list[Any]) -> 
         ("cache_salt", {"messages": HI, "cache_salt": "x" * 513}),
         ("model", {"messages": HI, "model": 5}),
         ("metadata.a", {"messages": HI, "metadata": {"a": 1}}),
+        ("metadata", {"messages": HI, "metadata": {str(key): 1 for key in range(65)}}),
     ],
 )  # fmt: skip
 def test_wrong_fields_are_named(server: Running, param: str, body: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.codec.text import TextDelta, TextStream
+from service.codec.text import StopStrings, TextDelta, TextStream
 from service.codec.tokenizer import Tokenizer
 from tests.codec.tiny import tokenizer_of
 
@@ -139,3 +139,13 @@ def test_a_token_that_begins_before_the_cut_is_counted_as_shown() -> None:
 def test_of_two_stops_complete_at_once_the_longer_wins_and_of_others_the_earlier() -> None:
     assert TextStream(TOKENIZER, ["bc", "abc"]).push([256 + WORDS.index("abc")]) == TextDelta("", 0, True, "abc")
     assert TextStream(TOKENIZER, ["abcd", "bc"]).push(list(b"abcd")) == TextDelta("a", 1, True, "bc")
+
+
+def test_streams_that_share_their_stop_strings_do_not_disturb_each_other() -> None:
+    stops = StopStrings(["abc"])
+    one, other = TextStream(TOKENIZER, stops), TextStream(TOKENIZER, stops)
+    assert one.push(list(b"xab")) == TextDelta("x", 1)
+    assert other.push(list(b"c")) == TextDelta("c", 1)
+    assert other.push(list(b"a")) == TextDelta()
+    assert one.push(list(b"c")) == TextDelta("", 0, True, "abc")
+    assert other.push(list(b"d")) == TextDelta("ad", 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,26 @@ def test_bytes_of_tokens() -> None:
     assert BYTE_LEVEL.token_bytes(1) == b""
     assert BYTE_LEVEL.token_bytes(1, skip_special=False) == b"<|im_start|>"
     assert BYTE_LEVEL.token_bytes(10**6) == BYTE_LEVEL.token_bytes(-1) == b""
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded(smollm2: Tokenizer) -> None:
+    done = threading.Event()
+    ids: list[int] = []
+
+    def encode() -> None:
+        ids.extend(smollm2.encode("the quick brown fox " * 20_000))
+        done.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    num_turns = 0
+    while not done.is_set():
+        num_turns += 1
+        time.sleep(0.005)
+    thread.join()
+    # It takes some 100 ms; under the interpreter's lock there would be one turn before it and one after it.
+    assert len(ids) > 80_000 - 1
+    assert num_turns > 5
 
 
 def test_half_a_surrogate_pair_is_refused() -> None:
