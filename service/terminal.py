@@ -26,6 +26,8 @@ class ChatClient:
     """Streams answers of one model of one server. model "": the server's first."""
 
     def __init__(self, base_url: str, model: str, api_key: str, sampling: dict[str, float]) -> None:
+        if not re.fullmatch(r"[\x21-\x7e]*", api_key):
+            raise StartupError("--api-key must be of visible ASCII characters")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         # A long prompt may take minutes to its first token, so reading has no limit: Ctrl-C is there.
         try:
@@ -120,7 +122,8 @@ def talk(client: ChatClient, system: str) -> None:
     messages = _beginning(system)
     while True:
         try:
-            line = input("> ").strip()
+            # Bytes that are no UTF-8 come out of a pipe as half surrogate pairs, which can't be sent.
+            line = input("> ").strip().encode("utf-8", "replace").decode("utf-8")
         except (EOFError, KeyboardInterrupt):
             click.echo()
             return

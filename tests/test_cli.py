@@ -321,6 +321,29 @@ def test_chat_without_a_server() -> None:
     assert "is not a URL" in braid("chat", "--base-url", "http://[::1").output
 
 
+@pytest.mark.parametrize("key", ["ké", "a\nb", "a b"])
+def test_chat_with_a_key_that_no_header_can_carry(key: str) -> None:
+    result = braid("chat", "--api-key", key)
+    assert result.exit_code == 1
+    assert "--api-key must be" in result.output
+
+
+def test_chat_takes_what_is_no_text(server: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(["caf\udce9"])  # as input() gives a byte that is no UTF-8
+
+    def read(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    server.says("Yes")
+    result = braid("chat")
+    assert result.exit_code == 0, result.output
+    assert server.asked[0]["messages"][0]["content"] == "caf?"
+
+
 def test_chat_with_a_model_that_is_not_there(server: Script) -> None:
     assert "no model 'third'; it has first, second" in braid("chat", "--model", "third").output
 

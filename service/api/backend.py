@@ -179,7 +179,7 @@ def _max_tokens(request: SamplingFields, context: int, prompt_len: int) -> int:
         raise ContextLengthError(
             f"This model's maximum context length is {context} tokens. However, you requested {asked} tokens ({prompt_len} in the prompt, "
             f"{completion}). Please reduce the length of the prompt or of the completion.",
-            param=request.prompt_param if room < 1 else "max_tokens",
+            param=request.prompt_param if room < 1 else request.wanted_param,
         )
     if wanted is None:
         wanted = min(room, request.default_tokens or room)

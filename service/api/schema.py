@@ -186,6 +186,11 @@ class SamplingFields(Strict):
         return self.max_tokens
 
     @property
+    def wanted_param(self) -> str:
+        """The field that says so."""
+        return "max_tokens"
+
+    @property
     def num_logprobs(self) -> int | None:
         """How many alternatives per token; None for no logprobs."""
         raise NotImplementedError
@@ -296,6 +301,10 @@ class ChatRequest(SamplingFields):
     @property
     def wanted_tokens(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def wanted_param(self) -> str:
+        return "max_completion_tokens" if self.max_completion_tokens is not None else "max_tokens"
 
     @property
     def num_logprobs(self) -> int | None:

@@ -7,6 +7,7 @@ from typing import Any
 import openai
 import pytest
 
+from service.codec.text import StopStrings
 from service.errors import OverloadedError
 from tests.api.fakes import MODEL, TEXT, VOCAB, Running, Script
 from tests.api.test_chat import events
@@ -105,3 +106,17 @@ def test_one_of_many_prompts_fails(server: Running) -> None:
     answer = server.post("/v1/completions", prompt=["a", "b"])
     assert (answer.status_code, answer.json()["error"]["message"]) == (500, "it broke")
     assert len(server.engine.aborts) == 1
+
+
+def test_choices_share_what_is_made_of_their_stop_strings(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[StopStrings] = []
+
+    def make(stops: list[str]) -> StopStrings:
+        made.append(StopStrings(stops))
+        return made[-1]
+
+    monkeypatch.setattr("service.api.backend.StopStrings", make)
+    server.engine.script = Script(text="one stop two")
+    answer = server.post("/v1/completions", prompt=["a", "b"], n=3, stop=["stop", "top"]).json()
+    assert [choice["text"] for choice in answer["choices"]] == ["one "] * 6
+    assert len(made) == 1

@@ -274,6 +274,8 @@ def test_context_length(server: Running) -> None:
         assert error["code"] == "context_length_exceeded"
         assert f"This model's maximum context length is {CONTEXT} tokens. However, " in error["message"]
     assert server.chat("x" * (room - 8), max_tokens=8).status_code == 200
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert check(server.chat("x" * (room - 8), **{name: 9}))["param"] == name
 
 
 def test_models(server: Running) -> None:
