@@ -1,6 +1,7 @@
 """What clients may send: strict pydantic models, one per route, with every bound. And the fields we know but do not build yet.
 
-No HTTP, no engine. An explicit null is an absent field. `body` reads requests into these; `generation` turns them into work.
+No HTTP, no engine. Longer than most files because every field of both routes, with its bounds, is read in one place. An explicit null
+is an absent field. `body` reads requests into these; `generation` turns them into work.
 """
 
 from __future__ import annotations
