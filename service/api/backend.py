@@ -22,6 +22,7 @@ from service.engine.messages import Generate, ModelInfo
 from service.engine.stream import Stream
 from service.errors import ContextLengthError, ModelNotFoundError, OverloadedError, RequestError, UnavailableError
 from service.metrics import Metrics
+from service.scheduling.reading import Read
 from service.scheduling.sampling import SamplingParams
 
 # Below this many characters an encoding takes less time than going to another thread.
@@ -82,8 +83,19 @@ class Backend:
         finally:
             self._num_encoding -= 1
 
-    def submit(self, request_id: str, model: str, prompts: list[list[int]], request: SamplingFields, caller: Caller) -> Generation:
-        """Raises: RequestError and its kinds, OverloadedError, UnavailableError; nothing is left running then."""
+    def submit(
+        self,
+        request_id: str,
+        model: str,
+        prompts: list[list[int]],
+        request: SamplingFields,
+        caller: Caller,
+        *,
+        grammar: str = "",
+        read: Read | None = None,
+    ) -> Generation:
+        """grammar: of every choice. read: of every prompt. Raises: RequestError and its kinds, OverloadedError, UnavailableError; nothing
+        is left running then."""
         info = self._info(model)
         codec = self.codecs[model]
         seed = secrets.randbits(62) if request.seed is None else request.seed
@@ -100,6 +112,8 @@ class Backend:
                     priority=request.priority,
                     timeout_s=request.timeout or 0.0,
                     tenant=salted(caller.tenant, request.cache_salt),
+                    grammar=grammar,
+                    read=read,
                 )
                 streams.append(self.engine.submit(generate))
                 self._metrics.begin(

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
-from service.api.schema import SamplingFields
+from service.api.schema import Strict
 from service.errors import BodyTooLargeError, DeadlineError, MediaTypeError, RequestError
 
 MAX_WARNINGS = 16
@@ -25,7 +25,7 @@ _MAX_NAME = 64
 _DISCARD_S = 1.0
 _DISCARD_BYTES = 64 * 2**20
 
-R = TypeVar("R", bound=SamplingFields)
+R = TypeVar("R", bound=Strict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,11 @@ async def _discard(request: Request) -> None:
 
 def validate(body: bytes, kind: type[R]) -> tuple[R, list[str]]:
     """Raises: RequestError with `param` naming the first field that is wrong."""
-    data = _decode(body, kind)
+    return checked(_decode(body, kind), kind)
+
+
+def checked(data: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
+    """The same for a JSON object at hand: a line of a batch, or what another API's route translated. Raises: RequestError."""
     _check_unbuilt(data, kind)
     parsed = _validate(data, kind)
     parsed.check()

@@ -14,9 +14,10 @@ from starlette.responses import Response
 
 from service.api.backend import Backend
 from service.api.body import BodyLimits, parse
+from service.api.dialogue import converse
 from service.api.logprobs import chat_entries
 from service.api.routes import answer, caller_of, fingerprint
-from service.api.schema import ChatRequest
+from service.api.schema_chat import ChatRequest
 from service.api.shape import Shape, Tokens
 from service.codec.tokenizer import Tokenizer
 
@@ -26,24 +27,16 @@ def chat_route(backend: Backend, limits: BodyLimits) -> Any:
 
     async def create_chat_completion(request: Request) -> Response:
         wanted, warnings = await parse(request, ChatRequest, limits)
-        model = backend.choose(wanted.model)
-        codec = backend.codecs[model]
-        messages = [message.as_template_input() for message in wanted.messages]
-        num_chars = sum(map(_num_chars, messages))
-        prompt = await backend.encode(model, lambda: codec.encode_chat(messages), num_chars)
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
-        generation = backend.submit(request_id, model, [prompt], wanted, caller_of(request))
+        dialogue = await converse(backend, wanted, caller_of(request), request_id)
+        model, generation = dialogue.model, dialogue.generation
         head = {"id": request_id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint(backend, model)}
-        form = ChatForm(codec.tokenizer)
+        form = ChatForm(dialogue.codec.tokenizer)
+        warnings = [*warnings, *dialogue.warnings]
         shape = Shape(head, generation, form, has_logprobs=wanted.logprobs, options=wanted.stream_options, warnings=warnings)
         return answer(wanted, generation, shape, warnings)
 
     return create_chat_completion
-
-
-def _num_chars(message: dict[str, Any]) -> int:
-    content = message.get("content", "")
-    return len(content) if isinstance(content, str) else sum(len(part.get("text", "")) for part in content)
 
 
 class ChatForm:

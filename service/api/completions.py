@@ -16,7 +16,7 @@ from service.api.backend import Backend
 from service.api.body import BodyLimits, parse
 from service.api.logprobs import CompletionLogprobs
 from service.api.routes import answer, caller_of, fingerprint
-from service.api.schema import CompletionRequest
+from service.api.schema_completion import CompletionRequest
 from service.api.shape import Shape, Tokens
 from service.codec.prompt import Codec
 from service.codec.tokenizer import Tokenizer

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
+from service.codec.reply import CallDelta
 from service.codec.text import TextStream
 from service.engine.messages import Event, TokenLogprob, Usage
 from service.engine.stream import Stream, error_of
@@ -22,14 +23,18 @@ log = logging.getLogger("braid.requests")
 
 @dataclass(slots=True)
 class Piece:
-    """What one event brought for one choice. tokens: those whose text is now shown whole, kept only where logprobs were asked for.
-    finish: "stop" or "length" with the choice's last piece. stop_reason: the client's stop string or id that ended it."""
+    """What one event brought for one choice: reasoning, then text, then tool calls. tokens: those whose text is now shown whole, kept
+    only where logprobs were asked for. ids: the new ids, only where they were asked for. finish: "stop", "length" or "tool_calls" with
+    the choice's last piece. stop_reason: the client's stop string or id that ended it."""
 
     choice: int
     text: str
     tokens: Sequence[tuple[int, TokenLogprob]] = ()
     finish: str | None = None
     stop_reason: str | int | None = None
+    reasoning: str = ""
+    calls: Sequence[CallDelta] = ()
+    ids: Sequence[int] = ()
 
 
 class Choice:

@@ -12,8 +12,9 @@ import msgspec
 
 from service.api.generation import Generation, Piece
 from service.api.schema import StreamOptions
-from service.api.sse import event
+from service.api.sse import DONE, event
 from service.engine.messages import TokenLogprob
+from service.errors import BraidError
 
 Tokens = Sequence[tuple[int, TokenLogprob]]
 
@@ -90,10 +91,14 @@ class Shape:
         return data
 
     def closing(self) -> bytes:
-        """The usage, where it was asked for."""
+        """The usage, where it was asked for, and the end mark."""
         if not self._has_usage:
-            return b""
-        return event({**self._head, "choices": [], "usage": self._generation.usage(), "timings": self._generation.timings()})
+            return DONE
+        return event({**self._head, "choices": [], "usage": self._generation.usage(), "timings": self._generation.timings()}) + DONE
+
+    def failure(self, error: BraidError) -> bytes:
+        """An error event, which is the last one."""
+        return event(error.body())
 
     def _event(
         self, index: int, content: dict[str, Any], extra: dict[str, Any], *, tokens: Tokens = (), end: Piece | None = None

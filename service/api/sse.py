@@ -15,7 +15,6 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.api.errors import error_bytes
 from service.api.generation import Generation, Piece
 from service.errors import BraidError, EngineError
 
@@ -23,23 +22,27 @@ log = logging.getLogger("braid.http")
 
 KEEP_ALIVE_S = 15.0
 _PING = b": ping\n\n"
-_DONE = b"data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
-def event(data: object) -> bytes:
-    """One server-sent event without a name."""
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+def event(data: object, name: str = "") -> bytes:
+    """One server-sent event."""
+    head = b"event: " + name.encode() + b"\n" if name else b""
+    return head + b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 class Answer(Protocol):
-    """The bytes of one answer; `shape` has them."""
+    """The bytes of one answer, in one API's form: opening, chunks, then closing or failure; or add and then whole. `media_type` and the
+    names of events are the form's own affair, and so is the last event (such as [DONE])."""
 
     def opening(self) -> bytes: ...
 
     def chunk(self, piece: Piece) -> bytes: ...
 
     def closing(self) -> bytes: ...
+
+    def failure(self, error: BraidError) -> bytes: ...
 
     def add(self, piece: Piece) -> None: ...
 
@@ -115,16 +118,16 @@ class EventStream(Response):
                 return
             if not out.is_started:
                 raise
-            await out.write(b"data: " + error_bytes(error) + b"\n\n", is_last=True)
+            await out.write(self._shape.failure(error), is_last=True)
         except Exception:
             if not out.is_started:
                 raise
             log.exception("a stream failed")
             fault = EngineError("The server had an error while it worked on this request.")
-            await out.write(b"data: " + error_bytes(fault) + b"\n\n", is_last=True)
+            await out.write(self._shape.failure(fault), is_last=True)
         else:
             if not watch.is_gone:
-                await out.write(self._shape.closing() + _DONE, is_last=True)
+                await out.write(self._shape.closing(), is_last=True)
 
     async def _forward(self, batches: AsyncGenerator[list[Piece], None], out: _Output, watch: Watch) -> None:
         chunk = self._shape.chunk

@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from service.scheduling.reading import Pool, Read
 from service.scheduling.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error", "deadline"]
@@ -40,7 +41,9 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
     """num_choices sequences over one prompt; choice i draws with seed + i. tenant salts the prefix-cache keys. priority: smaller
-    runs earlier, 0 is usual. timeout_s counts from arrival in the engine; 0 is none."""
+    runs earlier, 0 is usual. timeout_s counts from arrival in the engine; 0 is none. grammar: text in llguidance's form that every
+    choice has to follow, "" for none; its model's `Vocabulary` went ahead. read: what to tell about the prompt, by choice 0 alone;
+    with it sampling.max_tokens may be 0."""
 
     request_id: str
     model: str
@@ -50,6 +53,18 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     priority: int = 0
     timeout_s: float = 0.0
     tenant: str = ""
+    grammar: str = ""
+    read: Read | None = None
+
+
+class Vocabulary(msgspec.Struct, frozen=True, tag=True):
+    """A model's tokens as grammars see them; sent once, before the first request that has one. pieces: each id's bytes. A special
+    token's are its text, and its id is in special_ids. eos_ids end a text, the first is the usual one."""
+
+    model: str
+    pieces: list[bytes]
+    special_ids: list[int]
+    eos_ids: list[int]
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -65,7 +80,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Finish nothing, deliver nothing more, exit 0."""
 
 
-Down = Load | Generate | Abort | Shutdown
+Down = Load | Vocabulary | Generate | Abort | Shutdown
 
 
 class Unreadable(msgspec.Struct, frozen=True):
@@ -85,7 +100,8 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
 class ModelInfo(msgspec.Struct, frozen=True):
     """What a loaded model can do. weight_bytes: that a decode step reads. kv_tokens: how many tokens its K/V pool
-    holds. num_kv_blocks counts blocks of block_size."""
+    holds. num_kv_blocks counts blocks of block_size. can_generate: an encoder can't. pool: how its hidden states become a vector
+    unless a request says otherwise, and vector_width numbers of it."""
 
     name: str
     max_context: int
@@ -95,6 +111,9 @@ class ModelInfo(msgspec.Struct, frozen=True):
     kv_tokens: int
     num_kv_blocks: int
     block_size: int
+    can_generate: bool = True
+    pool: Pool = "last"
+    vector_width: int = 0
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -120,10 +139,18 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
     preemptions: int = 0
 
 
+class Reading(msgspec.Struct, frozen=True, array_like=True):
+    """What a `Read` asked for. logprobs: one per prompt id from Read.first on. vector: float32, little-endian, not normalised."""
+
+    logprobs: list[TokenLogprob]
+    vector: bytes | None = None
+
+
 class Event(msgspec.Struct, frozen=True, array_like=True):
     """New ids of one choice (maybe none), and its end when finish is set. stop_id: the id that ended it, not among `tokens`.
     Exactly one event of each choice has finish and usage set, and it is the last. error: text for finish "error", and
-    error_status: the HTTP status that fits it (`errors.py`)."""
+    error_status: the HTTP status that fits it (`errors.py`), error_param and error_code: the field and the code of the body.
+    reading: with choice 0's first event after the prompt, where it was asked for."""
 
     request_id: str
     choice: int
@@ -134,6 +161,9 @@ class Event(msgspec.Struct, frozen=True, array_like=True):
     usage: Usage | None = None
     error: str | None = None
     error_status: int = 500
+    error_param: str | None = None
+    error_code: str | None = None
+    reading: Reading | None = None
 
 
 class LaneStats(msgspec.Struct, frozen=True):

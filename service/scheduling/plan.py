@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from service.scheduling.reading import Pool
 from service.scheduling.sampling import SamplingParams
 
 
@@ -64,15 +65,32 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptRead:
+    """What to read of one slice, which holds prompt tokens alone. sequence_id keys what is kept between the slices of a prompt (the
+    running sum of a mean). targets: prompt ids whose logprobs are wanted; targets[k] follows row first_row + k of the slice.
+    num_top: alternatives beside each. pool: as in `Read`. is_last: does the slice end the prompt? The vector comes then."""
+
+    slice_index: int
+    sequence_id: int
+    first_row: int = 0
+    targets: tuple[int, ...] = ()
+    num_top: int = 0
+    pool: Pool = ""
+    is_last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """What the runner does in one step. slices with one token come first. released: sequences whose state it may forget.
-    encode: spans whose embeddings or codes must exist before a later step reads them; nothing else waits for them."""
+    reads: at most one per slice. encode: spans whose embeddings or codes must exist before a later step reads them; nothing else waits
+    for them."""
 
     step_id: int
     slices: tuple[Slice, ...]
     samples: tuple[Sample, ...]
     released: tuple[int, ...] = ()
     encode: tuple[Span, ...] = ()
+    reads: tuple[PromptRead, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -86,3 +104,12 @@ class Drawn:
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReading:
+    """What came of one `PromptRead`, in the plan's order. logprobs: (logprob, ((id, logprob), ...) likeliest first) per target.
+    vector: float32, little-endian, not normalised; with the prompt's last slice and only where a pool was asked for."""
+
+    logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
+    vector: bytes | None = None

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from service.api import schema
+from service.api import schema, schema_chat, schema_completion
 from service.api.auth import PUBLIC_PATHS
 from service.errors import BraidError, OverloadedError
 from tests.api.fakes import MODEL, Running, Script
@@ -27,14 +27,14 @@ CONTRACT: dict[str, Any] = yaml.safe_load((Path(__file__).parents[2] / "openapi.
 SCHEMAS: dict[str, Any] = CONTRACT["components"]["schemas"]
 HI = [{"role": "user", "content": "hi"}]
 REQUESTS: list[type[schema.Strict]] = [
-    schema.ChatRequest,
-    schema.CompletionRequest,
+    schema_chat.ChatRequest,
+    schema_completion.CompletionRequest,
     schema.StreamOptions,
-    schema.Message,
-    schema.TextPart,
-    schema.RefusalPart,
-    schema.ToolCall,
-    schema.CalledFunction,
+    schema_chat.Message,
+    schema_chat.TextPart,
+    schema_chat.RefusalPart,
+    schema_chat.ToolCall,
+    schema_chat.CalledFunction,
 ]
 # name in the contract, name in OpenAI's
 OFFICIAL = {
@@ -117,7 +117,7 @@ def test_request_fields_are_the_same(model: type[BaseModel]) -> None:
         assert merged.get("type", written.get("type")) == written.get("type", merged.get("type")), name
 
 
-@pytest.mark.parametrize("model", [schema.ChatRequest, schema.CompletionRequest])
+@pytest.mark.parametrize("model", [schema_chat.ChatRequest, schema_completion.CompletionRequest])
 def test_unsupported_fields_are_the_same(model: type[schema.SamplingFields]) -> None:
     written = SCHEMAS[model.__name__]
     assert sorted(model.unbuilt) == written["x-unsupported"]

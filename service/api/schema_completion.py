@@ -1,0 +1,72 @@
+"""What POST /v1/completions takes: raw prompts as texts or ids, one or many.
+
+No HTTP, no engine. `body` reads requests into this; `completions` turns it into work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Discriminator, Field, StringConstraints, Tag
+
+from service.api.schema import MAX_CHARS, MAX_IDS, MAX_PROMPTS, UNBUILT, SamplingFields, TokenId, equals, is_empty
+from service.engine.messages import MAX_CHOICES
+from service.errors import RequestError
+
+_UNBUILT_COMPLETION: dict[str, Callable[[Any], bool]] = {
+    "echo": equals(False),
+    "suffix": is_empty,
+}
+
+
+Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
+
+
+def _prompt_kind(prompt: Any) -> str | None:
+    if isinstance(prompt, str):
+        return "text"
+    if not isinstance(prompt, list) or not prompt:
+        return None
+    first = prompt[0]
+    return "texts" if isinstance(first, str) else "id_lists" if isinstance(first, list) else "ids"
+
+
+Prompt = Annotated[
+    Annotated[str, StringConstraints(min_length=1, max_length=MAX_CHARS), Tag("text")]
+    | Annotated[
+        list[Annotated[str, StringConstraints(min_length=1, max_length=MAX_CHARS)]],
+        Field(max_length=MAX_PROMPTS, fail_fast=True),
+        Tag("texts"),
+    ]
+    | Annotated[Ids, Tag("ids")]
+    | Annotated[list[Ids], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("id_lists")],
+    Discriminator(
+        _prompt_kind,
+        custom_error_type="prompt_type",
+        custom_error_message="prompt must be a string, a list of strings, a list of token ids, or a list of such lists, and not empty",
+    ),
+]
+
+
+class CompletionRequest(SamplingFields):
+    unbuilt: ClassVar[Mapping[str, Callable[[Any], bool]]] = {**UNBUILT, **_UNBUILT_COMPLETION}
+    default_tokens: ClassVar[int | None] = 16
+
+    prompt: Prompt
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.n * len(self.prompts) > MAX_CHOICES:
+            raise RequestError(f"n times the number of prompts must be at most {MAX_CHOICES}", param="n")
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """Each prompt by itself: texts, or lists of ids."""
+        prompt: Any = self.prompt
+        return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs

@@ -1,0 +1,23 @@
+"""What a grammar is to the scheduler: something that takes each drawn id and says when the text is complete. Stdlib only.
+
+The ids that may be drawn next travel as a bit mask beside the plan, from whoever owns the grammar (`engine/constraint`) to the sampler;
+nothing here computes one. Called by `scheduler.commit`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Grammar(Protocol):
+    """The state of one choice's text. Made by the engine for each choice, carried by its gang, kept over preemptions."""
+
+    def accept(self, token: int) -> bool:
+        """Takes the id that was drawn. True when the text is complete and nothing may follow: the choice ends with "stop".
+
+        Mutates: the grammar. Raises: GrammarError when the id does not fit or the grammar can't go on; that ends the choice with "error".
+        """
+
+
+class GrammarError(Exception):
+    """A grammar could not go on. The message is fit for a client."""
