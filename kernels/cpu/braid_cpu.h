@@ -47,11 +47,12 @@ struct Spec {
     int64_t window, sink;  // window: INT64_MAX sees everything
 };
 
-// What one row of logits is drawn with; see kernels/sample/reference.py.
+// What one row of logits is drawn with; see kernels/sample/reference.py. mask: null, or a bit per token in words of 32 for each row.
 struct Draw {
     const float *temperature, *top_p, *min_p;
     const int32_t* top_k;
     const int64_t *seeds, *positions;
+    const int32_t* mask;
 };
 
 // Threads that wait for numbered tiles. The caller is thread 0 and works too; a tile belongs to whoever takes its number first, so a

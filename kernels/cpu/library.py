@@ -47,7 +47,7 @@ class Batch(ctypes.Structure):
 
 
 class Draw(ctypes.Structure):
-    _fields_ = tuple((name, c_void_p) for name in ("temperature", "top_p", "min_p", "top_k", "seeds", "positions"))
+    _fields_ = tuple((name, c_void_p) for name in ("temperature", "top_p", "min_p", "top_k", "seeds", "positions", "mask"))
 
 
 _P, _N = c_void_p, c_int64

@@ -192,11 +192,11 @@ class _Native:
         return out
 
     def sample(self, logits: Tensor, rows: SampleRows) -> Sampled:
-        is_changed = rows.mask is not None or rows.counts is not None
-        scores = (penalised(logits, rows) if is_changed else logits.float()).contiguous()
+        scores = (penalised(logits, rows) if rows.counts is not None else logits.float()).contiguous()
+        mask = None if rows.mask is None or rows.counts is not None else rows.mask.int().contiguous()
         floats = [x.float().contiguous() for x in (rows.temperature, rows.top_p, rows.min_p)]
         ints = [rows.top_k.int().contiguous(), rows.seeds.contiguous(), rows.positions.contiguous()]
-        draw = Draw(*(x.data_ptr() for x in floats + ints))
+        draw = Draw(*(x.data_ptr() for x in floats + ints), None if mask is None else mask.data_ptr())
         ids = torch.empty(len(scores), dtype=torch.int64)
         self._check(
             self._library.braid_sample(self._context, scores.data_ptr(), addressof(draw), ids.data_ptr(), len(scores), scores.shape[1])

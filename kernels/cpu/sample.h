@@ -1,6 +1,6 @@
 // Draws one id a row: thresholds of min-p, top-k and top-p found without sorting the vocabulary, then the arg-max of score + noise.
-// The rules and their order are those of kernels/sample/reference.py, the noise that of kernels/sample/noise.py. No mask and no
-// penalties here: the caller puts them into the scores. Included by the isa_*.cpp files.
+// The rules and their order are those of kernels/sample/reference.py, the noise that of kernels/sample/noise.py. No penalties here:
+// the caller puts them into the scores. Included by the isa_*.cpp files.
 #pragma once
 #include "lanes.h"
 
@@ -141,14 +141,22 @@ INLINE V cleaned(V logit) {
     return cut == cut ? cut : splat(-INFINITY);
 }
 
-int64_t greedy_id(const float* logits, int64_t vocab_size) {
+// Minus infinity where the bits of a row, null or one per token from its first on, do not allow tokens i ... i + W - 1.
+INLINE V allowed(V scores, const int32_t* bits, int64_t i) {
+    if (bits == nullptr) return scores;
+    const VU word = VU{} + (static_cast<uint32_t>(bits[i / 32]) >> (i % 32));
+    const VI is_set = reinterpret_cast<VI>((word >> reinterpret_cast<VU>(lane_index())) & 1u) != 0;
+    return is_set ? scores : splat(-INFINITY);
+}
+
+int64_t greedy_id(const float* logits, const int32_t* bits, int64_t vocab_size) {
     Best best;
     int64_t i = 0;
-    for (; i + W <= vocab_size; i += W) best.see(cleaned(load(logits + i)), lane_index() + static_cast<int32_t>(i));
+    for (; i + W <= vocab_size; i += W) best.see(allowed(cleaned(load(logits + i)), bits, i), lane_index() + static_cast<int32_t>(i));
     if (i < vocab_size) {
         V last = splat(-INFINITY);
         for (int64_t j = i; j < vocab_size; ++j) last[j - i] = logits[j];
-        best.see(cleaned(last), lane_index() + static_cast<int32_t>(i));
+        best.see(allowed(cleaned(last), bits, i), lane_index() + static_cast<int32_t>(i));
     }
     return best.winner();
 }
@@ -167,14 +175,14 @@ float lowest_kept(const Scores& row, const Draw& draw, int64_t at, int64_t vocab
     return floor;
 }
 
-int64_t drawn_id(const float* logits, const Draw& draw, int64_t at, int64_t vocab_size, float* memory) {
+int64_t drawn_id(const float* logits, const int32_t* bits, const Draw& draw, int64_t at, int64_t vocab_size, float* memory) {
     Scores row{memory, memory + ceil_div(vocab_size, W) * W, ceil_div(vocab_size, W) * W, -INFINITY};
     const V temperature = splat(draw.temperature[at]);
     V top = splat(-INFINITY);
     std::memcpy(row.scores, logits, static_cast<size_t>(vocab_size) * sizeof(float));
     for (int64_t i = vocab_size; i < row.count; ++i) row.scores[i] = -INFINITY;
     for (int64_t i = 0; i < row.count; i += W) {
-        const V s = cleaned(load(row.scores + i)) / temperature;
+        const V s = allowed(cleaned(load(row.scores + i)) / temperature, bits, i);
         store(row.scores + i, s);
         top = max(top, s);
     }
@@ -202,7 +210,9 @@ void sample(Context& context, const float* logits, const Draw& draw, int64_t* id
     parallel(context, num_rows, [&](int64_t row, int thread) {
         const float* from = logits + row * vocab_size;
         float* memory = static_cast<float*>(context.of_thread[static_cast<size_t>(thread)].reserve(0));
-        ids[row] = draw.temperature[row] < kGreedyBelow ? greedy_id(from, vocab_size) : drawn_id(from, draw, row, vocab_size, memory);
+        const int32_t* bits = draw.mask == nullptr ? nullptr : draw.mask + row * ceil_div(vocab_size, 32);
+        ids[row] = draw.temperature[row] < kGreedyBelow ? greedy_id(from, bits, vocab_size)
+                                                        : drawn_id(from, bits, draw, row, vocab_size, memory);
     });
 }
 

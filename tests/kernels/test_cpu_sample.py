@@ -78,6 +78,22 @@ def test_equal_scores_infinities_and_nan(ops: Ops, generator: torch.Generator) -
         assert torch.equal(ops.sample(logits, rows).ids, REFERENCE.sample(logits, rows).ids), changes
 
 
+@pytest.mark.parametrize("vocab_size", [7, 31, 100, 1000, 49152])
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.8, "min_p": 0.01}], ids=str)
+def test_masked_ids_are_the_references(ops: Ops, generator: torch.Generator, vocab_size: int, changes: dict[str, float]) -> None:
+    logits = torch.randn(NUM_ROWS, vocab_size, generator=generator) * 3
+    rows = sample_rows(generator, **changes)
+    rows.mask = torch.randint(-(2**31), 2**31 - 1, (NUM_ROWS, -(-vocab_size // 32)), generator=generator, dtype=torch.int32)
+    rows.mask[1] = 0
+    rows.mask[2] = 0
+    rows.mask[2, -1] = 1 << ((vocab_size - 1) % 32) if (vocab_size - 1) % 32 < 31 else -(2**31)
+    rows.mask[3] = -1
+    logits[4, 0] = float("nan")
+    ids = ops.sample(logits, rows).ids
+    assert torch.equal(ids, REFERENCE.sample(logits, rows).ids)
+    assert ids[2] == vocab_size - 1
+
+
 def test_masks_penalties_and_logprobs(ops: Ops, generator: torch.Generator) -> None:
     logits = torch.randn(NUM_ROWS, 100, generator=generator) * 3
     rows = sample_rows(generator, top_p=0.95)
