@@ -114,7 +114,9 @@ def build_lane(loaded: Loaded, load: Load) -> Lane:
         max_batch_tokens=load.max_batch_tokens,
         max_sequences=load.max_sequences,
         max_context=info.max_context,
-        has_prefix_cache=load.prefix_cache,
+        # An encoder's tokens see those behind them, so it computes a text whole and no two share a beginning.
+        has_prefix_cache=load.prefix_cache and info.can_generate,
+        whole_prompts=not info.can_generate,
         max_waiting_requests=_NO_LIMIT,
         max_waiting_tokens=_NO_LIMIT,
     )

@@ -5,12 +5,13 @@ Used by the tests of the engine, in this process and (through `tests/fake_worker
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from service.engine.messages import Generate, Load, ModelInfo
-from service.scheduling.plan import Drawn, KVGroup, Sample, StepPlan
+from service.scheduling.plan import Drawn, KVGroup, PromptRead, PromptReading, Sample, StepPlan
 from service.scheduling.sampling import SamplingParams
 
 VOCAB = 1000
@@ -21,6 +22,8 @@ OUT_OF_MEMORY = 903
 DRAW_TOO_FEW = 904
 DRAW_OUTSIDE = 905
 HANG = 906
+FAIL_READ = 907
+READ_TOO_FEW = 908
 # Drawn ids lie below, so that what is generated never triggers anything.
 DRAWN_IDS = 900
 
@@ -40,6 +43,16 @@ def scripted_tokens(prompt: Iterable[int], count: int, seed: int = 0) -> list[in
     for _ in range(count):
         ids.append(scripted_token(ids[-1], len(ids), seed))
     return ids[start:]
+
+
+def scripted_logprob(last: int, target: int) -> float:
+    """Of the prompt id `target` after the id `last`."""
+    return -(last * 7 + target) / 1000
+
+
+def scripted_vector(last: int) -> bytes:
+    """Of a prompt that ends with the id `last`."""
+    return struct.pack("<2f", last, 1)
 
 
 class ScriptedRunner:
@@ -69,6 +82,18 @@ class ScriptedRunner:
             return []
         drawn = [self._draw(handle, sample) for sample in handle.samples]
         return [Drawn(VOCAB) for _ in drawn] if DRAW_OUTSIDE in ids else drawn
+
+    def read(self, handle: StepPlan) -> list[PromptReading]:
+        ids = {token for piece in handle.slices for token in piece.tokens}
+        if FAIL_READ in ids:
+            raise RuntimeError("read was told to fail")
+        return [] if READ_TOO_FEW in ids else [self._read(handle, read) for read in handle.reads]
+
+    def _read(self, plan: StepPlan, read: PromptRead) -> PromptReading:
+        tokens = plan.slices[read.slice_index].tokens
+        pairs = zip(tokens[read.first_row :], read.targets, strict=False)
+        logprobs = [(scripted_logprob(last, target), tuple((i, -0.5 - i) for i in range(read.num_top))) for last, target in pairs]
+        return PromptReading(tuple(logprobs), scripted_vector(tokens[-1]) if read.pool and read.is_last else None)
 
     def _draw(self, plan: StepPlan, sample: Sample) -> Drawn:
         last = plan.slices[sample.slice_indexes[0]].tokens[-1]

@@ -38,6 +38,7 @@ from service.engine.messages import (
     Shutdown,
     Up,
     Usage,
+    Vocabulary,
 )
 from service.engine.stream import Stream
 from service.engine.vitals import IDLE, Vitals
@@ -82,6 +83,7 @@ class EngineClient:
         self.dead = asyncio.Event()
         self.on_delivery: list[Callable[[Delivery], None]] = []
         self._load = load
+        self.max_tokens_in_flight = max_tokens_in_flight
         self._admission = Admission(max_requests=max_requests_in_flight, max_tokens=max_tokens_in_flight)
         self._stall_exit_s = stall_exit_s
         self._command = tuple(command)
@@ -89,6 +91,7 @@ class EngineClient:
         self._models: dict[str, ModelInfo] = {}
         self._stats: dict[str, LaneStats] = {}
         self._progress = Progress(phase="starting", fraction=0.0)
+        self._taught: set[str] = set()
         self._detail = ""
         self._vitals = Vitals()
         self._is_draining = False
@@ -208,18 +211,28 @@ class EngineClient:
             raise ModelNotFoundError(f"The model `{request.model}` does not exist or you do not have access to it.", param="model")
         if not 1 <= request.num_choices <= MAX_CHOICES:
             raise RequestError(f"n must be between 1 and {MAX_CHOICES}", param="n")
+        if request.grammar and request.model not in self._taught:
+            raise ValueError(f"the vocabulary of {request.model!r} has not been sent")
         if request.request_id in self._streams:
             raise ValueError(f"request_id {request.request_id!r} is in flight already")
-        self._admission.check(len(request.prompt))
+        self._admission.check(len(request.prompt), request.num_choices)
         try:
             line.send(request)
         except (FrameError, OverflowError, TypeError, ValueError) as error:
             raise RequestError("the request holds a number or a length that is out of range") from error
         stream = Stream(request, self._send_abort)
-        self._admission.enter(request.request_id, len(request.prompt), time.monotonic())
+        self._admission.enter(request.request_id, len(request.prompt), time.monotonic(), request.num_choices)
         self._streams[request.request_id] = stream
         self._is_idle.clear()
         return stream
+
+    def teach(self, model: str, vocabulary: Callable[[], Vocabulary]) -> None:
+        """Sends a model's vocabulary to the engine, where that has not been done; to be called before the first request with a
+        grammar. Raises: UnavailableError unless ready."""
+        line = self._require_ready()
+        if model not in self._taught:
+            line.send(vocabulary())
+            self._taught.add(model)
 
     def _require_ready(self) -> Line:
         health = self.health()

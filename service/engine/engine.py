@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from service.engine.constraint import Constraint, Constraints, Waiting
 from service.engine.mailbox import Mailbox
 from service.engine.messages import (
     MAX_CHOICES,
@@ -21,14 +22,17 @@ from service.engine.messages import (
     Generate,
     LaneStats,
     ModelInfo,
+    Reading,
     Shutdown,
     TokenLogprob,
     Unreadable,
     Usage,
+    Vocabulary,
 )
 from service.engine.pace import Pulse, StepEstimate
 from service.errors import BraidError, EngineError, ModelNotFoundError, RequestError
-from service.scheduling.plan import Drawn, StepPlan
+from service.scheduling.plan import Drawn, PromptReading, StepPlan
+from service.scheduling.reading import Read
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.sequence import Finish, Output, Request
 
@@ -38,8 +42,11 @@ log = logging.getLogger("braid.engine")
 MAX_FAILURES = 10
 # How long nobody must have asked for anything before the books are checked: the check walks all blocks.
 CALM_S = 1.0
-# When sequences wait but none can be planned: only a message, or a deadline, can change that.
+# When sequences wait but none can be planned, or grammars are being compiled: only a message, a wake or a deadline can change that.
 BLOCKED_WAIT_S = 0.02
+GRAMMAR_CODES = ("invalid_json_schema", "invalid_grammar")
+# Of one request and of one delivery: 16 bytes each at most, far below the longest message.
+MAX_READ_LOGPROBS = 2_000_000
 STEP_FAILED = "the engine failed while it computed this request"
 
 
@@ -49,6 +56,8 @@ class Runner(Protocol):
     def forward(self, plan: StepPlan) -> Any: ...
 
     def sample(self, handle: Any, masks: Any = None) -> list[Drawn]: ...
+
+    def read(self, handle: Any) -> list[PromptReading]: ...
 
 
 class BrokenEngineError(EngineError):
@@ -63,6 +72,11 @@ class Lane:
     scheduler: Scheduler
     runner: Runner
     estimate: StepEstimate = field(default_factory=StepEstimate)
+    constraints: Constraints | None = None  # once the model's vocabulary is known
+
+    @property
+    def is_compiling(self) -> bool:
+        return self.constraints is not None and self.constraints.num_waiting > 0
 
     def stats(self) -> LaneStats:
         stats = self.scheduler.stats
@@ -110,7 +124,7 @@ class Engine:
 
     def _rest(self) -> None:
         """Nothing could be computed: wait for a message, and use a calm moment to check the books."""
-        if any(lane.scheduler.has_work for lane in self._lanes.values()):
+        if any(lane.scheduler.has_work or lane.is_compiling for lane in self._lanes.values()):
             self._drain(BLOCKED_WAIT_S)
         elif not self._is_unchecked:
             self._drain(None)
@@ -129,12 +143,15 @@ class Engine:
     def _drain(self, timeout_s: float | None) -> bool:
         """Takes in what has arrived; True when something had. Ends that come of it go out at once."""
         messages = self._mailbox.receive(timeout_s)
+        self._settle()
         for message in messages:
             match message:
                 case Generate():
                     self._admit(message)
                 case Abort():
                     self._abort(message)
+                case Vocabulary():
+                    self._learn(message)
                 case Unreadable():
                     log.error("a message could not be read: %s", message.reason)
                     self._refuse(message.request_id, message.num_choices, 0, RequestError("the request holds a value of a wrong type"))
@@ -153,34 +170,125 @@ class Engine:
                 raise ModelNotFoundError(f"there is no model {wanted.model!r} here", param="model")
             check_request(wanted, lane.info)
             now = self._clock()
-            request = Request(
-                request_id=wanted.request_id,
-                prompts=(tuple(wanted.prompt),),
-                sampling=wanted.sampling,
-                num_choices=wanted.num_choices,
-                priority=wanted.priority,
-                deadline=now + wanted.timeout_s if wanted.timeout_s else None,
-                tenant=wanted.tenant,
-            )
-            lane.scheduler.add(request, now)
-            self._is_unchecked = True
+            constraints = None if not wanted.grammar else self._constrain(lane, wanted, now)
+            if wanted.grammar and constraints is None:
+                return  # its grammar is being compiled
+            self._start(lane, wanted, now, constraints or ())
         except BraidError as error:
-            self._refuse(wanted.request_id, wanted.num_choices, len(wanted.prompt), error)
+            self._refuse_wanted(wanted, error)
         except Exception:
             log.exception("request %s could not be taken in", wanted.request_id)
-            self._refuse(
-                wanted.request_id, wanted.num_choices, len(wanted.prompt), EngineError("the engine could not take this request in")
-            )
+            self._refuse_wanted(wanted, EngineError("the engine could not take this request in"))
+
+    def _start(self, lane: Lane, wanted: Generate, arrived: float, constraints: Sequence[Constraint]) -> None:
+        """Hands a request to its scheduler. Raises: BraidError."""
+        request = Request(
+            request_id=wanted.request_id,
+            prompts=(tuple(wanted.prompt),),
+            sampling=wanted.sampling,
+            num_choices=wanted.num_choices,
+            priority=wanted.priority,
+            deadline=arrived + wanted.timeout_s if wanted.timeout_s else None,
+            tenant=wanted.tenant,
+            grammars=tuple(constraints),
+            read=wanted.read,
+        )
+        lane.scheduler.add(request, arrived)
+        self._is_unchecked = True
+
+    def _refuse_wanted(self, wanted: Generate, error: BraidError) -> None:
+        if wanted.grammar and error.param is None and error.code in GRAMMAR_CODES:
+            error.param = wanted.grammar_param
+        self._refuse(wanted.request_id, wanted.num_choices, len(wanted.prompt), error)
 
     def _refuse(self, request_id: str, num_choices: int, prompt_len: int, error: BraidError) -> None:
         """One end for each choice, of a request that no scheduler has seen."""
         usage = Usage(prompt_len, 0, 0, 0.0, 0.0, 0.0)
         for choice in range(min(max(num_choices, 1), MAX_CHOICES)):
-            self._events.append(Event(request_id, choice, [], finish="error", usage=usage, error=error.message, error_status=error.status))
+            self._events.append(
+                Event(
+                    request_id,
+                    choice,
+                    [],
+                    finish="error",
+                    usage=usage,
+                    error=error.message,
+                    error_status=error.status,
+                    error_param=error.param,
+                    error_code=error.code,
+                )
+            )
+
+    # Grammars
+
+    def _learn(self, vocabulary: Vocabulary) -> None:
+        lane = self._lanes.get(vocabulary.model)
+        if lane is None:
+            log.error("a vocabulary came for %r, which is not served", vocabulary.model)
+            return
+        lane.constraints = lane.constraints or Constraints(lane.info.vocab_size, self._mailbox.wake)
+        lane.constraints.teach(vocabulary)
+
+    def _constrain(self, lane: Lane, wanted: Generate, now: float) -> list[Constraint] | None:
+        """A constraint per choice; None when the request waits for them. Raises: BraidError."""
+        if lane.constraints is None:
+            raise EngineError("a grammar came before the model's vocabulary")
+        if lane.constraints.is_waiting(wanted.request_id):
+            raise RequestError("a request with this id is being served")
+        return lane.constraints.take(wanted, now)
+
+    def _settle(self) -> None:
+        """Requests whose grammars are compiled go on; those that waited too long end."""
+        for lane in self._lanes.values():
+            if lane.constraints is None or not (lane.is_compiling or lane.constraints.has_done):
+                continue
+            for waiting, indexes in lane.constraints.expire(self._clock()):
+                self._end_waiting(waiting, indexes, "deadline")
+            for waiting, result in lane.constraints.settle():
+                self._resume(lane, waiting, result)
+
+    def _resume(self, lane: Lane, waiting: Waiting, result: list[Constraint] | BraidError) -> None:
+        wanted = waiting.request
+        first = len(self._events)
+        try:
+            if isinstance(result, BraidError):
+                self._refuse_wanted(wanted, result)
+            else:
+                self._start(lane, wanted, waiting.arrived, result)
+                for choice in waiting.ended:
+                    lane.scheduler.abort(wanted.request_id, choice, "abort", self._clock())
+        except BraidError as error:
+            self._refuse_wanted(wanted, error)
+        except Exception:
+            log.exception("request %s could not go on with its grammar", wanted.request_id)
+            self._refuse_wanted(wanted, EngineError("the engine could not take this request in"))
+        # The ends of choices that were aborted meanwhile have been sent.
+        self._events[first:] = [event for event in self._events[first:] if event.choice not in waiting.ended]
+
+    def _end_waiting(self, waiting: Waiting, indexes: Sequence[int], finish: Finish) -> None:
+        wanted = waiting.request
+        usage = Usage(len(wanted.prompt), 0, 0, self._clock() - waiting.arrived, 0.0, 0.0)
+        self._events.extend(Event(wanted.request_id, choice, [], finish=finish, usage=usage) for choice in indexes)
+
+    def _masks(self, lane: Lane, plan: StepPlan) -> Any:
+        """The masks of a step; tells the scheduler of the choices that must not draw any more."""
+        if lane.constraints is None:
+            return None
+        grammars = lane.scheduler.grammars(plan)
+        constraints = [grammar if isinstance(grammar, Constraint) else None for grammar in grammars]
+        masks, stops = lane.constraints.masks.fill(plan.samples, constraints)
+        for stop in stops:
+            lane.scheduler.conclude(plan, stop.index, stop.error)
+        return masks
+
+    # Ends
 
     def _abort(self, abort: Abort) -> None:
         finish: Finish = "stop" if abort.finished else "abort"
         for lane in self._lanes.values():
+            if lane.constraints is not None and (ended := lane.constraints.abort(abort.request_id, abort.choice)) is not None:
+                self._end_waiting(*ended, finish)
+                return
             try:
                 self._take(lane.scheduler.abort(abort.request_id, abort.choice, finish, self._clock()))
             except Exception:
@@ -213,9 +321,12 @@ class Engine:
     def _compute(self, lane: Lane, plan: StepPlan) -> bool:
         """Runs the plan and commits it. A failure ends the requests that are in it and nothing else."""
         try:
-            drawn = lane.runner.sample(lane.runner.forward(plan))
+            handle = lane.runner.forward(plan)
+            drawn = lane.runner.sample(handle, self._masks(lane, plan))
             check_drawn(plan, drawn, lane.info.vocab_size)
-            self._take(lane.scheduler.commit(plan, drawn, self._clock()))
+            readings = lane.runner.read(handle) if plan.reads else []
+            check_readings(plan, readings)
+            self._take(lane.scheduler.commit(plan, drawn, self._clock(), readings))
         except Exception:
             log.exception(
                 "step %d of %s failed (%d tokens of %d sequences)", plan.step_id, lane.info.name, plan.num_tokens, len(plan.slices)
@@ -243,7 +354,10 @@ class Engine:
         self._events.extend(to_event(output) for output in outputs)
 
     def _deliver(self, num_tokens: int, seconds: float, model: str = "") -> None:
-        events, self._events = self._events, []
+        *earlier, events = parcels(self._events)
+        self._events = []
+        for parcel in earlier:
+            self._mailbox.send(Delivery(events=parcel, stats=[]))
         stats = [lane.stats() for lane in self._lanes.values()]
         self._mailbox.send(Delivery(events=events, stats=stats, step_tokens=num_tokens, step_s=seconds, step_model=model))
 
@@ -261,10 +375,28 @@ def check_request(wanted: Generate, info: ModelInfo) -> None:
     if wanted.sampling.seed + wanted.num_choices > 2**63:
         # Choice i draws with seed + i, which must stay a 64-bit number.
         raise RequestError("seed + n must be at most 2**63", param="seed")
+    if wanted.read is not None:
+        check_read(wanted.read, len(wanted.prompt))
+    if not info.can_generate and (wanted.read is None or wanted.read.first or wanted.sampling.max_tokens):
+        raise RequestError(f"the model {info.name} makes embeddings and no text", param="model")
     try:
-        wanted.sampling.check(info.vocab_size)
+        wanted.sampling.check(info.vocab_size, 0 if wanted.read is not None else 1)
     except ValueError as error:
         raise RequestError(str(error)) from None
+
+
+def check_read(read: Read, prompt_len: int) -> None:
+    """Raises: RequestError."""
+    try:
+        read.check(prompt_len)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+    num_targets = prompt_len - read.first if read.first else 0
+    if num_targets * (1 + read.num_top) > MAX_READ_LOGPROBS:
+        raise RequestError(
+            f"log-probabilities of {num_targets} tokens with {read.num_top} alternatives each are too many; ask for at most "
+            f"{MAX_READ_LOGPROBS} numbers at once"
+        )
 
 
 def check_drawn(plan: StepPlan, drawn: Sequence[Drawn], vocab_size: int) -> None:
@@ -273,6 +405,37 @@ def check_drawn(plan: StepPlan, drawn: Sequence[Drawn], vocab_size: int) -> None
         raise RuntimeError(f"{len(plan.samples)} ids were to be drawn and {len(drawn)} came")
     if any(not 0 <= one.token < vocab_size for one in drawn):
         raise RuntimeError("an id outside of the vocabulary was drawn")
+
+
+def check_readings(plan: StepPlan, readings: Sequence[PromptReading]) -> None:
+    """Raises: RuntimeError when a runner's answer does not fit its plan."""
+    if len(readings) != len(plan.reads):
+        raise RuntimeError(f"{len(plan.reads)} prompts were to be read and {len(readings)} readings came")
+    for read, reading in zip(plan.reads, readings, strict=True):
+        if len(reading.logprobs) != len(read.targets):
+            raise RuntimeError(f"{len(read.targets)} log-probabilities were to be read and {len(reading.logprobs)} came")
+        if (reading.vector is not None) != (read.is_last and read.pool != ""):
+            raise RuntimeError("a vector is missing, or came unasked")
+
+
+def parcels(events: list[Event]) -> list[list[Event]]:
+    """The same events in their order, split where what was read of prompts would make one message too long. Never empty."""
+    parts: list[list[Event]] = [[]]
+    num_logprobs = 0
+    for event in events:
+        if event.reading is not None and event.reading.logprobs:
+            size = len(event.reading.logprobs) * (1 + len(event.reading.logprobs[0].top))
+            if num_logprobs and num_logprobs + size > MAX_READ_LOGPROBS:
+                parts.append([])
+                num_logprobs = 0
+            num_logprobs += size
+        parts[-1].append(event)
+    return parts
+
+
+def to_reading(reading: PromptReading) -> Reading:
+    """What was read of a prompt as it goes up."""
+    return Reading([TokenLogprob(logprob, list(top)) for logprob, top in reading.logprobs], reading.vector)
 
 
 def to_event(output: Output) -> Event:
@@ -300,5 +463,7 @@ def to_event(output: Output) -> Event:
             usage.decode_s,
             usage.preemptions,
         ),
-        STEP_FAILED if output.finish == "error" else None,
+        None if output.finish != "error" else STEP_FAILED if output.error is None else output.error.message,
+        EngineError.status if output.error is None else output.error.status,
+        reading=None if output.reading is None else to_reading(output.reading),
     )

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from service.engine.messages import Abort, Down, Generate, Load, Shutdown, Unreadable, Up
+from service.engine.messages import Down, Unreadable, Up
 
 MAX_FRAME_BYTES = 64 << 20
 MAX_UNSENT_BYTES = 16 << 20
@@ -26,7 +26,7 @@ _READ_BYTES = 256 << 10
 _LENGTH = struct.Struct(">I")
 
 _encoder = msgspec.msgpack.Encoder()
-_down_decoder: msgspec.msgpack.Decoder[Load | Generate | Abort | Shutdown] = msgspec.msgpack.Decoder(Down)
+_down_decoder: msgspec.msgpack.Decoder[Down] = msgspec.msgpack.Decoder(Down)
 _up_decoder: msgspec.msgpack.Decoder[Up] = msgspec.msgpack.Decoder(Up)
 
 
@@ -125,6 +125,10 @@ class Mailbox:
         except queue.Empty:
             pass
         return messages
+
+    def wake(self) -> None:
+        """Ends a `receive` that waits, or the next one, with what has come until then. From any thread."""
+        self._inbox.put(None)
 
     def send(self, message: Up) -> None:
         """Never waits. A lost peer is no error here: the reading thread tells."""

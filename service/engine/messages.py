@@ -42,8 +42,8 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 class Generate(msgspec.Struct, frozen=True, tag=True):
     """num_choices sequences over one prompt; choice i draws with seed + i. tenant salts the prefix-cache keys. priority: smaller
     runs earlier, 0 is usual. timeout_s counts from arrival in the engine; 0 is none. grammar: text in llguidance's form that every
-    choice has to follow, "" for none; its model's `Vocabulary` went ahead. read: what to tell about the prompt, by choice 0 alone;
-    with it sampling.max_tokens may be 0."""
+    choice has to follow, "" for none; its model's `Vocabulary` went ahead; grammar_param: the field that it came from, for errors.
+    read: what to tell about the prompt, by choice 0 alone; with it sampling.max_tokens may be 0."""
 
     request_id: str
     model: str
@@ -55,6 +55,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     tenant: str = ""
     grammar: str = ""
     read: Read | None = None
+    grammar_param: str | None = None
 
 
 class Vocabulary(msgspec.Struct, frozen=True, tag=True):

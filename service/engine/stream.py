@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
+import msgspec
+
 from service.engine.messages import Event, Generate
 from service.errors import (
     BraidError,
@@ -91,10 +93,16 @@ class Stream:
             self._open_choices.remove(event.choice)
         self.num_generated += len(event.tokens)
         if not self._is_left:
-            self._pending.append(event)
+            self._pending.append(self._placed(event))
             if self._waiter is not None and not self._waiter.done():
                 self._waiter.set_result(None)
         return True
+
+    def _placed(self, event: Event) -> Event:
+        """Of what has begun, only its grammar can still be the client's fault; the scheduler does not know the field's name."""
+        if event.finish != "error" or event.error_status != RequestError.status or event.error_param is not None:
+            return event
+        return msgspec.structs.replace(event, error_param=self.request.grammar_param)
 
 
 def error_of(event: Event) -> BraidError | None:
@@ -104,4 +112,5 @@ def error_of(event: Event) -> BraidError | None:
     if event.finish != "error":
         return None
     kinds: dict[int, type[BraidError]] = {400: RequestError, 404: ModelNotFoundError, 429: OverloadedError, 503: UnavailableError}
-    return kinds.get(event.error_status, EngineError)(event.error or "the engine failed")
+    kind = kinds.get(event.error_status, EngineError)
+    return kind(event.error or "the engine failed", param=event.error_param, code=event.error_code)

@@ -53,6 +53,10 @@ class RotatedSource:
         tensor = self.source.get("embedding" if name == "head" and self.config.has_tied_head else name).float()
         return tensor if rotate is None else rotate(layer, tensor)
 
+    def basis(self) -> Tensor:
+        """float32 [D, D]: the last norm's output times this is what the model that was not rotated gives there."""
+        return self.residual.T * self.source.get("final_norm").float()
+
     def _reader(self, norm: str, weight: Tensor) -> Tensor:
         return weight @ (self.source.get(norm).float()[:, None] * self.residual)
 

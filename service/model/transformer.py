@@ -25,14 +25,24 @@ R = TypeVar("R")
 
 
 class Transformer(nn.Module):
-    """layers, final_norm [D], embedding and head [V, D] (the same object when tied and dense)."""
+    """layers, final_norm [D], embedding and head [V, D] (the same object when tied and dense). basis float32 [D, D]: what brings the last
+    norm's output back where the weights were rotated, None where they were not."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, layers: Sequence[LayerWeights], final_norm: Tensor, tables: tuple[Weight, Weight]):
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        layers: Sequence[LayerWeights],
+        final_norm: Tensor,
+        tables: tuple[Weight, Weight],
+        basis: Tensor | None = None,
+    ):
         super().__init__()
         self.config = config
         self.ops = ops
         self.layers = nn.ModuleList(DecoderLayer(weights, ops) for weights in layers)
         self.final_norm = final_norm
+        self.basis = basis
         self.embedding, self.head = tables
 
     @property
@@ -50,7 +60,8 @@ class Transformer(nn.Module):
     @property
     def held_bytes(self) -> int:
         """Bytes of weights in memory."""
-        return self.read_bytes + (0 if self.embedding is self.head else _bytes_of(self.embedding))
+        basis = 0 if self.basis is None else _bytes_of(self.basis)
+        return self.read_bytes + basis + (0 if self.embedding is self.head else _bytes_of(self.embedding))
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, kv: Sequence[PagedKV]) -> tuple[Tensor, Tensor]:
         """All layers over flat tokens. kv: one per layer. Returns (x [T, D], residual [T, D]), whose sum the head's norm takes.
@@ -67,6 +78,15 @@ class Transformer(nn.Module):
         """float32 [R, V] for the chosen rows."""
         normed, _ = self.ops.rms_norm(x_TD[rows_R], residual_TD[rows_R], self.final_norm, self.config.norm_eps)
         return self.ops.linear(normed, self.head).float()
+
+    def hidden(self, x_TD: Tensor, residual_TD: Tensor, rows_R: Tensor) -> Tensor:
+        """float32 [R, D]: the final hidden states of the chosen rows, after the last norm, as the model computes: see `restore`."""
+        normed, _ = self.ops.rms_norm(x_TD[rows_R], residual_TD[rows_R], self.final_norm, self.config.norm_eps)
+        return normed.float()
+
+    def restore(self, hidden_RD: Tensor) -> Tensor:
+        """Final hidden states, or sums of them, in the basis that the model was trained in, float32 [R, D]."""
+        return hidden_RD if self.basis is None else hidden_RD @ self.basis
 
 
 def _bytes_of(weight: Weight) -> int:
@@ -118,6 +138,9 @@ class _Builder:
         embedding = self.matrix("embedding")
         return embedding, embedding if self.config.has_tied_head else self.matrix("head")
 
+    def basis(self) -> Tensor | None:
+        return self.source.basis().to(self.device) if isinstance(self.source, RotatedSource) else None
+
     def layer(self, index: int) -> LayerWeights:
         config, at = self.config, f"layers.{index}."
         attention = config.layers[index]
@@ -156,7 +179,7 @@ def build_transformer(
             for weights in pool.map(_inferring(builder.layer), range(len(config.layers))):
                 layers.append(weights)
                 progress(len(layers) / (len(config.layers) + 1))
-            model = Transformer(config, ops, layers, builder.vector("final_norm"), tables.result())
+            model = Transformer(config, ops, layers, builder.vector("final_norm"), tables.result(), builder.basis())
     finally:
         torch.set_num_threads(threads)
     progress(1.0)

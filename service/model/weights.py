@@ -21,6 +21,7 @@ from torch import Tensor
 from service.checkpoint import GGUFTensor, find_checkpoint, open_gguf, read_json
 from service.errors import WeightsError
 from service.model.config import ModelConfig, expected_shapes
+from service.model.encoder_config import ENCODER_IGNORED, ENCODER_NAMES, ENCODER_PREFIX, EncoderConfig, encoder_shapes
 from service.model.families import GGUF_INTERLEAVED, GGUF_NAMES, GGUF_ROPE_FACTORS, HF_NAMES
 
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
@@ -59,19 +60,30 @@ def open_weights(path: Path, config: ModelConfig) -> WeightSource:
     Raises: WeightsError for a damaged file, and for tensors that are missing, unknown, misshapen or of an unsupported type.
     """
     checkpoint = find_checkpoint(path)
+    shapes = expected_shapes(config)
     if checkpoint.kind == "folder":
-        return _match(_safetensors(checkpoint.path), HF_NAMES, config, SAFETENSORS_TYPES)
-    return _match(_gguf(checkpoint.path, config), GGUF_NAMES, config, GGUF_TYPES)
+        return _match(_safetensors(checkpoint.path), HF_NAMES, shapes, SAFETENSORS_TYPES)
+    return _match(_gguf(checkpoint.path, config), GGUF_NAMES, shapes, GGUF_TYPES)
 
 
-def _match(found: Mapping[str, FileTensor], names: Mapping[str, str], config: ModelConfig, types: tuple[str, ...]) -> WeightSource:
-    file_names = {name: _file_name(name, names) for name in expected_shapes(config)}
+def open_encoder_weights(path: Path, config: EncoderConfig) -> WeightSource:
+    """The same for an encoder's folder, whose heads, if it has any, are left out."""
+    tensors = _safetensors(find_checkpoint(path).path)
+    bare = {name.removeprefix(ENCODER_PREFIX): tensor for name, tensor in tensors.items()}
+    found = {name: tensor for name, tensor in bare.items() if not name.startswith(ENCODER_IGNORED)}
+    return _match(found, ENCODER_NAMES, encoder_shapes(config), SAFETENSORS_TYPES)
+
+
+def _match(
+    found: Mapping[str, FileTensor], names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], types: tuple[str, ...]
+) -> WeightSource:
+    file_names = {name: _file_name(name, names) for name in shapes}
     if missing := [each for each in file_names.values() if each not in found]:
         raise WeightsError(f"the checkpoint lacks {_list(missing)}")
-    known = {*file_names.values(), names["head"]}  # a checkpoint may store the head beside the embedding it is tied to
+    known = {*file_names.values(), names.get("head")}  # a checkpoint may store the head beside the embedding it is tied to
     if extra := [each for each in found if each not in known and not _is_ignorable(each)]:
         raise WeightsError(f"the checkpoint holds tensors that a model of this config does not have: {_list(extra)}")
-    for name, shape in expected_shapes(config).items():
+    for name, shape in shapes.items():
         tensor = found[file_names[name]]
         if tensor.shape != shape:
             raise WeightsError(f"{file_names[name]} has shape {list(tensor.shape)}; the config asks for {list(shape)}")

@@ -1,30 +1,35 @@
 """Runs plans: builds inputs, calls the model, samples. Owns the device: weights, K/V pool, graphs, sampler.
 
-What may not come in: requests, text, queues, clocks, anything of one model family. Called by the engine loop with two verbs,
-`forward(plan)` and `sample(handle)`, so that masks may arrive late and the next step can be planned meanwhile.
+What may not come in: requests, text, queues, clocks, anything of one model family. Called by the engine loop with the verbs
+`forward(plan)`, `sample(handle)` and `read(handle)`, so that masks may arrive late and the next step can be planned meanwhile.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from service.model.transformer import Transformer
 from service.runner.graphs import DecodeGraphs
 from service.runner.inputs import StepInputs, build_inputs
 from service.runner.kv_cache import KVCache
+from service.runner.reader import Reader
 from service.runner.sampler import Sampler
-from service.scheduling.plan import Drawn, StepPlan
+from service.scheduling.plan import Drawn, PromptReading, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """A step whose kernels have been issued: its plan, and the logits float32 [R, V] of the slices that its samples name."""
+    """A step whose kernels have been issued: its plan, and the logits float32 [R, V] of the slices that its samples name. states: what the
+    layers gave, (x, residual) of all tokens [T, D]; only where prompts are read."""
 
     plan: StepPlan
     logits: Tensor
+    states: tuple[Tensor, Tensor] | None = None
 
 
 class Runner:
@@ -34,6 +39,7 @@ class Runner:
         self.num_groups = num_groups
         self.device = device
         self.sampler = Sampler(model.ops, model.config.vocab_size, device)
+        self.reader = Reader(model, device)
         self.graphs: DecodeGraphs | None = None
 
     def capture_graphs(self, max_sequences: int) -> None:
@@ -52,25 +58,40 @@ class Runner:
     def forward(self, plan: StepPlan) -> Handle:
         """Mutates: the K/V pool, at the plan's slots."""
         self.sampler.release(plan.released)
+        self.reader.release(plan.released)
         if not plan.slices:  # a step may only encode pictures
             return Handle(plan, torch.empty((0, self.model.config.vocab_size), device=self.device))
         with torch.inference_mode():
             inputs = build_inputs(plan, self.num_groups, self.cache.block_size, self.device)
+            if plan.reads:  # a graph keeps logits alone
+                x, residual = self._run_layers(inputs)
+                return Handle(plan, self._logits(x, residual, inputs), (x, residual))
             if self.graphs is not None and self.graphs.can_run(inputs):
-                logits = self.graphs.run(inputs)[inputs.rows]
-            else:
-                logits = self._compute(inputs)
-        return Handle(plan, logits)
+                return Handle(plan, self.graphs.run(inputs)[inputs.rows])
+            return Handle(plan, self._compute(inputs))
 
-    def sample(self, handle: Handle, masks: Tensor | None = None) -> list[Drawn]:
-        """One `Drawn` per sample of the plan, in its order. masks int32 [R, ceil(V / 32)] or None."""
+    def sample(self, handle: Handle, masks: NDArray[np.int32] | None = None) -> list[Drawn]:
+        """One `Drawn` per sample of the plan, in its order. masks int32 [R, ceil(V / 32)], a row per sample, or None."""
         with torch.inference_mode():
-            return self.sampler.sample(handle.logits, handle.plan, masks)
+            bits = None if masks is None else torch.from_numpy(masks).to(self.device)
+            return self.sampler.sample(handle.logits, handle.plan, bits)
+
+    def read(self, handle: Handle) -> list[PromptReading]:
+        """One `PromptReading` per read of the plan, in its order."""
+        if handle.states is None:
+            return []
+        with torch.inference_mode():
+            return self.reader.read(handle.plan, *handle.states)
 
     def _compute(self, inputs: StepInputs) -> Tensor:
-        """Logits float32 [R, V] of inputs.rows; an empty tensor when nothing is sampled."""
-        kv = self.cache.of_layers(inputs.batches)
-        x, residual = self.model.forward(inputs.ids, inputs.positions, kv)
+        """Logits float32 [R, V] of inputs.rows."""
+        return self._logits(*self._run_layers(inputs), inputs)
+
+    def _run_layers(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        return self.model.forward(inputs.ids, inputs.positions, self.cache.of_layers(inputs.batches))
+
+    def _logits(self, x: Tensor, residual: Tensor, inputs: StepInputs) -> Tensor:
+        """An empty tensor when nothing is sampled."""
         if not inputs.rows.numel():
             return x.new_empty((0, self.model.config.vocab_size), dtype=torch.float32)
         return self.model.logits(x, residual, inputs.rows)

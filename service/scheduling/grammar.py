@@ -20,4 +20,9 @@ class Grammar(Protocol):
 
 
 class GrammarError(Exception):
-    """A grammar could not go on. The message is fit for a client."""
+    """A grammar could not go on. The message is fit for a client; status: of the HTTP answer, 400 when the grammar itself is at fault."""
+
+    def __init__(self, message: str, *, status: int = 500) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status

@@ -11,12 +11,16 @@ from service.scheduling.tables import BlockTables
 
 
 class Intake:
-    """max_context: prompt and output of one sequence, in tokens. max_gang: sequences that one step can hold."""
+    """max_context: prompt and output of one sequence, in tokens. max_gang: sequences that one step can hold. max_step: tokens of all
+    sequences of a gang, where a step must compute them together."""
 
-    def __init__(self, tables: BlockTables, *, max_context: int, max_gang: int, max_requests: int, max_tokens: int) -> None:
+    def __init__(
+        self, tables: BlockTables, *, max_context: int, max_gang: int, max_requests: int, max_tokens: int, max_step: int | None = None
+    ) -> None:
         self.tables = tables
         self.max_context = max_context
         self.max_gang = max_gang
+        self.max_step = max_step
         self.max_requests = max_requests
         self.max_tokens = max_tokens
         self.num_requests = 0
@@ -43,8 +47,13 @@ class Intake:
             raise RequestError("a request needs a prompt of at least one token, or two with guidance", param="prompt")
         if request.num_choices < 1:
             raise RequestError("n must be at least 1", param="n")
-        if request.sampling.max_tokens < 1:
+        if request.sampling.max_tokens < (0 if request.read else 1):
             raise RequestError("max_tokens must be at least 1", param="max_tokens")
+        if request.read:
+            try:
+                request.read.check(len(request.prompts[0]))
+            except ValueError as error:
+                raise RequestError(str(error)) from None
         if len(request.prompts) > self.max_gang:
             raise RequestError("guidance needs two sequences in one step, and this server runs one at a time")
         if request.spans:
@@ -53,21 +62,29 @@ class Intake:
     def max_new_tokens(self, request: Request) -> int:
         """How many ids could be drawn if the request had the pool to itself. The last one is never computed: it needs no place.
 
-        Raises: ContextLengthError when it is none.
+        Raises: ContextLengthError when the prompt does not fit, or leaves no room for an id where one is wanted.
         """
-        longest = max(map(len, request.prompts))
-        if longest + 1 > self.max_context:
-            raise ContextLengthError(
-                f"the prompt has {longest} tokens; the context is {self.max_context}, of which at least one is left for the answer"
-            )
-        low, high = 0, self.max_context - longest
+        longest, total = max(map(len, request.prompts)), request.num_prompt_tokens
+        if longest + min(request.sampling.max_tokens, 1) > self.max_context:
+            left = ", of which at least one is left for the answer" if request.sampling.max_tokens else ""
+            raise ContextLengthError(f"the prompt has {longest} tokens; the context is {self.max_context}{left}")
+        if self.max_step is not None and total > self.max_step:
+            raise ContextLengthError(f"the prompt has {total} tokens, and this server must compute it in one step of {self.max_step}")
+        if not self._has_room(request, 0):
+            raise ContextLengthError(f"the prompt has {longest} tokens, which is more than the K/V cache of this server holds")
+        high = self.max_context - longest
+        low = min(high, 1)
         while low < high:
             middle = (low + high + 1) // 2
-            blocks = sum(sum(self.tables.peak_blocks(len(prompt) + middle - 1)) for prompt in request.prompts)
-            low, high = (middle, high) if blocks <= self.tables.pool.num_blocks else (low, middle - 1)
-        if not low:
-            raise ContextLengthError(f"the prompt has {longest} tokens, which is more than the K/V cache of this server holds")
+            low, high = (middle, high) if self._has_room(request, middle - 1) else (low, middle - 1)
         return low
+
+    def _has_room(self, request: Request, num_new: int) -> bool:
+        """Can every prompt be in the pool with so many computed ids behind it, and be computed again after a preemption?"""
+        lengths = [len(prompt) + num_new for prompt in request.prompts]
+        if self.max_step is not None and sum(lengths) > self.max_step:
+            return False
+        return sum(sum(self.tables.peak_blocks(length)) for length in lengths) <= self.tables.pool.num_blocks
 
 
 def _check_spans(request: Request) -> None:

@@ -106,10 +106,14 @@ class Drawn:
     top: tuple[tuple[int, float], ...] = ()
 
 
+TokenReading = tuple[float, tuple[tuple[int, float], ...]]
+"""The logprob of a prompt id, and (id, logprob) of the likeliest ones at its place, likeliest first."""
+
+
 @dataclass(frozen=True, slots=True)
 class PromptReading:
-    """What came of one `PromptRead`, in the plan's order. logprobs: (logprob, ((id, logprob), ...) likeliest first) per target.
+    """What came of one `PromptRead`, in the plan's order. logprobs: one per target.
     vector: float32, little-endian, not normalised; with the prompt's last slice and only where a pool was asked for."""
 
-    logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
+    logprobs: tuple[TokenReading, ...] = ()
     vector: bytes | None = None

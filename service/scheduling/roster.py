@@ -34,13 +34,17 @@ _LAST = (math.inf, math.inf)
 
 
 class Roster:
-    """tables and spans are shared with the scheduler. max_batch_tokens: of a step. max_sequences: running at once."""
+    """tables and spans are shared with the scheduler. max_batch_tokens: of a step. max_sequences: running at once. whole_prompts: a step
+    computes all pending tokens of a gang or none."""
 
-    def __init__(self, tables: BlockTables, spans: SpanEncodings, *, max_batch_tokens: int, max_sequences: int) -> None:
+    def __init__(
+        self, tables: BlockTables, spans: SpanEncodings, *, max_batch_tokens: int, max_sequences: int, whole_prompts: bool = False
+    ) -> None:
         self.tables = tables
         self.spans = spans
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
+        self.whole_prompts = whole_prompts
         self.running: list[Gang] = []
         self.waiting: list[Gang] = []
         self.preemptions = 0
@@ -133,8 +137,11 @@ class Roster:
             rows -= self.tables.missing_rows(sequence, count)
             budget -= count
             counts.append(count)
-        if len(counts) == 1 or all(count == sequence.num_pending for count, sequence in zip(counts, gang.sequences, strict=True)):
+        is_whole = all(count == sequence.num_pending for count, sequence in zip(counts, gang.sequences, strict=True))
+        if is_whole or (len(counts) == 1 and not self.whole_prompts):
             return tuple(counts)
+        if self.whole_prompts:
+            return (0,) * len(counts)
         return tuple(min(count, sequence.num_pending - 1) for count, sequence in zip(counts, gang.sequences, strict=True))
 
     def _preempt(self, gang: Gang) -> None:
@@ -158,7 +165,7 @@ class Roster:
                 continue
             if self._num_sequences + len(gang.sequences) > self.max_sequences:
                 break
-            prefixes = [self.tables.find_prefix(sequence) for sequence in gang.sequences]
+            prefixes = [self.tables.find_prefix(sequence, gang.hit_limit(sequence)) for sequence in gang.sequences]
             gang.awaits = self._awaited(gang, prefixes)
             if gang.awaits is not None:
                 index += 1
@@ -233,8 +240,7 @@ class Roster:
     def _awaited(self, gang: Gang, prefixes: list[Prefix]) -> bytes | None:
         """The key of the first block behind a prefix, when it could be hit and a gang of no worse priority is computing it."""
         for sequence, prefix in zip(gang.sequences, prefixes, strict=True):
-            limit = (len(sequence.tokens) - 1) // self.tables.block_size
-            if self._producers and prefix.num_rows < limit:
+            if self._producers and prefix.num_rows < gang.hit_limit(sequence) // self.tables.block_size:
                 digest = self.tables.keys(sequence, prefix.num_rows + 1)[-1].digest
                 if self._will_come(digest, gang):
                     return digest

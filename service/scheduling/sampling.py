@@ -36,10 +36,11 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
-    def check(self, vocab_size: int) -> None:
-        """Raises: ValueError naming the field, when a number is out of range or not finite."""
+    def check(self, vocab_size: int, least_tokens: int = 1) -> None:
+        """least_tokens: of max_tokens; 0 where the prompt is read. Raises: ValueError naming the field, when a number is out of range or
+        not finite."""
         ranges = (
-            ("max_tokens", self.max_tokens, 1, 2**31 - 1),
+            ("max_tokens", self.max_tokens, least_tokens, 2**31 - 1),
             ("temperature", self.temperature, 0, 2),
             ("top_k", self.top_k, 0, 2**31 - 1),
             ("top_p", self.top_p, 0, 1),

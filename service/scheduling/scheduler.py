@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 
 from service.errors import RequestError
 from service.scheduling.block_pool import BlockKey, BlockPool
+from service.scheduling.grammar import Grammar, GrammarError
 from service.scheduling.intake import Intake
-from service.scheduling.plan import Drawn, KVGroup, Sample, Slice, Span, StepPlan
+from service.scheduling.plan import Drawn, KVGroup, PromptRead, PromptReading, Sample, Slice, Span, StepPlan
+from service.scheduling.reader import PromptReader
 from service.scheduling.roster import Choice, Roster
 from service.scheduling.sequence import Finish, Gang, Output, Request, Sequence, State, Stats
 from service.scheduling.spans import SpanEncodings
@@ -27,11 +29,15 @@ MAX_STEP_ENCODES = 4
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """The step that was planned and not yet committed; `sampled` in the order of its samples."""
+    """The step that was planned and not yet committed; `sampled` in the order of its samples, `readers` in that of its reads. `ending`:
+    the gangs that end with their prompt, because they want no id. `concluded`: indexes of samples whose grammars allow no id."""
 
     plan: StepPlan
     chosen: Choice
     sampled: list[Gang]
+    ending: list[Gang]
+    readers: list[PromptReader]
+    concluded: dict[int, GrammarError | None] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
@@ -54,21 +60,26 @@ class Scheduler:
         max_sequences: int,
         max_context: int,
         has_prefix_cache: bool = True,
+        whole_prompts: bool = False,
         max_waiting_requests: int = 1024,
         max_waiting_tokens: int = 2**20,
     ) -> None:
         """max_batch_tokens: of a step. max_sequences: running at once. max_context: prompt and output of one sequence, in tokens.
+        whole_prompts: what a sequence has to compute goes into one step or waits, so none may be longer than max_batch_tokens.
         max_waiting_*: of requests without a slice so far. Raises: ValueError for a size below 1 or no group."""
         queue = (max_waiting_requests, max_waiting_tokens)
         if min(num_blocks, block_size, len(groups), max_batch_tokens, max_sequences, max_context, *queue) < 1:
             raise ValueError("every size of a scheduler must be at least 1")
         self._pool = BlockPool(num_blocks, len(groups))
-        self._tables = BlockTables(self._pool, groups, block_size, has_prefix_cache=has_prefix_cache)
+        self._tables = BlockTables(self._pool, groups, block_size, has_prefix_cache=has_prefix_cache, whole_prompts=whole_prompts)
         self._spans = SpanEncodings()
-        self._roster = Roster(self._tables, self._spans, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
+        self._roster = Roster(
+            self._tables, self._spans, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, whole_prompts=whole_prompts
+        )
         self._intake = Intake(
             self._tables,
             max_context=max_context,
+            max_step=max_batch_tokens if whole_prompts else None,
             max_gang=min(max_batch_tokens, max_sequences),
             max_requests=max_waiting_requests,
             max_tokens=max_waiting_tokens,
@@ -172,19 +183,40 @@ class Scheduler:
         self._released = []
         return self._flight.plan, outputs
 
-    def commit(self, plan: StepPlan, drawn: SequenceOf[Drawn], now: float) -> list[Output]:
-        """The step was computed: seals full blocks, appends the drawn ids (one per sample, in order), ends what is done.
+    def commit(self, plan: StepPlan, drawn: SequenceOf[Drawn], now: float, readings: SequenceOf[PromptReading] = ()) -> list[Output]:
+        """The step was computed: seals full blocks, keeps the readings (one per read, in order), appends the drawn ids (one per sample, in
+        order), ends what is done.
 
-        Raises: RuntimeError when this is not the plan in flight; ValueError when drawn and samples differ in number.
+        Raises: RuntimeError when this is not the plan in flight; ValueError when drawn or readings differ in number from it.
         """
         if len(drawn) != len(plan.samples):
             raise ValueError(f"{len(drawn)} ids were drawn for {len(plan.samples)} samples")
+        if len(readings) != len(plan.reads):
+            raise ValueError(f"{len(readings)} readings came for {len(plan.reads)} reads")
         flight = self._land(plan)
         self._spans.mark_ready(plan.encode)
         for gang, counts in flight.chosen.items():
             if gang.state is State.RUNNING:  # else aborted while the step ran
                 self._roster.advance(gang, counts)
-        return [self._accept(gang, one, now) for gang, one in zip(flight.sampled, drawn, strict=True) if gang.state is State.RUNNING]
+        for reader, reading in zip(flight.readers, readings, strict=True):
+            reader.take(reading)
+        outputs = [
+            _with_reading(
+                gang, self._conclude(gang, flight.concluded[index], now) if index in flight.concluded else self._accept(gang, one, now)
+            )
+            for index, (gang, one) in enumerate(zip(flight.sampled, drawn, strict=True))
+            if gang.state is State.RUNNING
+        ]
+        return outputs + [_with_reading(gang, self._complete(gang, now)) for gang in flight.ending if gang.state is State.RUNNING]
+
+    def grammars(self, plan: StepPlan) -> list[Grammar | None]:
+        """Of each sample of the plan in flight. Raises: RuntimeError when this is not it."""
+        return [gang.grammar for gang in self._require_flight(plan).sampled]
+
+    def conclude(self, plan: StepPlan, index: int, error: GrammarError | None) -> None:
+        """The choice of this sample of the plan in flight ends at `commit`, with "error" or, without one, "stop"; what is drawn for it
+        is of no account. Raises: RuntimeError when this is not the plan in flight."""
+        self._require_flight(plan).concluded[index] = error
 
     def fail(self, plan: StepPlan, now: float) -> list[Output]:
         """The step failed: ends with "error" the gangs in it, and those for whose pictures it was to encode; others live on.
@@ -212,8 +244,10 @@ class Scheduler:
         counted = [live.request.num_prompt_tokens for live in self._live.values() if live.is_counted]
         if (len(counted), sum(counted)) != (self._intake.num_requests, self._intake.num_tokens):
             raise AssertionError("the waiting requests or tokens were counted wrong")
-        if any(gang.tokens_left <= 0 for gang in gangs):
+        if any(gang.tokens_left < min(gang.params.max_tokens, 1) for gang in gangs):
             raise AssertionError("a choice lives past its last token")
+        if any(gang.num_generated and gang.reader is not None and not gang.reader.is_told for gang in gangs):
+            raise AssertionError("a choice went on without what it read")
         if any(sequence.num_sealed > len(sequence.keys) for gang in gangs for sequence in gang.sequences) and self._tables.has_prefix_cache:
             raise AssertionError("a sealed block has no key")
         self._spans.check(gangs)
@@ -234,6 +268,8 @@ class Scheduler:
             ),
             rank=(request.priority, next(self._arrivals)),
             arrived_at=now,
+            grammar=request.grammars[choice] if request.grammars else None,
+            reader=PromptReader(request.read, request.prompts[0]) if request.read is not None and choice == 0 else None,
         )
 
     def _make_flight(self, chosen: Choice, encode: tuple[Span, ...]) -> _Flight:
@@ -243,9 +279,16 @@ class Scheduler:
         pieces.sort(key=lambda piece: piece[1] > 1)  # stable: one token each first, as attention wants it
         indexes = {sequence: index for index, (sequence, _) in enumerate(pieces)}
         slices = tuple(_make_slice(sequence, tokens) for sequence, tokens in pieces)
-        sampled = [gang for gang, counts in chosen.items() if _is_complete(gang, counts)]
+        whole = [gang for gang, counts in chosen.items() if _is_complete(gang, counts)]
+        sampled = [gang for gang in whole if gang.params.max_tokens]
         samples = tuple(_make_sample(gang, tuple(indexes[sequence] for sequence in gang.sequences)) for gang in sampled)
-        return _Flight(StepPlan(self._steps, slices, samples, tuple(self._released), encode), chosen, sampled)
+        reads = [
+            (gang.reader, read)
+            for gang, counts in chosen.items()
+            if gang.reader is not None and counts[0] and (read := _make_read(gang.reader, gang, counts[0], indexes)) is not None
+        ]
+        plan = StepPlan(self._steps, slices, samples, tuple(self._released), encode, tuple(read for _, read in reads))
+        return _Flight(plan, chosen, sampled, [gang for gang in whole if not gang.params.max_tokens], [reader for reader, _ in reads])
 
     def _choose_encodes(self) -> tuple[Span, ...]:
         """The next pictures that running gangs need, the best rank first; a bounded number, so that a step stays short."""
@@ -270,10 +313,13 @@ class Scheduler:
 
     # -- after a step --
 
-    def _land(self, plan: StepPlan) -> _Flight:
-        flight = self._flight
-        if flight is None or flight.plan is not plan:
+    def _require_flight(self, plan: StepPlan) -> _Flight:
+        if self._flight is None or self._flight.plan is not plan:
             raise RuntimeError(f"step {plan.step_id} is not the one in flight")
+        return self._flight
+
+    def _land(self, plan: StepPlan) -> _Flight:
+        flight = self._require_flight(plan)
         self._flight = None
         return flight
 
@@ -285,13 +331,36 @@ class Scheduler:
         self._generation_tokens += 1
         if drawn.token in gang.params.stop_ids:
             return self._end(gang, "stop", now, stop_id=drawn.token)
+        try:
+            is_complete = gang.grammar is not None and gang.grammar.accept(drawn.token)
+        except GrammarError as error:
+            return self._end(gang, "error", now, error=error)
+        if is_complete:
+            return self._end(gang, "stop", now, drawn=drawn)
         if gang.num_generated >= gang.params.max_tokens:
             return self._end(gang, "length", now, drawn=drawn)
         for sequence in gang.sequences:
             sequence.tokens.append(drawn.token)
         return Output(gang.request.request_id, gang.choice, drawn.token, drawn)
 
-    def _end(self, gang: Gang, finish: Finish, now: float, *, stop_id: int | None = None, drawn: Drawn | None = None) -> Output:
+    def _conclude(self, gang: Gang, error: GrammarError | None, now: float) -> Output:
+        return self._end(gang, "stop" if error is None else "error", now, error=error)
+
+    def _complete(self, gang: Gang, now: float) -> Output:
+        """Ends a gang that wants no id, now that its prompt is computed. Mutates: gang."""
+        gang.first_token_at = now
+        return self._end(gang, "length", now)
+
+    def _end(
+        self,
+        gang: Gang,
+        finish: Finish,
+        now: float,
+        *,
+        stop_id: int | None = None,
+        drawn: Drawn | None = None,
+        error: GrammarError | None = None,
+    ) -> Output:
         """The one place where a choice ends. Mutates: everything that knew it."""
         self._roster.remove(gang)
         self._spans.drop(gang)
@@ -304,7 +373,7 @@ class Scheduler:
             if live.is_counted:
                 self._intake.leave(live.request)
         token = drawn.token if drawn else None
-        return Output(gang.request.request_id, gang.choice, token, drawn, finish, stop_id, gang.usage(now))
+        return Output(gang.request.request_id, gang.choice, token, drawn, finish, stop_id, gang.usage(now), error)
 
 
 def _is_complete(gang: Gang, counts: tuple[int, ...]) -> bool:
@@ -314,6 +383,20 @@ def _is_complete(gang: Gang, counts: tuple[int, ...]) -> bool:
 def _make_slice(sequence: Sequence, num_tokens: int) -> Slice:
     start = sequence.num_computed
     return Slice(sequence.sequence_id, start, tuple(sequence.tokens[start : start + num_tokens]), sequence.freeze_tables())
+
+
+def _make_read(reader: PromptReader, gang: Gang, num_tokens: int, indexes: dict[Sequence, int]) -> PromptRead | None:
+    first = gang.sequences[0]
+    return reader.next_read(first.sequence_id, indexes[first], first.num_computed, num_tokens)
+
+
+def _with_reading(gang: Gang, output: Output) -> Output:
+    """The first output after the prompt brings what was read of it. Mutates: gang.reader."""
+    reader = gang.reader
+    if reader is None or reader.is_told:
+        return output
+    reader.is_told = True
+    return replace(output, reading=reader.reading())
 
 
 def _make_sample(gang: Gang, slice_indexes: tuple[int, ...]) -> Sample:

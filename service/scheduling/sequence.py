@@ -11,7 +11,10 @@ from enum import Enum
 from typing import Literal
 
 from service.scheduling.block_pool import BlockKey
-from service.scheduling.plan import Drawn, Span
+from service.scheduling.grammar import Grammar, GrammarError
+from service.scheduling.plan import Drawn, PromptReading, Span
+from service.scheduling.reader import PromptReader
+from service.scheduling.reading import Read
 from service.scheduling.sampling import SamplingParams
 
 Finish = Literal["stop", "length", "abort", "error", "deadline"]
@@ -22,7 +25,9 @@ class Request:
     """prompts: one, or two for a guided gang (conditional, unconditional). Choice i draws with seed + i. priority: smaller first.
 
     deadline: absolute, on the clock of every `now`. tenant salts the prefix-cache keys. spans: per prompt, in order of start; empty
-    when no prompt has any. guidance is read only with two prompts.
+    when no prompt has any. guidance is read only with two prompts. grammars: one per choice, or none at all.
+    read: what choice 0 tells of its (conditional) prompt; with it sampling.max_tokens may be 0: a choice then ends with "length" once its
+    prompt is computed.
     """
 
     request_id: str
@@ -34,6 +39,8 @@ class Request:
     tenant: str = ""
     spans: tuple[tuple[Span, ...], ...] = ()
     guidance: float = 1.0
+    grammars: tuple[Grammar, ...] = ()
+    read: Read | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -60,7 +67,8 @@ class Usage:
 @dataclass(frozen=True, slots=True)
 class Output:
     """News of one choice. token: None when it only ends. drawn: the token with its logprobs. finish is set once, in its last output,
-    and `usage` with it. stop_id: the id that ended it; it is neither `token` nor in the text."""
+    and `usage` with it. stop_id: the id that ended it; it is neither `token` nor in the text. error: why, when its grammar ended it.
+    reading: with the first output after the prompt, of a choice that reads."""
 
     request_id: str
     choice: int
@@ -69,6 +77,8 @@ class Output:
     finish: Finish | None = None
     stop_id: int | None = None
     usage: Usage | None = None
+    error: GrammarError | None = None
+    reading: PromptReading | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +142,8 @@ class Gang:
     """One choice of a request: one or two sequences that are admitted, preempted, advanced and ended together.
 
     rank: (priority, order of arrival); smaller goes first and loses its blocks last. params: the request's, with this choice's seed
-    and max_tokens held to what fits. awaits: key of the block that another gang computes for it.
+    and max_tokens held to what fits. awaits: key of the block that another gang computes for it. grammar: takes each id once, also
+    when the gang is preempted and computed again. reader: of choice 0, where the request reads its prompt; for the first sequence.
     """
 
     request: Request
@@ -141,6 +152,8 @@ class Gang:
     sequences: tuple[Sequence, ...]
     rank: tuple[int, int]
     arrived_at: float
+    grammar: Grammar | None = None
+    reader: PromptReader | None = None
     state: State = State.WAITING
     num_generated: int = 0
     preemptions: int = 0
@@ -162,6 +175,11 @@ class Gang:
     def tokens_left(self) -> int:
         """How many tokens its sequences may still gain."""
         return self.params.max_tokens - self.num_generated
+
+    def hit_limit(self, sequence: Sequence) -> int:
+        """How many leading tokens of one of its sequences may be found instead of computed: never the last, whose logits are wanted."""
+        last = len(sequence.tokens) - 1
+        return min(last, self.reader.hit_limit) if self.reader is not None and sequence is self.sequences[0] else last
 
     def usage(self, now: float) -> Usage:
         first_slice = now if self.first_slice_at is None else self.first_slice_at

@@ -26,11 +26,16 @@ class Prefix:
 
 
 class BlockTables:
-    def __init__(self, pool: BlockPool, groups: tuple[KVGroup, ...], block_size: int, *, has_prefix_cache: bool) -> None:
+    """whole_prompts: a sequence's tokens are computed at once, so that windows give nothing back meanwhile."""
+
+    def __init__(
+        self, pool: BlockPool, groups: tuple[KVGroup, ...], block_size: int, *, has_prefix_cache: bool, whole_prompts: bool = False
+    ) -> None:
         self.pool = pool
         self.groups = groups
         self.block_size = block_size
         self.has_prefix_cache = has_prefix_cache
+        self.whole_prompts = whole_prompts
         self._sink_rows = [-(-group.sink // block_size) if group.window is not None else 0 for group in groups]
         self._windowed = [index for index, group in enumerate(groups) if group.window is not None]
 
@@ -50,7 +55,7 @@ class BlockTables:
         """
         rows, size = self.num_rows(length), self.block_size
         return [
-            rows if group.window is None else min(rows, sink_rows + (group.window + size - 2) // size + 1)
+            rows if group.window is None or self.whole_prompts else min(rows, sink_rows + (group.window + size - 2) // size + 1)
             for group, sink_rows in zip(self.groups, self._sink_rows, strict=True)
         ]
 
@@ -84,10 +89,9 @@ class BlockTables:
                 table.append(self.pool.allocate())
             sequence.frozen_tables = None
 
-    def find_prefix(self, sequence: Sequence) -> Prefix:
-        """The longest hit; it leaves at least the last token to be computed, because its logits are wanted."""
-        limit = (len(sequence.tokens) - 1) // self.block_size if self.has_prefix_cache else 0
-        keys = self.keys(sequence, limit)
+    def find_prefix(self, sequence: Sequence, limit: int) -> Prefix:
+        """The longest hit of at most `limit` tokens, which leaves at least the last token to be computed (see `Gang.hit_limit`)."""
+        keys = self.keys(sequence, limit // self.block_size if self.has_prefix_cache else 0)
         rows = self._hit_rows(keys)
         tables = []
         for group in range(len(self.groups)):

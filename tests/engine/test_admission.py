@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.engine.admission import MAX_RETRY_S, MIN_RETRY_S, Admission
-from service.errors import OverloadedError
+from service.errors import OverloadedError, RequestError
 
 
 def test_requests_are_bounded_and_places_come_back() -> None:
@@ -31,8 +31,26 @@ def test_generated_tokens_count_while_they_are_in_flight() -> None:
     assert (admission.num_requests, admission.num_tokens) == (0, 0)
 
 
-def test_one_request_alone_is_never_too_large() -> None:
-    Admission(max_requests=1, max_tokens=10).check(1000)
+def test_choices_count_one_each_and_their_prompt_once() -> None:
+    admission = Admission(max_requests=4, max_tokens=100)
+    admission.check(60, num_choices=3)
+    admission.enter("a", 60, now=0.0, num_choices=3)
+    assert (admission.num_requests, admission.num_tokens) == (3, 60)
+    admission.check(10)
+    with pytest.raises(OverloadedError):
+        admission.check(10, num_choices=2)
+    admission.leave("a", now=1.0)
+    admission.check(10, num_choices=4)
+    assert (admission.num_requests, admission.num_tokens) == (0, 0)
+
+
+def test_what_an_idle_server_would_refuse_is_no_overload() -> None:
+    admission = Admission(max_requests=2, max_tokens=10)
+    admission.check(10, num_choices=2)
+    for prompt_len, num_choices, param in ((11, 1, None), (10, 3, "n")):
+        with pytest.raises(RequestError) as refused:
+            admission.check(prompt_len, num_choices)
+        assert (refused.value.status, refused.value.param) == (400, param)
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.1, MIN_RETRY_S), (20.0, 5.0), (10_000.0, MAX_RETRY_S)])

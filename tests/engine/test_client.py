@@ -19,8 +19,8 @@ import pytest
 
 from service.engine.client import EngineClient
 from service.engine.mailbox import FrameSplitter, encode_frame
-from service.engine.messages import Delivery, Event, Load, ModelSource
-from service.engine.stream import Stream
+from service.engine.messages import Delivery, Event, Load, ModelSource, Vocabulary
+from service.engine.stream import Stream, error_of
 from service.errors import ModelNotFoundError, OverloadedError, RequestError, StartupError, UnavailableError
 from tests.fakes import FAIL_FORWARD, HANG, generate, scripted_tokens
 
@@ -102,6 +102,36 @@ def test_the_http_process_loads_no_torch() -> None:
 def test_a_worker_without_a_model_loads_no_torch() -> None:
     check = "import sys, service.worker; sys.exit(int('torch' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_vocabulary_is_sent_once_and_grammars_compile_in_the_engine() -> None:
+    calls = 0
+
+    def vocabulary() -> Vocabulary:
+        nonlocal calls
+        calls += 1
+        return Vocabulary("tiny", [bytes([token % 256]) for token in range(1000)], [], [0])
+
+    async def scenario() -> None:
+        async with engine() as client:
+            with pytest.raises(ValueError, match="vocabulary"):
+                client.submit(generate("early", grammar='start: "a"\n'))
+            for _ in range(2):
+                client.teach("tiny", vocabulary)
+            refused = client.submit(generate("bad", n=2, grammar="start: <<", grammar_param="structured_outputs.grammar"))
+            # The scripted runner minds no mask, so what it draws does not fit; that ends this request and nothing else.
+            astray = client.submit(generate("astray", grammar='start: "a"\n'))
+            free = client.submit(generate("free", [7], max_tokens=20))
+            events = await collect(refused)
+            errors = [error_of(event) for event in events]
+            assert [(error.status, error.param, error.code) for error in errors] == [
+                (400, "structured_outputs.grammar", "invalid_grammar")
+            ] * 2
+            assert (await collect(astray))[-1].error == "the grammar could not follow the answer"
+            assert tokens(await collect(free)) == scripted_tokens([7], 20)
+        assert calls == 1
+
+    run(scenario())
 
 
 def test_what_is_refused_before_the_engine() -> None:

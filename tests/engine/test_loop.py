@@ -49,6 +49,9 @@ class ListMailbox:
     def wait_for_room(self, timeout_s: float) -> bool:
         return True
 
+    def wake(self) -> None:
+        """It never waits."""
+
     def send(self, message: Up) -> None:
         assert isinstance(message, Delivery)
         self.deliveries.append(message)

@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from service.scheduling.plan import Drawn, KVGroup, Sample, Slice, StepPlan
+from service.scheduling.grammar import GrammarError
+from service.scheduling.plan import Drawn, KVGroup, PromptRead, PromptReading, Sample, Slice, StepPlan, TokenReading
 from service.scheduling.sampling import SamplingParams
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.sequence import Output, Request
@@ -38,17 +39,59 @@ def draw(states: Sequence[bytes], params: SamplingParams, banned: Sequence[int])
     return token
 
 
+def told(state: bytes, target: int, num_top: int) -> TokenReading:
+    """The logprob of an id after a history, and num_top pairs: numbers that no other history or id has."""
+    return -float(int.from_bytes(chain(state, target)[:6], "little")), tuple((i, -float(state[i])) for i in range(num_top))
+
+
+def pooled(states: Sequence[bytes], pool: str) -> bytes | None:
+    """The vector of a prompt from the states after each of its ids. A mean is a hash of all, in order."""
+    return {"": None, "last": states[-1], "cls": states[0], "mean": hashlib.blake2b(b"".join(states)).digest()}[pool]
+
+
+def solo_reading(request: Request) -> PromptReading:
+    """What a request must be told about its prompt."""
+    assert request.read is not None
+    prompt, read = request.prompts[0], request.read
+    states = [fold(prompt[: end + 1]) for end in range(len(prompt))]
+    targets = range(read.first, len(prompt)) if read.first else ()
+    return PromptReading(tuple(told(states[at - 1], prompt[at], read.num_top) for at in targets), pooled(states, read.pool))
+
+
+@dataclass
+class CountingGrammar:
+    """Complete after `length` ids, or broken by the first `refused` one; remembers what it was given."""
+
+    length: int
+    refused: int | None = None
+    taken: list[int] = field(default_factory=list)
+
+    def accept(self, token: int) -> bool:
+        if token == self.refused:
+            raise GrammarError(f"{token} does not fit", status=400)
+        self.taken.append(token)
+        assert len(self.taken) <= self.length, "it was complete"
+        return len(self.taken) == self.length
+
+
 def solo(request: Request, choice: int, max_tokens: int) -> tuple[list[int], str, int | None]:
     """What a choice yields when nobody else is there: its tokens, its finish, its stop id."""
     params = SamplingParams(max_tokens=max_tokens, seed=request.sampling.seed + choice)
     states = [fold(prompt) for prompt in request.prompts]
     tokens: list[int] = []
+    if not max_tokens:
+        return tokens, "length", None
+    grammar = request.grammars[choice] if request.grammars else None
     while True:
         banned = request.sampling.stop_ids if len(tokens) < request.sampling.min_tokens else ()
         token = draw(states, params, banned)
         if token in request.sampling.stop_ids:
             return tokens, "stop", token
+        if isinstance(grammar, CountingGrammar) and token == grammar.refused:
+            return tokens, "error", None
         tokens.append(token)
+        if isinstance(grammar, CountingGrammar) and len(tokens) == grammar.length:
+            return tokens, "stop", None
         if len(tokens) >= max_tokens:
             return tokens, "length", None
         states = [chain(state, token) for state in states]
@@ -56,7 +99,8 @@ def solo(request: Request, choice: int, max_tokens: int) -> tuple[list[int], str
 
 @dataclass
 class FakeRunner:
-    """places: (block, offset) -> (group, position, token, state after that token)."""
+    """places: (block, offset) -> (group, position, token, state after that token). rows: of the newest step, per slice, the state after
+    each of its tokens. sums: of sequences whose vector is under way, all states so far."""
 
     groups: tuple[KVGroup, ...]
     block_size: int
@@ -64,6 +108,8 @@ class FakeRunner:
     max_sequences: int
     places: dict[tuple[int, int], tuple[int, int, int, bytes]] = field(default_factory=dict)
     computed: int = 0
+    rows: list[list[bytes]] = field(default_factory=list)
+    sums: dict[int, list[bytes]] = field(default_factory=dict)
 
     def run(self, plan: StepPlan) -> list[Drawn]:
         lengths = [len(piece.tokens) for piece in plan.slices]
@@ -74,9 +120,32 @@ class FakeRunner:
         assert len({piece.sequence_id for piece in plan.slices}) == len(plan.slices), "a sequence twice in one step"
         written: set[tuple[int, int]] = set()
         before = [[self._look_back(piece, group) for group in range(len(self.groups))] for piece in plan.slices]
-        states = [self._write(piece, states, written) for piece, states in zip(plan.slices, before, strict=True)]
+        self.rows = [self._write(piece, states, written) for piece, states in zip(plan.slices, before, strict=True)]
+        states = [rows[-1] for rows in self.rows]
+        for sequence_id in plan.released:
+            self.sums.pop(sequence_id, None)
         self.computed += plan.num_tokens
         return [self._sample(plan, sample, states) for sample in plan.samples]
+
+    def read(self, plan: StepPlan) -> list[PromptReading]:
+        assert len({read.slice_index for read in plan.reads}) == len(plan.reads), "a slice is read twice"
+        return [self._read(read, plan.slices[read.slice_index], self.rows[read.slice_index]) for read in plan.reads]
+
+    def _read(self, read: PromptRead, piece: Slice, rows: list[bytes]) -> PromptReading:
+        assert read.sequence_id == piece.sequence_id
+        assert read.targets or read.pool, "nothing to read"
+        following = (*piece.tokens[read.first_row + 1 :], None)
+        assert all(got in (want, None) for got, want in zip(following, read.targets, strict=False)), "a target follows another row"
+        logprobs = tuple(told(rows[read.first_row + k], target, read.num_top) for k, target in enumerate(read.targets))
+        if not read.pool:
+            return PromptReading(logprobs)
+        if read.pool == "last":
+            assert read.is_last
+            return PromptReading(logprobs, rows[-1])
+        sums = [] if piece.start == 0 else self.sums[read.sequence_id]
+        assert len(sums) == piece.start, "a vector lacks the beginning of its prompt"
+        self.sums[read.sequence_id] = [*sums, *rows]
+        return PromptReading(logprobs, pooled(self.sums[read.sequence_id], read.pool) if read.is_last else None)
 
     def _look_back(self, piece: Slice, group: int) -> bytes:
         """Checks every earlier place that the slice's first token sees, and returns the state after the token before it."""
@@ -100,18 +169,19 @@ class FakeRunner:
             return START
         return previous[1]
 
-    def _write(self, piece: Slice, states: list[bytes], written: set[tuple[int, int]]) -> bytes:
+    def _write(self, piece: Slice, states: list[bytes], written: set[tuple[int, int]]) -> list[bytes]:
         assert len(set(states)) == 1, "the groups remember different histories"
-        state = states[0]
+        state, rows = states[0], []
         for position, token in enumerate(piece.tokens, piece.start):
             state = chain(state, token)
+            rows.append(state)
             for group, table in enumerate(piece.tables):
                 place = (table[position // self.block_size], position % self.block_size)
                 assert place[0] >= 0
                 assert place not in written, "two tokens of one step in one place"
                 written.add(place)
                 self.places[place] = (group, position, token, state)
-        return state
+        return rows
 
     def _sample(self, plan: StepPlan, sample: Sample, states: list[bytes]) -> Drawn:
         first = plan.slices[sample.slice_indexes[0]]
@@ -130,6 +200,7 @@ class Bench:
     now: float = 0.0
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     ends: dict[tuple[str, int], Output] = field(default_factory=dict)
+    readings: dict[tuple[str, int], PromptReading] = field(default_factory=dict)
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request, self.now)
@@ -138,6 +209,10 @@ class Bench:
         for output in outputs:
             key = (output.request_id, output.choice)
             assert key not in self.ends, f"{key} went on after its end"
+            if output.reading is not None:
+                assert key not in self.readings, "a prompt was read twice"
+                assert key not in self.tokens, "the reading came late"
+                self.readings[key] = output.reading
             if output.token is not None:
                 assert output.drawn is not None
                 assert output.drawn.token == output.token
@@ -153,7 +228,8 @@ class Bench:
         return plan
 
     def commit(self, plan: StepPlan) -> None:
-        self.take(self.scheduler.commit(plan, self.runner.run(plan), self.now))
+        drawn = self.runner.run(plan)
+        self.take(self.scheduler.commit(plan, drawn, self.now, self.runner.read(plan)))
         self.scheduler.check()
 
     def step(self) -> StepPlan | None:
@@ -181,6 +257,7 @@ def make_bench(
     max_sequences: int = 16,
     max_context: int = 128,
     has_prefix_cache: bool = True,
+    whole_prompts: bool = False,
     max_waiting_requests: int = 64,
     max_waiting_tokens: int = 2**20,
 ) -> Bench:
@@ -192,6 +269,7 @@ def make_bench(
         max_sequences=max_sequences,
         max_context=max_context,
         has_prefix_cache=has_prefix_cache,
+        whole_prompts=whole_prompts,
         max_waiting_requests=max_waiting_requests,
         max_waiting_tokens=max_waiting_tokens,
     )

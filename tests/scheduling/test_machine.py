@@ -5,6 +5,8 @@ One state machine over a fake model that reads its history back through the bloc
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -12,9 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from service.errors import ContextLengthError, OverloadedError, RequestError
 from service.scheduling.plan import KVGroup, Span, StepPlan
+from service.scheduling.reading import Read
 from service.scheduling.sampling import SamplingParams
 from service.scheduling.sequence import Request
-from tests.scheduling.model import VOCAB, Bench, make_bench, solo
+from tests.scheduling.model import VOCAB, Bench, CountingGrammar, make_bench, solo, solo_reading
 
 MAX_CONTEXT = 40
 GROUPS = (
@@ -38,9 +41,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_batch_tokens=st.sampled_from((8, 64, 8, 3, 2, 1)),
         max_sequences=st.sampled_from((8, 4, 8, 2, 1)),
         has_prefix_cache=st.sampled_from((True, True, True, False)),
+        whole_prompts=st.sampled_from((False, False, False, True)),
     )
     def build(self, **sizes: object) -> None:
         self.bench = make_bench(max_context=MAX_CONTEXT, max_waiting_requests=6, max_waiting_tokens=120, **sizes)  # type: ignore[arg-type]
+        self.is_whole = bool(sizes["whole_prompts"])
         self.requests: dict[str, Request] = {}
         self.outside: set[tuple[str, int]] = set()  # choices that something other than the model has ended
         self.encoded: set[bytes] = set()
@@ -63,6 +68,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         patience=st.sampled_from((None, None, None, None, 0, 3, 10, 30)),
         tenant=st.sampled_from(("", "", "other")),
         picture=st.sampled_from((None, None, (0, 1), (1, 4), (5, 3))),
+        read=st.none() | st.none() | st.builds(Read, st.integers(0, 16), st.integers(0, 3), st.sampled_from(("", "last", "mean", "cls"))),
+        only_reads=st.booleans(),
+        grammar=st.none() | st.builds(CountingGrammar, st.integers(1, 12), st.sampled_from((None, None, 3))),
     )
     def add(
         self,
@@ -75,14 +83,32 @@ class SchedulerMachine(RuleBasedStateMachine):
         patience: int | None,
         tenant: str,
         picture: tuple[int, int] | None,
+        read: Read | None,
+        only_reads: bool,
+        grammar: CountingGrammar | None,
     ) -> None:
         prompts = (row[:length],) if second is None else (row[:length], row[3 : 3 + second])
         spans: tuple[tuple[Span, ...], ...] = ()
         if picture is not None and sum(picture) <= length:
             spans = ((Span(*picture, digest=bytes([picture[0]]) * 32),), *((),) * (len(prompts) - 1))
+        if read is not None:
+            read = replace(read, first=min(read.first, length))
+            read = read if read.first or read.pool else None
+        if read is not None and only_reads:
+            params = replace(params, max_tokens=0)
         deadline = None if patience is None else self.bench.now + patience
         request = Request(
-            f"r{len(self.requests)}", prompts, params, num_choices, priority, deadline, tenant, spans, 1.0 if second is None else 3.0
+            f"r{len(self.requests)}",
+            prompts,
+            params,
+            num_choices,
+            priority,
+            deadline,
+            tenant,
+            spans,
+            1.0 if second is None else 3.0,
+            read=read,
+            grammars=() if grammar is None else tuple(replace(grammar, taken=[]) for _ in range(num_choices)),
         )
         before = self.bench.scheduler.stats
         try:
@@ -90,7 +116,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         except ContextLengthError:
             runner, blocks = self.bench.runner, before.kv_blocks_total
             rows = sum(-(-len(prompt) // runner.block_size) for prompt in prompts)
-            assert rows * len(runner.groups) > blocks, "a prompt that fits was refused"
+            is_too_long = self.is_whole and sum(map(len, prompts)) > runner.max_batch_tokens
+            assert is_too_long or rows * len(runner.groups) > blocks, "a prompt that fits was refused"
         except OverloadedError:
             assert before.waiting > 0
         except RequestError:
@@ -183,15 +210,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             end = self.bench.ends[request.request_id, choice]
             tokens = self.bench.tokens.get((request.request_id, choice), [])
             assert end.usage is not None
+            reading = self.bench.readings.get((request.request_id, choice))
+            assert reading is None or (choice == 0 and reading == solo_reading(request))
             if (request.request_id, choice) in self.outside:
                 expected, _, _ = solo(request, choice, request.sampling.max_tokens)
                 assert tokens == expected[: len(tokens)]
                 continue
+            assert (reading is not None) == (choice == 0 and request.read is not None)
             # The pool may hold less than the context: then the length is what it was cut to, and the tokens still are the solo ones.
             cut = end.usage.completion_tokens if end.finish == "length" else request.sampling.max_tokens
             assert cut <= request.sampling.max_tokens
             assert (tokens, end.finish, end.stop_id) == solo(request, choice, cut)
-            assert end.usage.completion_tokens == len(tokens) + (end.finish == "stop")
+            assert end.usage.completion_tokens == len(tokens) + (end.finish != "length" and end.token is None)
+            assert (end.error is not None) == (end.finish == "error")
+            if request.grammars:
+                assert request.grammars[choice].taken == tokens, "a grammar was given something else"  # type: ignore[attr-defined]
             assert end.usage.prompt_tokens == len(request.prompts[0])
             assert end.usage.cached_tokens < end.usage.prompt_tokens
 
