@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from service.checkpoint import find_checkpoint, open_gguf, read_json
+from service.codec.conversation import calls_in_words, template_messages, told
+from service.codec.reply_format import ReplyFormat, reply_format
 from service.codec.special import MARKERS
 from service.codec.template import ChatTemplate
 from service.codec.tokenizer import Tokenizer
 from service.codec.tokenizer_files import token_text, tokenizer_from_gguf, tokenizer_from_json
+from service.codec.tools import ToolSet, tools_in_words
 from service.errors import RequestError, StartupError, WeightsError
 
 # Sampling defaults that a model may bring: our name, GGUF's name, least, most.
@@ -32,13 +34,17 @@ _DEFAULTS = (
 @dataclass(frozen=True, slots=True)
 class Codec:
     """Everything about one model's text. template None: the model has none and can't chat. sampling_defaults: SamplingParams' names,
-    those that the model's files set."""
+    those that the model's files set. format: how the model answers."""
 
     name: str
     tokenizer: Tokenizer
     template: ChatTemplate | None
     sampling_defaults: Mapping[str, float | int]
     max_context: int
+    format: ReplyFormat = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", reply_format(self.template, self.tokenizer))
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -53,31 +59,58 @@ class Codec:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        tools: ToolSet | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        reasoning_effort: str | None = None,
     ) -> list[int]:
         """Ids of a conversation. Text inside messages and tools that spells a special token is plain text.
 
-        Raises: RequestError when there is no template, when it refuses, or when a text has half a surrogate pair.
+        continue_final_message: the prompt ends inside the last message, the assistant's, whatever add_generation_prompt says.
+        template_kwargs: the template's own variables; they go before what reasoning_effort means to it.
+
+        Raises: RequestError when there is no template, when it refuses, takes too long or has no such variable, or when a text has half
+        a surrogate pair.
         """
         if self.template is None:
             raise RequestError(f"the model {self.name} has no chat template; use /v1/completions", param="messages")
-        plain = [_template_message(message) for message in messages]
-        given = {"tools": list(tools) if tools else None, **(template_kwargs or {})}
-        marker = _free_marker(self.template.source, plain, given)
+        template = self.template
+        given = {**template.effort_variables(reasoning_effort), **template.checked_variables(template_kwargs or {})}
+        offered = [tool.as_template_input() for tool in tools.tools] if tools else []
+        plain = self._template_messages(template, messages, offered)
+        known_tools = offered if offered and self.format.knows_tools else None
+        marker, seal = _free_markers(template.source, plain, given, known_tools)
         special = self.tokenizer.special
 
         def protect(text: str) -> str:
             return special.protect(text, marker)
 
         safe = [_mapped_message(message, protect) for message in plain]
+        if continue_final_message:
+            if not messages or messages[-1].get("role") != "assistant" or messages[-1].get("tool_calls"):
+                param = "continue_final_message"
+                raise RequestError("continue_final_message needs a last message of the assistant without calls", param=param)
+            safe[-1]["content"] += seal
         variables = {key: _mapped(value, protect) for key, value in given.items()}
-        variables["add_generation_prompt"] = add_generation_prompt
-        rendered = self.template.render(safe, variables)
+        variables["tools"] = _mapped(known_tools, protect)
+        variables["add_generation_prompt"] = add_generation_prompt and not continue_final_message
+        rendered = template.render(safe, variables)
+        if continue_final_message:
+            rendered = _cut_at(seal, rendered)
         try:
             return self.tokenizer.encode_prompt(rendered, marker)
         except UnicodeEncodeError:
             raise RequestError("messages hold half a surrogate pair, which is no character", param="messages") from None
+
+    def _template_messages(
+        self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
+        plain = template_messages(messages, wants_none=template.wants_none, has_short_ids=self.format.dialect.has_short_ids)
+        if not template.knows_calls and not self.format.knows_tools:
+            plain = calls_in_words(plain)
+        if tools and not self.format.knows_tools:
+            plain = told(plain, tools_in_words(tools), has_system=self.format.knows_system)
+        return plain
 
     def encode_text(self, prompt: str) -> list[int]:
         """Ids of a raw prompt, whose special tokens are meant, with the beginning of sequence if the model wants one.
@@ -92,6 +125,16 @@ class Codec:
         if ends.add_bos and ends.bos_id is not None and ids[:1] != [ends.bos_id]:
             ids.insert(0, ends.bos_id)
         return ids
+
+    def encode_document(self, text: str) -> list[int]:
+        """Ids of a text that is read for its vector, between the ids that the model wants around it. Special tokens in it are plain text.
+
+        Raises: ValueError when the text has half a surrogate pair.
+        """
+        ids = self.tokenizer.encode(text)
+        ends = self.tokenizer.ends
+        before = [ends.bos_id] if ends.add_bos and ends.bos_id is not None else []
+        return [*before, *ids, *([ends.closing_id] if ends.closing_id is not None else [])]
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises: RequestError naming the first id that is not in the vocabulary."""
@@ -186,28 +229,6 @@ def _context(value: Any, key: str) -> int:
     return value
 
 
-def _template_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates know it: content one string, developer called system, a tool call's arguments as an object."""
-    plain = {key: value for key, value in message.items() if value is not None}
-    if plain.get("role") == "developer":
-        plain["role"] = "system"
-    content = plain.get("content", "")
-    plain["content"] = content if isinstance(content, str) else "\n".join(part.get("text") or part.get("refusal") or "" for part in content)
-    if plain.get("tool_calls"):
-        plain["tool_calls"] = [_template_call(call) for call in plain["tool_calls"]]
-    return plain
-
-
-def _template_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = dict(call.get("function") or {})
-    if isinstance(function.get("arguments"), str):
-        try:
-            function["arguments"] = json.loads(function["arguments"])
-        except (ValueError, RecursionError):
-            return {**call, "function": function}  # an answer cut short: the template sees what there is
-    return {**call, "function": function}
-
-
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     """A JSON value with every string in it changed, keys too."""
     if isinstance(value, str):
@@ -224,8 +245,8 @@ def _mapped_message(message: Mapping[str, Any], change: Callable[[str], str]) ->
     return {key: value if key == "role" else _mapped(value, change) for key, value in message.items()}
 
 
-def _free_marker(source: str, *values: Any) -> str:
-    """A marker that neither the template nor any text contains. Raises: RequestError when someone used them all."""
+def _free_markers(source: str, *values: Any) -> tuple[str, str]:
+    """Two markers that neither the template nor any text contains. Raises: RequestError when someone used them all."""
     used = set(MARKERS).intersection(source)
 
     def note(text: str) -> str:
@@ -236,7 +257,15 @@ def _free_marker(source: str, *values: Any) -> str:
         _mapped(values, note)
     except RecursionError:
         raise RequestError("messages are nested too deeply", param="messages") from None
-    for marker in MARKERS:
-        if marker not in used:
-            return marker
-    raise RequestError("messages use every one of the characters U+FDD0 to U+FDEF, which are not for text", param="messages")
+    free = [marker for marker in MARKERS if marker not in used]
+    if len(free) < 2:
+        raise RequestError("messages use the characters U+FDD0 to U+FDEF, which are not for text; two have to be free", param="messages")
+    return free[0], free[1]
+
+
+def _cut_at(seal: str, rendered: str) -> str:
+    """The prompt up to the end of the message that is to be continued. Raises: RequestError when the template does not write it."""
+    before, found, _ = rendered.rpartition(seal)
+    if not found:
+        raise RequestError("the model's chat template does not write the last message, so it can't be continued", param="messages")
+    return before.replace(seal, "")

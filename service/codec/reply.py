@@ -1,7 +1,7 @@
 """A model's reply taken apart: reasoning, text and tool calls, one state machine for streamed and whole answers.
 
-Works on text whose characters are complete and whose stop strings are found; knows no HTTP. `reply_format` tells a model's dialect from
-its template. Called by the API, one parser per choice.
+The contract alone: `reply_format` makes parsers. They work on text whose characters are complete and whose stop strings are found, and
+know no HTTP. Used by the API, one parser per choice.
 """
 
 from __future__ import annotations
@@ -33,9 +33,17 @@ class Parts:
 
 
 class ReplyParser(Protocol):
-    """However a reply is cut into pushes, the joined parts are the same."""
+    """However a reply is cut into pushes, the joined parts are the same. is_complete: all that the request allows has been said (its only
+    call), so the choice can end; what is pushed then is ignored. is_cut: after `finish`, the last call is not whole."""
 
-    has_calls: bool
+    @property
+    def has_calls(self) -> bool: ...
+
+    @property
+    def is_complete(self) -> bool: ...
+
+    @property
+    def is_cut(self) -> bool: ...
 
     def push(self, text: str) -> Parts:
         """Takes more of the reply. Mutates: the parser."""
@@ -48,6 +56,8 @@ class PlainText:
     """A reply that is text and nothing else."""
 
     has_calls = False
+    is_complete = False
+    is_cut = False
 
     def push(self, text: str) -> Parts:
         return Parts(text=text)

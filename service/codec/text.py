@@ -26,10 +26,18 @@ class TextDelta:
 
 class TextStream:
     """Incremental detokenizer. However the ids are cut into pushes, the deltas joined are the text of all ids up to the stop string
-    that is complete first; of several complete at one character, the longest."""
+    that is complete first; of several complete at one character, the longest. shown: special ids that are text here."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: StopStrings | Sequence[str] = (), include_stop: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: StopStrings | Sequence[str] = (),
+        include_stop: bool = False,
+        *,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._shown = shown
         self._include_stop = include_stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = stop if isinstance(stop, StopStrings) else StopStrings(stop)
@@ -48,8 +56,10 @@ class TextStream:
 
     def push(self, ids: Sequence[int]) -> TextDelta:
         """Takes the next ids; after a stop they are ignored. Mutates: the stream."""
-        shown = [self._take(self._tokenizer.token_bytes(token)) for token in ids]
-        return self._delta(shown)
+        read, visible = self._tokenizer.token_bytes, self._shown
+        if not visible:
+            return self._delta([self._take(read(token)) for token in ids])
+        return self._delta([self._take(read(token, skip_special=token not in visible)) for token in ids])
 
     def finish(self) -> TextDelta:
         """Lets go of everything held back, an incomplete character as U+FFFD. Mutates: the stream, which is over."""

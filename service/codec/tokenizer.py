@@ -15,11 +15,13 @@ from service.codec.special import Special, SpecialTokens
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """The ids at the ends of a text. add_bos: does a raw prompt start with bos_id? eos_ids: each of them ends an answer."""
+    """The ids at the ends of a text. add_bos: does a raw prompt start with bos_id? eos_ids: each of them ends an answer. closing_id:
+    what a text that is read for its vector ends with ([SEP] of an encoder), None for nothing."""
 
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     add_bos: bool = False
+    closing_id: int | None = None
 
 
 class Tokenizer:
@@ -68,6 +70,11 @@ class Tokenizer:
                 ids += encoder.encode_batch_fast([plain], add_special_tokens=False)[0].ids
             encoder = self._rest
         return ids
+
+    @property
+    def pieces(self) -> list[bytes]:
+        """Each id's bytes; a special token's are its text, and its id is one of special.ids."""
+        return [self._text_of.get(token, piece) for token, piece in enumerate(self._pieces)]
 
     def token_bytes(self, token: int, *, skip_special: bool = True) -> bytes:
         """One id's share of the output; empty for a special token unless it is wanted, and for an id beyond the vocabulary."""

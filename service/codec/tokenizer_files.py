@@ -24,6 +24,8 @@ from service.errors import StartupError
 SPACE = "\u2581"  # how SentencePiece writes a space
 # A piece longer than this is not split into merges, which costs the square of its length; it can still be decoded.
 LONGEST_MERGED_PIECE = 512
+# How each kind of model in tokenizer.json keeps its vocabulary.
+_VOCAB_FORMS: dict[str, type] = {"BPE": dict, "WordPiece": dict, "Unigram": list}
 # Names under which vocabularies keep an end of turn or of text that no metadata points at.
 END_TEXTS = (
     *("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|eot|>", "<|endofturn|>"),
@@ -92,29 +94,47 @@ def tokenizer_from_json(data: Mapping[str, Any], config: Mapping[str, Any], eos_
 
     Raises: StartupError naming what is missing or unsupported.
     """
-    model = data.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise StartupError("tokenizer.json must hold a BPE model; other kinds are not supported")
+    kind = _kind(data)
     try:
         added = [token for token in data.get("added_tokens") or [] if token["content"]]
         control = [token for token in added if token.get("special")]
         special = SpecialTokens(
             Special(t["id"], t["content"], bool(t.get("lstrip")), bool(t.get("rstrip"))) for t in control if _is_id(t["id"])
         )
-        texts = _texts_by_id(model["vocab"], added)
+        texts = _texts_by_id(_vocab(data["model"]), added)
         own = [token["content"] for token in added if not token.get("special")]
-        bos_id = _first_special(data, special)
+        bos_id, closing_id = _around(data, special)
         first, rest = _without_special(data, special.by_text)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise StartupError(f"tokenizer.json is not of the expected form: {error}") from error
-    pieces = _pieces(texts, special, own, _is_byte_level(data))
+    if kind == "WordPiece":
+        pieces = _word_pieces(texts, special, own, str(data["model"].get("continuing_subword_prefix", "##")))
+    else:
+        pieces = _pieces(texts, special, own, _is_byte_level(data))
     says = config.get("add_bos_token")
     add_bos = bos_id is not None if says is None else bool(says)
     bos = special.by_text.get(token_text(config.get("bos_token")))
     bos_id = bos.id if bos else bos_id
     named = [*eos_ids, *_ids_of(special, token_text(config.get("eos_token")))]
-    ends = Ends(bos_id, _eos_ids(named, special, len(texts)), add_bos and bos_id is not None)
+    ends = Ends(bos_id, _eos_ids(named, special, len(texts)), add_bos and bos_id is not None, closing_id)
     return Tokenizer(pieces, special, ends, first, rest)
+
+
+def _kind(data: Mapping[str, Any]) -> str:
+    """Raises: StartupError for a tokenizer that is not built here."""
+    model = data.get("model")
+    kind = model.get("type", "BPE") if isinstance(model, dict) else None
+    if kind not in _VOCAB_FORMS or not isinstance(data["model"].get("vocab"), _VOCAB_FORMS[kind]):
+        raise StartupError(f"tokenizer.json must hold a model of kind {', '.join(_VOCAB_FORMS)}; other kinds are not supported")
+    if kind == "Unigram" and '"Metaspace"' not in json.dumps(data.get("pre_tokenizer")):
+        raise StartupError("tokenizer.json holds a Unigram model that does not mark spaces (Metaspace), which is not supported")
+    return str(kind)
+
+
+def _vocab(model: Mapping[str, Any]) -> dict[str, int]:
+    """Ids by text, in either form of the file: an object, or Unigram's list of text and score."""
+    vocab = model["vocab"]
+    return vocab if isinstance(vocab, dict) else {text: index for index, (text, _) in enumerate(vocab)}
 
 
 def token_text(value: Any) -> str:
@@ -193,20 +213,29 @@ def _without(merges: Sequence[Sequence[str]], special: Collection[str]) -> list[
 def _without_special(data: Mapping[str, Any], special: Collection[str]) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
     """The library's tokenizers for the start of a text and for the rest of it, which differ where a space is prepended once only."""
     plain = {key: value for key, value in data.items() if key not in ("post_processor", "truncation", "padding")}
-    model = dict(data["model"])
-    unknown = model.get("unk_token")
     added = [token for token in data.get("added_tokens") or [] if token["content"] not in special]
-    vocab = {text: index for text, index in model["vocab"].items() if text not in special or text == unknown}
-    # The library numbers an added token that its model does not know by itself, whatever the file says.
-    model["vocab"] = vocab | {token["content"]: token["id"] for token in added}
-    model["merges"] = _without([m.split(" ", 1) if isinstance(m, str) else m for m in model.get("merges") or []], special)
-    plain["model"] = model
+    plain["model"] = _model_without(data["model"], special, added)
     plain["added_tokens"] = added
     first = _from_json(plain)
     rest = copy.deepcopy(plain.get("pre_tokenizer"))
     if not _set_prepend_never(rest):
         return first, first
     return first, _from_json({**plain, "pre_tokenizer": rest})
+
+
+def _model_without(given: Mapping[str, Any], special: Collection[str], added: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    model = dict(given)
+    if isinstance(model["vocab"], list):
+        # Ids are places in the list, so a special token stays in its place under a text with a space, of which no text has any left.
+        model["vocab"] = [[f"{index} " if text in special else text, score] for index, (text, score) in enumerate(model["vocab"])]
+        return model
+    unknown = model.get("unk_token")
+    vocab = {text: index for text, index in model["vocab"].items() if text not in special or text == unknown}
+    # The library numbers an added token that its model does not know by itself, whatever the file says.
+    model["vocab"] = vocab | {token["content"]: token["id"] for token in added}
+    if model.get("type", "BPE") == "BPE":
+        model["merges"] = _without([m.split(" ", 1) if isinstance(m, str) else m for m in model.get("merges") or []], special)
+    return model
 
 
 def _set_prepend_never(part: Any) -> bool:
@@ -229,12 +258,18 @@ def _from_json(data: Mapping[str, Any]) -> tokenizers.Tokenizer:
         raise StartupError(f"tokenizer.json can't be used: {error}") from error
 
 
-def _first_special(data: Mapping[str, Any], special: SpecialTokens) -> int | None:
-    """The special token that the file's own post-processing puts in front of every text; an empty text shows it."""
+def _around(data: Mapping[str, Any], special: SpecialTokens) -> tuple[int | None, int | None]:
+    """The special tokens that the file's own post-processing puts before and after every text; a letter shows them."""
     if data.get("post_processor") is None:
-        return None
-    ids = _from_json({**data, "truncation": None, "padding": None}).encode("").ids
-    return ids[0] if ids and ids[0] in special.ids else None
+        return None, None
+    library = _from_json({**data, "truncation": None, "padding": None})
+    whole, bare = library.encode("a").ids, library.encode("a", add_special_tokens=False).ids
+    start = next((place for place in range(len(whole)) if whole[place : place + len(bare)] == bare), 0)
+    before, after = whole[:start], whole[start + len(bare) :]
+    return (
+        before[0] if before and before[0] in special.ids else None,
+        after[-1] if after and after[-1] in special.ids else None,
+    )
 
 
 def _texts_by_id(vocab: Mapping[str, int], added: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -279,6 +314,21 @@ def _pieces(tokens: Sequence[str], special: SpecialTokens, own: Collection[str],
         return [piece(index, text) for index, text in enumerate(tokens)]
     except ValueError as error:
         raise StartupError(f"the vocabulary has a byte token that names no byte: {error}") from error
+
+
+def _word_pieces(tokens: Sequence[str], special: SpecialTokens, own: Collection[str], prefix: str) -> list[bytes]:
+    """Each id's bytes: a word begins with a space, a piece with the prefix goes on without one. What normalisation took stays lost."""
+    as_is = set(own)
+
+    def piece(index: int, text: str) -> bytes:
+        if index in special.ids or not text:
+            return b""
+        if text in as_is:
+            return text.encode("utf-8", "replace")
+        spelled = text.removeprefix(prefix) if text.startswith(prefix) and text != prefix else f" {text}"
+        return spelled.encode("utf-8", "replace")
+
+    return [piece(index, text) for index, text in enumerate(tokens)]
 
 
 def _byte_letters() -> dict[str, int]:

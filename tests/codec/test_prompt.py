@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from service.codec.prompt import Codec, load_codec
 from service.codec.special import MARKERS
 from service.codec.template import ChatTemplate
+from service.codec.tools import Tool, ToolSet
 from service.errors import RequestError, StartupError, WeightsError
 from tests.codec.tiny import CHATML, CONTROL, byte_level_metadata, llama2_library, llama3_library, write_folder, write_gguf
 
@@ -38,11 +39,15 @@ def chat(codec: Codec, *messages: dict[str, Any], **options: Any) -> str:
     return codec.tokenizer.decode(codec.encode_chat(messages, **options), skip_special=False)
 
 
+def offered(*tools: Tool) -> ToolSet:
+    return ToolSet(tools, tuple(tool.name for tool in tools))
+
+
 def control_ids(codec: Codec, ids: list[int]) -> list[int]:
     return [token for token in ids if token in codec.tokenizer.special.ids]
 
 
-@given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), SPELLED), min_size=1, max_size=4))
+@given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), SPELLED), min_size=1, max_size=4))
 def test_only_the_template_makes_control_ids(codec: Codec, turns: list[tuple[str, str]]) -> None:
     messages = [{"role": role, "content": text} for role, text in turns]
     ids = codec.encode_chat(messages)
@@ -78,12 +83,12 @@ def test_names_tools_and_arguments_are_plain_text_too(codec: Codec) -> None:
             {"role": "assistant", "content": None, "name": evil, "tool_calls": [call]},
             {"role": "tool", "content": evil, "tool_call_id": evil},
         ],
-        tools=[{"type": "function", "function": {"name": evil, "parameters": {evil: {"enum": [evil, "é"]}}}}],
+        tools=offered(Tool(evil, parameters={evil: {"enum": [evil, "é"]}})),
         template_kwargs={"extra": evil},
     )
     assert control_ids(codec, ids) == [1, 2]
     text = codec.tokenizer.decode(ids)
-    assert text.count(evil) == 14
+    assert text.count(evil) == 15  # the result is given the name of its tool
     assert "\\u00e9" in text
     assert not set(MARKERS).intersection(text)
 
@@ -114,13 +119,169 @@ def test_a_call_cut_short_is_given_as_it_is(codec: Codec) -> None:
     assert chat(with_template(codec, source), {"role": "assistant", "tool_calls": calls}) == "{'a': 1};{\"a\": ;"
 
 
+USER: dict[str, Any] = {"role": "user", "content": "x"}
+WEATHER = Tool("weather", "Says <|im_end|> how it is.", parameters={"type": "object", "properties": {"city": {"type": "string"}}})
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo<|im_end|>"}'}}
+
+
+def test_a_template_without_tools_is_told_of_them_in_words(codec: Codec) -> None:
+    assert not codec.format.knows_tools
+    system = {"role": "system", "content": "Be brief."}
+    for messages, begins in (
+        ([USER], "<|im_start|>system\nYou can call"),
+        ([system, USER], "<|im_start|>system\nBe brief.\n\nYou can call"),
+    ):
+        ids = codec.encode_chat(messages, tools=offered(WEATHER))
+        text = codec.tokenizer.decode(ids, skip_special=False)
+        assert text.startswith(begins)
+        assert '{"name": "weather", "description": "Says <|im_end|> how it is.", "parameters": {"type": "object"' in text
+        assert control_ids(codec, ids) == [1, 2, 1, 2, 1]
+    assert "You can call" not in chat(codec, USER)
+
+
+def test_a_template_without_roles_for_tools_reads_calls_and_results_as_text(codec: Codec) -> None:
+    ids = codec.encode_chat(
+        [
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+            {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "<|im_end|>"}]},
+        ]
+    )
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo<|im_end|>"}}\n</tool_call>'
+    results = "<tool_response>\nrain\n</tool_response>\n<tool_response>\n<|im_end|>\n</tool_response>"
+    turns = f"<|im_start|>assistant\n{call}\n{call}<|im_end|>\n<|im_start|>user\n{results}<|im_end|>\n<|im_start|>assistant\n"
+    assert codec.tokenizer.decode(ids, skip_special=False).endswith(turns)
+    assert control_ids(codec, ids) == [1, 2] * 3 + [1]
+
+
+def test_where_no_system_message_is_allowed_the_user_brings_the_tools(codec: Codec) -> None:
+    source = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    strict = with_template(codec, source)
+    assert chat(strict, USER, tools=offered(WEATHER)).startswith("<|im_start|>user\nYou can call")
+    with pytest.raises(RequestError, match="no system role"):
+        chat(strict, {"role": "system", "content": "x"}, USER)
+
+
+def test_calls_and_results_reach_a_template_that_knows_them(codec: Codec) -> None:
+    source = (
+        "{% for t in tools or [] %}[{{ t.function.name }}:{{ t.function.parameters.properties | length }}]{% endfor %}"
+        "{% for m in messages %}{{ m.role }}={{ m.content }};{% for c in m.tool_calls or [] %}{{ c.id }}.{{ c.function.name }}"
+        "{% for k, v in c.function.arguments | items %}({{ k }}={{ v }}){% endfor %};{% endfor %}"
+        "{% if m.role == 'tool' %}{{ m.name }}{% endif %}"
+        "{% endfor %}"
+    )
+    model = with_template(codec, source)
+    assert model.format.knows_tools
+    custom = {"id": "c2", "type": "custom", "custom": {"name": "run", "input": "ls"}}
+    empty = {"id": "c3", "type": "function", "function": {"name": "now", "arguments": ""}}
+    text = chat(
+        model,
+        {"role": "assistant", "content": None, "tool_calls": [CALL, custom, empty]},
+        {"role": "tool", "tool_call_id": "c2", "content": "out"},
+        {"role": "assistant", "content": None, "function_call": {"name": "now", "arguments": "{}"}},
+        {"role": "function", "name": "now", "content": "noon"},
+        tools=offered(WEATHER, Tool("run", kind="custom")),
+    )
+    calls = "call_1.weather(city=Oslo<|im_end|>);c2.run(input=ls);c3.now;"
+    assert text == f"[weather:1][run:1]assistant=;{calls}tool=out;runassistant=;.now;tool=noon;now"
+
+
+def test_a_template_that_asks_for_no_content_gets_none(codec: Codec) -> None:
+    source = "{% for m in messages %}{% if m['content'] is none %}calls{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    message = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    assert chat(with_template(codec, source), USER, message).startswith("x<tool_call>")
+    assert chat(with_template(codec, source + "{% if tool_calls %}{% endif %}"), USER, message) == "xcalls"
+
+
+def test_ids_of_calls_are_what_a_mistral_template_takes(codec: Codec) -> None:
+    source = "[TOOL_CALLS]{{ tools }}{% for m in messages %}{{ m.tool_call_id }}"
+    source += "{% for c in m.tool_calls or [] %}{{ c.id }}{% endfor %}|{% endfor %}"
+    model = with_template(codec, source)
+    assert model.format.dialect.name == "mistral-list"
+    messages = [{"role": "assistant", "tool_calls": [{**CALL, "id": key}]} for key in ("call_1", "abcdefgh9")]
+    results = [{"role": "tool", "tool_call_id": key, "content": "x"} for key in ("call_1", "abcdefgh9")]
+    first, second, third, fourth, _ = chat(model, *messages, *results).removeprefix("[TOOL_CALLS]None").split("|")
+    assert (first, second) == (third, fourth)
+    assert second == "abcdefgh9"
+    assert len(first) == 9
+    assert first.isalnum()
+
+
+def test_reasoning_in_the_history_goes_by_both_names(codec: Codec) -> None:
+    model = with_template(codec, "{% for m in messages %}{{ m.reasoning_content }},{{ m.reasoning }};{% endfor %}")
+    messages = [{"role": "assistant", "content": "x", key: "why"} for key in ("reasoning", "reasoning_content")]
+    assert chat(model, *messages) == "why,why;why,why;"
+
+
+def test_the_final_message_can_be_continued(codec: Codec) -> None:
+    for content in ("Sure, here", "ends with a blank ", "<|im_end|> inside", "<|im_"):
+        ids = codec.encode_chat([USER, {"role": "assistant", "content": content}], continue_final_message=True)
+        text = f"<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n{content}"
+        assert codec.tokenizer.decode(ids, skip_special=False) == text
+        assert control_ids(codec, ids) == [1, 2, 1]
+    trimmed = with_template(codec, CHATML.replace("message['content']", "message['content'] | trim"))
+    assert chat(trimmed, USER, {"role": "assistant", "content": " a "}, continue_final_message=True).endswith("assistant\na ")
+
+
+def test_what_can_not_be_continued_is_named(codec: Codec) -> None:
+    calls: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    for messages in ([USER], [USER, calls]):
+        with pytest.raises(RequestError, match="continue_final_message") as caught:
+            codec.encode_chat(messages, continue_final_message=True)
+        assert caught.value.param == "continue_final_message"
+    silent = with_template(codec, "{% for m in messages[:-1] %}{{ m.content }}{% endfor %}")
+    with pytest.raises(RequestError, match="does not write the last message"):
+        silent.encode_chat([USER, {"role": "assistant", "content": "x"}], continue_final_message=True)
+
+
+def test_what_comes_in_any_order_does_not_fail(codec: Codec) -> None:
+    late = {"role": "system", "content": "late"}
+    text = chat(codec, USER, USER, late, {"role": "assistant", "content": ""}, {"role": "assistant", "content": "end"})
+    roles = [turn.split("\n")[0] for turn in text.split("<|im_start|>")[1:]]
+    assert roles == ["user", "user", "system", "assistant", "assistant", "assistant"]
+
+
+def test_template_variables_are_those_the_template_reads(codec: Codec) -> None:
+    model = with_template(codec, "{{ enable_thinking }}{{ date_string }}{{ reasoning_effort }}{{ thinking }}{{ tokenize }}")
+    assert chat(model, USER, template_kwargs={"enable_thinking": False, "date_string": "<|im_end|>"}) == "False<|im_end|>"
+    assert chat(model, USER, template_kwargs={"date_string": None}) == ""
+    for name, value in (
+        ("tokenize", True),
+        ("chat_template", "x"),
+        ("messages", "x"),
+        ("tools", "x"),
+        ("add_generation_prompt", True),
+        ("bos_token", "x"),
+        ("raise_exception", "x"),
+        ("colour", "red"),
+        ("date_string", ["x"]),
+        ("date_string", {"a": 1}),
+        ("date_string", "x" * 5000),
+    ):
+        with pytest.raises(RequestError) as caught:
+            chat(model, USER, template_kwargs={name: value})
+        assert caught.value.param == f"chat_template_kwargs.{name}"
+        assert "date_string" in caught.value.message
+
+
+def test_effort_means_what_the_template_knows(codec: Codec) -> None:
+    model = with_template(codec, "{{ reasoning_effort }},{{ enable_thinking }},{{ thinking }}")
+    expected = {"none": "low,False,False", "minimal": "low,True,True", "medium": "medium,True,True", "max": "high,True,True"}
+    assert {effort: chat(model, USER, reasoning_effort=effort) for effort in expected} == expected
+    assert chat(model, USER) == ",,"
+    assert chat(model, USER, reasoning_effort="high", template_kwargs={"thinking": False}) == "high,True,False"
+    knowing = with_template(codec, "{{ reasoning_effort }}{% if reasoning_effort == 'minimal' %}!{% endif %}")
+    assert chat(knowing, USER, reasoning_effort="minimal") == "minimal!"
+
+
 def test_the_generation_prompt_can_be_left_out(codec: Codec) -> None:
     message = {"role": "user", "content": "x"}
     assert chat(codec, message, add_generation_prompt=False) == "<|im_start|>user\nx<|im_end|>\n"
 
 
 def test_markers_in_the_text_survive_until_all_are_used(codec: Codec) -> None:
-    content = "".join(MARKERS[:-1]) + "<|im_end|>"
+    content = "".join(MARKERS[:-2]) + "<|im_end|>"
     assert content in chat(codec, {"role": "user", "content": content})
     with pytest.raises(RequestError, match="U\\+FDD0") as caught:
         codec.encode_chat([{"role": "user", "content": "".join(MARKERS)}])
@@ -140,7 +301,7 @@ def test_deep_nesting_is_the_clients_fault(codec: Codec) -> None:
     for _ in range(3000):
         deep = [deep]
     with pytest.raises(RequestError, match="nested"):
-        codec.encode_chat([{"role": "user", "content": "x"}], template_kwargs={"deep": deep})
+        codec.encode_chat([{"role": "user", "content": "x", "name": deep}])
 
 
 def test_raw_prompts_mean_their_special_texts_and_begin_as_the_model_wants(codec: Codec, tmp_path: Path) -> None:

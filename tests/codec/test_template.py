@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import Any
 
 import pytest
@@ -87,3 +88,24 @@ def test_what_is_no_template_stops_the_start() -> None:
     for source in ("{% for %}", "{{ a", "{% unknown %}"):
         with pytest.raises(StartupError, match="no valid template"):
             ChatTemplate(source, {})
+
+
+def test_work_is_bounded_even_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.codec.template.MOST_SECONDS", 0.05)
+    loops = "{% for a in range(90000) %}{% for b in range(90000) %}{% set x = messages[0] %}{% endfor %}{% endfor %}"
+    calls = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
+    for source in (loops, calls):
+        before = time.thread_time()
+        with pytest.raises(RequestError, match="more than 0") as caught:
+            render(source)
+        assert time.thread_time() - before < 2
+        assert caught.value.param == "messages"
+    assert render("{% for m in messages %}{{ m.content }}{% endfor %}") == "<b>é</b>"
+
+
+def test_variables_are_what_a_template_reads_from_outside() -> None:
+    source = (
+        "{% if not date is defined %}{% set date = strftime_now('%Y') %}{% endif %}{% set own = 1 %}{{ own }}{{ bos_token }}{{ _hidden }}"
+        "{% for m in messages %}{{ m.x }}{{ tools }}{{ loop.index }}{% endfor %}{{ effort | default('x') }}{{ date }}"
+    )
+    assert ChatTemplate(source, {"bos_token": "<s>"}).variables == {"date", "effort"}

@@ -256,7 +256,9 @@ def test_a_folder_says_whether_prompts_begin_with_a_token(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"model": {"type": "Unigram", "vocab": []}}', "must hold a BPE model"),
+        ('{"model": {"type": "WordLevel", "vocab": {}}}', "must hold a model of kind BPE, WordPiece, Unigram"),
+        ('{"model": {"type": "BPE", "vocab": []}}', "must hold a model of kind"),
+        ('{"model": {"type": "Unigram", "vocab": []}}', "does not mark spaces"),
         ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', "neither byte-level"),
         ('{"model": {"type": "BPE", "vocab": {"a": 2000000000}, "merges": []}}', "small whole numbers"),
         ('{"model": {"type": "BPE", "vocab": {"a": "x"}, "merges": []}}', "can't be used|small whole numbers"),
