@@ -1,0 +1,193 @@
+"""The routes under /v1/files: bring, list, describe, fetch and delete files, each tenant its own.
+
+Names from clients are only told back. The store does the work, in threads, since disks block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.types import Message
+
+from service.api.body import BodyLimits, discard
+from service.api.pages import is_descending, page, page_limit
+from service.api.routes import caller_of
+from service.errors import BodyTooLargeError, DeadlineError, MediaTypeError, RequestError
+from service.jobs.desk import Desk
+from service.jobs.files import StoredFile, storage_error
+
+PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
+_LISTED = (*PURPOSES, "batch_output")
+_MAX_LIST = 10_000
+_MAX_FIELDS = 8
+_MAX_FIELD_BYTES = 4096
+_MAX_NAME = 255
+_MAX_EXTRA_BYTES = 64 * 1024  # of the form around the file
+_TOTAL_S = 1800.0
+_LIFETIME_S = (3600, 2_592_000)
+_OFF = "this server keeps no files: it was started without a data folder"
+
+
+def desk_of(desk: Desk | None) -> Desk:
+    """Raises: RequestError where the server has no data folder."""
+    if desk is None:
+        raise RequestError(_OFF, code="unsupported_operation")
+    return desk
+
+
+def files_router(desk: Desk | None, limits: BodyLimits) -> APIRouter:
+    """Raises, when called: RequestError and its kinds, StorageError, DeadlineError."""
+    router = APIRouter(redirect_slashes=False)
+
+    @router.post("/v1/files")
+    async def create_file(request: Request) -> Response:
+        store = desk_of(desk).files
+        async with _form(request, store.max_file_bytes, limits) as form:
+            upload, purpose, lifetime_s = _fields(form)
+            stored = await asyncio.to_thread(
+                store.create,
+                upload.file,
+                tenant=caller_of(request).tenant,
+                filename=_filename(upload.filename),
+                purpose=purpose,
+                lifetime_s=lifetime_s,
+            )
+        return JSONResponse(_view(stored))
+
+    @router.get("/v1/files")
+    async def list_files(request: Request) -> Response:
+        store = desk_of(desk).files
+        query = request.query_params
+        purpose = query.get("purpose")
+        if purpose is not None and purpose not in _LISTED:
+            raise RequestError(f"purpose must be one of {', '.join(_LISTED)}", param="purpose")
+        limit, is_reversed = page_limit(query, _MAX_LIST, _MAX_LIST), is_descending(query)
+        found = [_view(file) for file in await asyncio.to_thread(store.of_tenant, caller_of(request).tenant, purpose)]
+        return JSONResponse(page(found[::-1] if is_reversed else found, query.get("after"), limit))
+
+    @router.get("/v1/files/{file_id}")
+    async def retrieve_file(request: Request, file_id: str) -> Response:
+        return JSONResponse(_view(desk_of(desk).files.get(caller_of(request).tenant, file_id)))
+
+    @router.get("/v1/files/{file_id}/content")
+    async def file_content(request: Request, file_id: str) -> Response:
+        store = desk_of(desk).files
+        path = store.path(store.get(caller_of(request).tenant, file_id))
+        # A browser that is led here must not run what somebody uploaded.
+        headers = {"content-disposition": "attachment", "x-content-type-options": "nosniff"}
+        return FileResponse(path, media_type="application/octet-stream", headers=headers)
+
+    @router.delete("/v1/files/{file_id}")
+    async def delete_file(request: Request, file_id: str) -> Response:
+        known = desk_of(desk)
+        file = known.files.get(caller_of(request).tenant, file_id)
+        if known.batches.uses(file_id):
+            raise RequestError("a batch that has not ended reads this file: cancel it first", param="id")
+        await asyncio.to_thread(known.files.delete, file)
+        return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+    return router
+
+
+def _view(file: StoredFile) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "id": file.id,
+        "object": "file",
+        "bytes": file.bytes,
+        "created_at": file.created_at,
+        "filename": file.filename,
+        "purpose": file.purpose,
+        "status": "processed",
+    }
+    return body if file.expires_at is None else {**body, "expires_at": file.expires_at}
+
+
+@contextlib.asynccontextmanager
+async def _form(request: Request, max_file_bytes: int, limits: BodyLimits) -> AsyncIterator[FormData]:
+    """The request's form while the block runs; what it spooled to disk is gone afterwards.
+
+    Raises: MediaTypeError, BodyTooLargeError, DeadlineError, RequestError, StorageError.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+        raise MediaTypeError("a file is sent as a form: Content-Type: multipart/form-data")
+    max_bytes = max_file_bytes + _MAX_EXTRA_BYTES
+    length = request.headers.get("content-length", "")
+    try:
+        if length.isdecimal() and int(length) > max_bytes:
+            raise _too_large(max_bytes)
+        watched = Request(request.scope, _Counted(request, max_bytes, limits.idle_s))
+        async with asyncio.timeout(_TOTAL_S):
+            form = await watched.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
+    except BodyTooLargeError:
+        await discard(request)
+        raise
+    except TimeoutError:
+        raise DeadlineError("the request's body did not arrive in time", code="request_timeout") from None
+    except HTTPException as error:
+        raise RequestError(f"the form can't be read: {error.detail}") from None
+    except OSError as error:
+        raise storage_error(error) from error
+    try:
+        yield form
+    finally:
+        await form.close()
+
+
+def _too_large(max_bytes: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the form is larger than {max_bytes} bytes, which is the limit", param="file")
+
+
+class _Counted:
+    """A request's messages as they come, as long as they are not too many bytes and do not pause too long."""
+
+    def __init__(self, request: Request, max_bytes: int, idle_s: float) -> None:
+        self._receive = request.receive
+        self._max_bytes = self._left = max_bytes
+        self._idle_s = idle_s
+
+    async def __call__(self) -> Message:
+        async with asyncio.timeout(self._idle_s):
+            message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            raise _too_large(self._max_bytes)
+        return message
+
+
+def _fields(form: FormData) -> tuple[UploadFile, str, int | None]:
+    """The file, its purpose and how long it is kept, None for ever. Raises: RequestError."""
+    upload, purpose = form.get("file"), form.get("purpose")
+    for name, value in (("file", upload), ("purpose", purpose)):
+        if value is None:
+            raise RequestError(f"{name} is required", param=name, code="missing_required_parameter")
+    if not isinstance(upload, UploadFile):
+        raise RequestError("file must be a file, with a filename", param="file")
+    if purpose not in PURPOSES:
+        raise RequestError(f"purpose must be one of {', '.join(PURPOSES)}", param="purpose")
+    return upload, str(purpose), lifetime_of(form.get("expires_after[anchor]"), form.get("expires_after[seconds]"))
+
+
+def lifetime_of(anchor: Any, seconds: Any, anchors: tuple[str, ...] = ("created_at",)) -> int | None:
+    """In seconds; None when neither is given. Raises: RequestError."""
+    if anchor is None and seconds is None:
+        return None
+    if anchor not in anchors:
+        raise RequestError(f"expires_after.anchor must be {' or '.join(anchors)}", param="expires_after.anchor")
+    least, most = _LIFETIME_S
+    text = str(seconds)
+    if not text.isascii() or not text.isdecimal() or len(text) > 9 or not least <= int(text) <= most:
+        raise RequestError(f"expires_after.seconds must be a whole number from {least} to {most}", param="expires_after.seconds")
+    return int(text)
+
+
+def _filename(given: str | None) -> str:
+    """A client's name for it, as data: what can't be shown is replaced, what is too long is cut."""
+    return "".join(char if char.isprintable() else "?" for char in given or "")[:_MAX_NAME] or "file"
