@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 from service.api.auth import salted
-from service.api.generation import Choice, Generation
+from service.api.generation import Choice, Echo, Generation, Reply
 from service.api.schema import SamplingFields
+from service.api.strict import warn
 from service.codec.prompt import Codec
 from service.codec.text import StopStrings, TextStream
 from service.engine.client import EngineClient
-from service.engine.messages import Generate, ModelInfo
+from service.engine.messages import Generate, ModelInfo, Vocabulary
 from service.engine.stream import Stream
 from service.errors import ContextLengthError, ModelNotFoundError, OverloadedError, RequestError, UnavailableError
 from service.metrics import Metrics
@@ -31,37 +32,74 @@ MAX_ENCODING = 128
 _THREADS = 2
 
 T = TypeVar("T")
+PLAIN = Reply()
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, and when: arrival in time.monotonic's seconds."""
+    """Who asks, and when: arrival in time.monotonic's seconds. priority: work that can wait has one."""
 
     tenant: str
     arrival: float
+    priority: int = 0
+
+    def rank(self, priority: int) -> int:
+        """A request's own priority among the caller's: whatever it asks for, what can wait stays behind what can't."""
+        most = self.priority // 2
+        return self.priority + max(-most, min(priority, most)) if self.priority else priority
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Under which terms prompts are continued. grammar: what every choice follows, "" for nothing; grammar_param: the field that asked
+    for it. reads: what to tell about each prompt, none at all when empty. reply: how the text is read. echoes: what comes before the text
+    of each prompt's choices, nothing when empty."""
+
+    grammar: str = ""
+    grammar_param: str | None = None
+    reads: Sequence[Read | None] = ()
+    reply: Reply = PLAIN
+    echoes: Sequence[Echo | None] = ()
 
 
 class Backend:
     """The engine, the codecs and the metrics, as the text routes use them. codecs: by model name; the first is the default of
-    requests that name none. max_requests: the engine client's own limit, to tell why it refused."""
+    requests that name none. max_requests: the engine client's own limit, to tell why it refused. is_strict: input that would be
+    ignored, clamped or truncated with a warning is refused."""
 
-    def __init__(self, engine: EngineClient, codecs: Mapping[str, Codec], metrics: Metrics, max_requests: int) -> None:
+    def __init__(
+        self, engine: EngineClient, codecs: Mapping[str, Codec], metrics: Metrics, max_requests: int, is_strict: bool = False
+    ) -> None:
         self.engine = engine
         self.codecs = dict(codecs)
+        self.is_strict = is_strict
+        self._longest_piece = {name: max(map(len, codec.tokenizer.pieces), default=1) for name, codec in self.codecs.items()}
         self._metrics = metrics
         self._max_requests = max_requests
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="encode")
         self._num_encoding = 0
 
-    def choose(self, name: str | None) -> str:
-        """The model's name. Raises: ModelNotFoundError; UnavailableError unless the engine takes requests."""
+    def choose(self, name: str | None, *, generates: bool = False) -> str:
+        """The model's name; without one the default, or with `generates` the first that makes text.
+
+        Raises: ModelNotFoundError; RequestError for a model that makes no text; UnavailableError unless the engine takes requests.
+        """
         if name is not None and name not in self.codecs:
             raise ModelNotFoundError(f"The model `{name}` does not exist or you do not have access to it.", param="model")
-        name = name or next(iter(self.codecs))
-        self._info(name)
+        if name is None:
+            infos = self.engine.models()
+            usable = (each for each in self.codecs if not generates or each not in infos or infos[each].can_generate)
+            name = next(usable, next(iter(self.codecs)))
+        if not self.info(name).can_generate and generates:
+            raise RequestError(f"the model {name} makes vectors and no text; use /v1/embeddings", param="model", code="unsupported_model")
         return name
 
-    def _info(self, model: str) -> ModelInfo:
+    def warn(self, warnings: list[str], param: str, text: str) -> None:
+        """Notes what is ignored, clamped or truncated of a field. Mutates: warnings. Raises: RequestError in strict mode."""
+        warn(warnings, param, text, is_strict=self.is_strict)
+
+    def info(self, model: str) -> ModelInfo:
+        """Raises: UnavailableError unless the engine takes requests."""
         state = self.engine.health().state
         info = self.engine.models().get(model)
         if info is None or state != "ready":
@@ -83,23 +121,32 @@ class Backend:
         finally:
             self._num_encoding -= 1
 
+    def check_chars(self, model: str, num_chars: int, param: str) -> None:
+        """A text that can't fit, however well its tokens cover it, is refused before it costs a tokenisation.
+
+        Raises: ContextLengthError.
+        """
+        context = context_of(self.info(model))
+        least = -(-num_chars // self._longest_piece[model])
+        if least > context:
+            raise ContextLengthError(
+                f"This model's maximum context length is {context} tokens. However, the prompt has at least {least} tokens: "
+                "the prompt is too long. Please reduce its length.",
+                param=param,
+            )
+
     def submit(
-        self,
-        request_id: str,
-        model: str,
-        prompts: list[list[int]],
-        request: SamplingFields,
-        caller: Caller,
-        *,
-        grammar: str = "",
-        read: Read | None = None,
+        self, request_id: str, model: str, prompts: list[list[int]], request: SamplingFields, caller: Caller, terms: Terms | None = None
     ) -> Generation:
-        """grammar: of every choice. read: of every prompt. Raises: RequestError and its kinds, OverloadedError, UnavailableError; nothing
-        is left running then."""
-        info = self._info(model)
+        """Raises: RequestError and its kinds, OverloadedError, UnavailableError; nothing is left running then."""
+        terms = terms or Terms()
+        info = self.info(model)
         codec = self.codecs[model]
+        self._check_room(prompts, request)
         seed = secrets.randbits(62) if request.seed is None else request.seed
-        every = [sampling_params(request, codec, info, len(prompt), seed) for prompt in prompts]
+        every = _sampling_of_each(request, codec, info, prompts, seed)
+        if terms.grammar:
+            self.engine.teach(model, lambda: _vocabulary(model, codec))
         streams: list[Stream] = []
         try:
             for index, (prompt, sampling) in enumerate(zip(prompts, every, strict=True)):
@@ -108,28 +155,47 @@ class Backend:
                     model=model,
                     prompt=prompt,
                     sampling=sampling,
-                    num_choices=request.n,
-                    priority=request.priority,
+                    num_choices=request.num_drawn,
+                    priority=caller.rank(request.priority),
                     timeout_s=request.timeout or 0.0,
                     tenant=salted(caller.tenant, request.cache_salt),
-                    grammar=grammar,
-                    read=read,
+                    grammar=terms.grammar,
+                    grammar_param=terms.grammar_param,
+                    read=terms.reads[index] if terms.reads else None,
                 )
-                streams.append(self.engine.submit(generate))
-                self._metrics.begin(
-                    generate.request_id, model, arrival=caller.arrival, num_choices=request.n, max_tokens=sampling.max_tokens
-                )
+                streams.append(self.start(generate, caller.arrival))
         except BaseException as error:
             for stream in streams:
                 stream.leave()
             if isinstance(error, OverloadedError):
-                is_full = self.engine.num_in_flight >= self._max_requests
-                self._metrics.reject(model, "max_num_queued_reqs" if is_full else "max_num_queued_tokens")
+                self.count_refusal(model)
             raise
-        return Generation(streams, _choices(streams, codec, request), caller.arrival)
+        return Generation(streams, _choices(streams, codec, request, terms), caller.arrival, request.n)
+
+    def _check_room(self, prompts: list[list[int]], request: SamplingFields) -> None:
+        """What would be refused even by an idle server is no overload: a client must not try it again for ever. Raises: RequestError."""
+        num_tokens, most = sum(map(len, prompts)), self.engine.max_tokens_in_flight
+        if num_tokens > most:
+            raise RequestError(f"the prompt has {num_tokens} tokens in all; at most {most} are taken", param=request.prompt_param)
+        if (num_choices := len(prompts) * request.num_drawn) > self._max_requests:
+            param = "n" if len(prompts) == 1 else request.prompt_param
+            raise RequestError(f"{num_choices} choices are asked for; at most {self._max_requests} are taken at a time", param=param)
+
+    def start(self, wanted: Generate, arrival: float) -> Stream:
+        """Sends one prompt down, counted from arrival. Raises: what `EngineClient.submit` raises."""
+        stream = self.engine.submit(wanted)
+        self._metrics.begin(
+            wanted.request_id, wanted.model, arrival=arrival, num_choices=wanted.num_choices, max_tokens=wanted.sampling.max_tokens
+        )
+        return stream
+
+    def count_refusal(self, model: str) -> None:
+        """The engine client had no room for a request."""
+        is_full = self.engine.num_in_flight >= self._max_requests
+        self._metrics.reject(model, "max_num_queued_reqs" if is_full else "max_num_queued_tokens")
 
 
-def _choices(streams: list[Stream], codec: Codec, request: SamplingFields) -> list[Choice]:
+def _choices(streams: list[Stream], codec: Codec, request: SamplingFields, terms: Terms) -> list[Choice]:
     """In the order of OpenAI's indexes: prompt * n + choice."""
 
     def aborter(stream: Stream, number: int) -> Callable[[], None]:
@@ -139,19 +205,39 @@ def _choices(streams: list[Stream], codec: Codec, request: SamplingFields) -> li
     stops = StopStrings(request.stop)
     return [
         Choice(
-            index * request.n + number,
-            TextStream(codec.tokenizer, stops, request.include_stop_str_in_output),
+            index * request.num_drawn + number,
+            TextStream(codec.tokenizer, stops, request.include_stop_str_in_output, shown=terms.reply.shown),
             own_stops,
             aborter(stream, number),
+            terms.reply,
+            has_ids=request.return_token_ids,
+            echo=terms.echoes[index] if terms.echoes else None,
         )
         for index, stream in enumerate(streams)
-        for number in range(request.n)
+        for number in range(request.num_drawn)
     ]
+
+
+def _vocabulary(model: str, codec: Codec) -> Vocabulary:
+    return Vocabulary(model, codec.tokenizer.pieces, sorted(codec.tokenizer.special.ids), list(codec.eos_ids))
 
 
 def context_of(info: ModelInfo) -> int:
     """The longest sequence that can run: what the model allows, or less where its K/V pool is smaller."""
     return min(info.max_context, info.kv_tokens)
+
+
+def _sampling_of_each(request: SamplingFields, codec: Codec, info: ModelInfo, prompts: list[list[int]], seed: int) -> list[SamplingParams]:
+    """Raises: as `sampling_params`; of several prompts, the one that is too long is named."""
+    found = []
+    for index, prompt in enumerate(prompts):
+        try:
+            found.append(sampling_params(request, codec, info, len(prompt), seed))
+        except ContextLengthError as error:
+            if len(prompts) > 1 and error.param == request.prompt_param:
+                error.param = f"{error.param}[{index}]"
+            raise
+    return found
 
 
 def sampling_params(request: SamplingFields, codec: Codec, info: ModelInfo, prompt_len: int, seed: int) -> SamplingParams:
@@ -180,20 +266,22 @@ def sampling_params(request: SamplingFields, codec: Codec, info: ModelInfo, prom
         min_tokens=request.min_tokens,
         stop_ids=tuple(dict.fromkeys((*eos_ids, *request.stop_token_ids))),
         logit_bias=logit_bias,
-        logprobs=request.num_logprobs,
+        # A ranking needs the likelihoods even where the client does not.
+        logprobs=0 if request.num_logprobs is None and request.num_drawn > request.n else request.num_logprobs,
     )
 
 
 def _max_tokens(request: SamplingFields, context: int, prompt_len: int) -> int:
     wanted = request.wanted_tokens
     room = context - prompt_len
-    if room < 1 or (wanted is not None and wanted > room):
-        asked = prompt_len + (wanted or 1)
-        completion = f"{wanted} in the completion" if wanted else "at least 1 in the completion"
+    least = 1 if wanted is None else wanted
+    if least > room:
+        completion = "at least 1 in the completion" if wanted is None else f"{wanted} in the completion"
+        # Clients know this error by its words: LiteLLM and aider by the first sentence, LangChain by "prompt is too long".
         raise ContextLengthError(
-            f"This model's maximum context length is {context} tokens. However, you requested {asked} tokens ({prompt_len} in the prompt, "
-            f"{completion}). Please reduce the length of the prompt or of the completion.",
-            param=request.prompt_param if room < 1 else request.wanted_param,
+            f"This model's maximum context length is {context} tokens. However, you requested {prompt_len + least} tokens ({prompt_len} in "
+            f"the prompt, {completion}): the prompt is too long for that. Please reduce the length of the prompt or of the completion.",
+            param=request.prompt_param if room < min(least, 1) else request.wanted_param,
         )
     if wanted is None:
         wanted = min(room, request.default_tokens or room)

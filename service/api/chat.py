@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -15,10 +16,12 @@ from starlette.responses import Response
 from service.api.backend import Backend
 from service.api.body import BodyLimits, parse
 from service.api.dialogue import converse
-from service.api.logprobs import chat_entries
+from service.api.generation import Generation, Piece
+from service.api.logprobs import chat_entries, prompt_entries
 from service.api.routes import answer, caller_of, fingerprint
 from service.api.schema_chat import ChatRequest
 from service.api.shape import Shape, Tokens
+from service.codec.reply import CallDelta
 from service.codec.tokenizer import Tokenizer
 
 
@@ -31,33 +34,102 @@ def chat_route(backend: Backend, limits: BodyLimits) -> Any:
         dialogue = await converse(backend, wanted, caller_of(request), request_id)
         model, generation = dialogue.model, dialogue.generation
         head = {"id": request_id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint(backend, model)}
-        form = ChatForm(dialogue.codec.tokenizer)
+        if wanted.service_tier is not None:
+            head["service_tier"] = "default"
         warnings = [*warnings, *dialogue.warnings]
-        shape = Shape(head, generation, form, has_logprobs=wanted.logprobs, options=wanted.stream_options, warnings=warnings)
-        return answer(wanted, generation, shape, warnings)
+        form = ChatForm(dialogue.codec.tokenizer, wanted, generation)
+        return answer(wanted, generation, Shape(head, generation, form, wanted, warnings), warnings)
 
     return create_chat_completion
 
 
 class ChatForm:
-    """Text in a message, or in deltas of which the first has the role."""
+    """Text, reasoning and calls in a message, or in deltas of which the first has the role. Reasoning has the two names that clients
+    know; a client of the older form gets its one call as function_call."""
 
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
     before_text = b'"delta":{"content":'
     after_text = b"}"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, wanted: ChatRequest, generation: Generation) -> None:
+        self.usage_details = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0} if wanted.prediction else {}
         self._tokenizer = tokenizer
+        self._wanted = wanted
+        self._generation = generation
 
-    def opening(self) -> dict[str, Any]:
+    def opening(self, choice: int) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": ""}}
+
+    def about_prompt(self) -> dict[str, Any]:
+        told: dict[str, Any] = {"prompt_token_ids": self._generation.prompts[0]} if self._wanted.return_token_ids else {}
+        if self._wanted.prompt_logprobs is not None:
+            told["prompt_logprobs"] = prompt_entries(self._tokenizer, self._generation.prompts[0], self._generation.readings[0])
+        return told
 
     def delta(self, text: str | None) -> dict[str, Any]:
         return {"delta": {} if text is None else {"content": text}}
 
-    def message(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        if piece.reasoning:
+            found.append({"reasoning_content": piece.reasoning, "reasoning": piece.reasoning})
+        if piece.text:
+            found.append({"content": piece.text})
+        for call in piece.calls:
+            found += self._call_deltas(call)
+        return [{"delta": each} for each in found]
+
+    def _call_deltas(self, call: CallDelta) -> list[dict[str, Any]]:
+        """The head of a call by itself, with an empty text: clients add up whatever comes after it."""
+        found: list[dict[str, Any]] = []
+        if call.name is not None:
+            head = {} if self._wanted.is_legacy else {"id": call.id, "type": call.kind}
+            found.append(self._call_delta(call, head, {"name": call.name}, ""))
+        if call.arguments:
+            found.append(self._call_delta(call, {}, {}, call.arguments))
+        return found
+
+    def _call_delta(self, call: CallDelta, head: dict[str, Any], name: dict[str, Any], text: str) -> dict[str, Any]:
+        if self._wanted.is_legacy:
+            return {"function_call": {**name, "arguments": text}}
+        return {"tool_calls": [{"index": call.index, **head, call.kind: {**name, _TEXT_OF[call.kind]: text}}]}
+
+    def message(self, choice: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        text = "".join(piece.text for piece in pieces)
+        reasoning = "".join(piece.reasoning for piece in pieces)
+        calls = _joined([call for piece in pieces for call in piece.calls])
+        message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+        if reasoning:
+            message |= {"reasoning_content": reasoning, "reasoning": reasoning}
+        if calls and self._wanted.is_legacy:
+            message["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
+        elif calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": call.kind, call.kind: {"name": call.name, _TEXT_OF[call.kind]: call.arguments}} for call in calls
+            ]
+        return {"message": message}
+
+    def finish(self, reason: str) -> str:
+        return "function_call" if reason == "tool_calls" and self._wanted.is_legacy else reason
 
     def logprobs(self, choice: int, tokens: Tokens) -> dict[str, Any]:
         return {"content": chat_entries(self._tokenizer, tokens), "refusal": None}
+
+
+# What a kind of call names the text that it is called with.
+_TEXT_OF = {"function": "arguments", "custom": "input"}
+
+
+def _joined(deltas: Sequence[CallDelta]) -> list[CallDelta]:
+    """The whole calls, in order."""
+    calls: list[CallDelta] = []
+    texts: list[list[str]] = []
+    for delta in deltas:
+        if delta.index == len(calls):
+            calls.append(CallDelta(delta.index, delta.id, delta.name, "", delta.kind))
+            texts.append([])
+        texts[delta.index].append(delta.arguments)
+    for call, pieces in zip(calls, texts, strict=True):
+        call.arguments = "".join(pieces)
+    return calls

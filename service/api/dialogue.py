@@ -5,13 +5,21 @@ Knows no HTTP and no form of answer: what comes back are the pieces of a `Genera
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.api.backend import Backend, Caller
-from service.api.generation import Generation
+import msgspec
+
+from service.api.backend import Backend, Caller, Terms
+from service.api.constraint import rule_of
+from service.api.generation import Echo, Generation, Reply
 from service.api.schema_chat import ChatRequest
 from service.codec.prompt import Codec
+from service.scheduling.reading import Read
+
+# Of templates that can tell a model how much to reason; they may be set for any model, and may mean nothing to it.
+EFFORT_VARIABLES = frozenset({"reasoning_effort", "enable_thinking", "thinking"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +34,92 @@ class Dialogue:
 
 async def converse(backend: Backend, wanted: ChatRequest, caller: Caller, request_id: str) -> Dialogue:
     """Raises: RequestError and its kinds, OverloadedError, UnavailableError; nothing is left running then."""
-    model = backend.choose(wanted.model)
+    model = backend.choose(wanted.model, generates=True)
     codec = backend.codecs[model]
-    prompt = await encode_prompt(backend, model, wanted)
-    return Dialogue(model, codec, backend.submit(request_id, model, [prompt], wanted, caller))
+    warnings = _without_effect(backend, codec, wanted)
+    size = _check_size(backend, model, wanted)
+    prompt, terms = await backend.encode(model, lambda: _prepare(codec, wanted), size)
+    return Dialogue(model, codec, backend.submit(request_id, model, [prompt], wanted, caller, terms), warnings)
 
 
 async def encode_prompt(backend: Backend, model: str, wanted: ChatRequest) -> list[int]:
     """The ids of the conversation, as `converse` sends them; for the routes that only count. Raises: RequestError, OverloadedError."""
     codec = backend.codecs[model]
-    messages = [message.as_template_input() for message in wanted.messages]
-    return await backend.encode(model, lambda: codec.encode_chat(messages), sum(map(_num_chars, messages)))
+    return await backend.encode(model, lambda: _encode(codec, wanted), _check_size(backend, model, wanted))
 
 
-def _num_chars(message: dict[str, Any]) -> int:
-    content = message.get("content", "")
-    return len(content) if isinstance(content, str) else sum(len(part.get("text", "")) for part in content)
+def _check_size(backend: Backend, model: str, wanted: ChatRequest) -> int:
+    """How many characters there are to work on. Raises: ContextLengthError where the texts alone can't fit."""
+    num_chars = sum(len(message.text()) for message in wanted.messages)
+    backend.check_chars(model, num_chars, "messages")  # named first, where these alone are too long
+    forms = [tool.parameters for tool in wanted.offered.tools] if wanted.offered is not None else []
+    constraint = wanted.constraint
+    others = [message.reasoning_content or message.reasoning or "" for message in wanted.messages]
+    num_form_chars = len(msgspec.json.encode(forms)) if forms else 0
+    # The model is told its tools, never shorter than this.
+    backend.check_chars(model, num_chars + num_form_chars, "tools" if forms else "messages")
+    return num_chars + sum(map(len, others)) + num_form_chars + len(msgspec.json.encode(constraint and constraint[1]))
+
+
+def _prepare(codec: Codec, wanted: ChatRequest) -> tuple[list[int], Terms]:
+    """Raises: RequestError."""
+    prompt = _encode(codec, wanted)
+    tools = wanted.offered
+    begins_reasoning = codec.format.is_reasoning(prompt)
+    rule = rule_of(wanted)
+    if tools is not None:
+        grammar = codec.format.grammar(tools, is_reasoning=begins_reasoning, text=rule)
+    else:
+        grammar = codec.format.after_reasoning(rule, is_reasoning=begins_reasoning) if rule else ""
+    reply = _reply(codec, wanted, begins_reasoning)
+    read = None if wanted.prompt_logprobs is None else Read(first=1, num_top=wanted.prompt_logprobs)
+    echo = Echo(wanted.messages[-1].text()) if wanted.echo and wanted.continues else None
+    return prompt, Terms(grammar, _grammar_param(wanted) if grammar else None, [read] if read else (), reply, [echo] if echo else ())
+
+
+def _encode(codec: Codec, wanted: ChatRequest) -> list[int]:
+    messages: Sequence[dict[str, Any]] = [message.as_template_input() for message in wanted.messages]
+    return codec.encode_chat(
+        messages,
+        add_generation_prompt=wanted.add_generation_prompt and not wanted.continues,
+        continue_final_message=wanted.continues,
+        tools=wanted.offered,
+        template_kwargs=wanted.chat_template_kwargs,
+        reasoning_effort=wanted.reasoning_effort,
+    )
+
+
+def _reply(codec: Codec, wanted: ChatRequest, begins_reasoning: bool) -> Reply:
+    tools = wanted.offered
+    marks = codec.format.shown(tools)
+    shown = marks if wanted.skip_special_tokens else marks | codec.tokenizer.special.ids
+    if codec.format.is_plain(tools) and not begins_reasoning:
+        return Reply(shown=shown)
+    return Reply(
+        lambda: codec.format.parser(tools, is_reasoning=begins_reasoning),
+        shown,
+        is_reasoning=begins_reasoning,
+        is_named=tools is not None and tools.is_named,
+        has_text=tools is None or tools.mode != "required",
+    )
+
+
+def _grammar_param(wanted: ChatRequest) -> str:
+    constraint = wanted.constraint
+    return constraint[2] if constraint is not None else "functions" if wanted.is_legacy else "tools"
+
+
+def _without_effect(backend: Backend, codec: Codec, wanted: ChatRequest) -> list[str]:
+    """Warnings about what was asked for and is not done. Raises: RequestError in strict mode."""
+    warnings: list[str] = []
+    known = codec.template.variables if codec.template is not None else frozenset()
+    if wanted.verbosity not in (None, "medium"):
+        backend.warn(warnings, "verbosity", "verbosity has no effect on this model")
+    if wanted.reasoning_effort not in (None, "none") and not known & EFFORT_VARIABLES:
+        backend.warn(warnings, "reasoning_effort", "reasoning_effort has no effect on this model")
+    for name in wanted.chat_template_kwargs:
+        if name in EFFORT_VARIABLES - known:
+            backend.warn(warnings, f"chat_template_kwargs.{name}", f"chat_template_kwargs.{name} has no effect on this model")
+    if wanted.store:
+        backend.warn(warnings, "store", "store has no effect: chat completions are not kept")
+    return warnings

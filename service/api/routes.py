@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import time
 from importlib import metadata
+from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from service.api.backend import Backend, Caller
 from service.api.generation import Generation
@@ -31,7 +32,7 @@ VERSION = version()
 def caller_of(request: Request) -> Caller:
     """What the layers in front of the routes found out."""
     state = request.scope.get("state", {})
-    return Caller(tenant=state.get("tenant", ""), arrival=state.get("arrival", time.monotonic()))
+    return Caller(state.get("tenant", ""), state.get("arrival", time.monotonic()), state.get("priority", 0))
 
 
 def fingerprint(backend: Backend, model: str) -> str:
@@ -40,6 +41,15 @@ def fingerprint(backend: Backend, model: str) -> str:
     return "fp_" + hashlib.sha256(f"{VERSION} {model} {info.dtype} {info.weight_bytes}".encode()).hexdigest()[:12]
 
 
+def warnings_header(warnings: list[str]) -> dict[str, str]:
+    return {"x-braid-warnings": "; ".join(warnings)[:_MAX_HEADER]} if warnings else {}
+
+
+def json_answer(body: dict[str, Any], warnings: list[str]) -> Response:
+    """An answer that is whole at once, with its warnings."""
+    return JSONResponse({**body, "warnings": warnings} if warnings else body, headers=warnings_header(warnings))
+
+
 def answer(request: SamplingFields, generation: Generation, shape: Shape, warnings: list[str]) -> Response:
-    headers = {"x-braid-warnings": "; ".join(warnings)[:_MAX_HEADER]} if warnings else {}
+    headers = warnings_header(warnings)
     return EventStream(generation, shape, headers) if request.stream else WholeAnswer(generation, shape, headers)

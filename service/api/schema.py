@@ -84,23 +84,13 @@ UNBUILT: dict[str, Callable[[Any], bool]] = {
     "add_special_tokens": never,
     "allowed_token_ids": never,
     "bad_words": is_empty,
-    "ebnf": never,
-    "grammar": never,
-    "guided_choice": never,
-    "guided_grammar": never,
-    "guided_json": never,
-    "guided_regex": never,
-    "json_schema": never,
-    "length_penalty": lambda value: value == 1,
+    "guided_whitespace_pattern": never,
+    "length_penalty": equals(1),
     "logits_processors": is_empty,
     "lora_path": never,
     "prompt_embeds": never,
-    "prompt_logprobs": never,
-    "regex": never,
-    "return_token_ids": equals(False),
     "return_tokens_as_token_ids": equals(False),
-    "skip_special_tokens": equals(True),
-    "structured_outputs": never,
+    "structural_tag": never,
     "truncate_prompt_tokens": never,
     "use_beam_search": equals(False),
 }
@@ -132,8 +122,11 @@ class SamplingFields(Strict):
     min_tokens: Annotated[int, Field(ge=0, le=INT32)] = 0
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128, fail_fast=True)] = []
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     stream: bool = False
     stream_options: StreamOptions | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    return_token_ids: bool = False
     user: Word | None = None
     priority: Annotated[int, Field(ge=-INT32, le=INT32)] = 0
     timeout: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] | None = None
@@ -160,12 +153,27 @@ class SamplingFields(Strict):
         """What no single field can tell. Raises: RequestError."""
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
-        if self.best_of is not None and self.best_of != self.n:
-            raise RequestError("best_of other than n is not supported", param="best_of", code="unsupported_parameter")
-        if self.seed is not None and self.seed + self.n > 2**63:
+        if self.best_of is not None:
+            self._check_best_of(self.best_of)
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs is only allowed when stream is false", param="prompt_logprobs")
+        if self.seed is not None and self.seed + self.num_drawn > 2**63:
             raise RequestError("seed + n must be at most 2**63", param="seed")
         if self.wanted_tokens is not None and self.min_tokens > self.wanted_tokens:
             raise RequestError("min_tokens must be at most max_tokens", param="min_tokens")
+
+    def _check_best_of(self, best_of: int) -> None:
+        if best_of < self.n:
+            raise RequestError(f"best_of must be at least n, which is {self.n}", param="best_of")
+        if best_of > self.n and self.stream:
+            raise RequestError(
+                "best_of greater than n is only allowed when stream is false: the best are known at the end", param="best_of"
+            )
+
+    @property
+    def num_drawn(self) -> int:
+        """How many choices are generated for each prompt; the best n of them are the answer."""
+        return self.best_of or self.n
 
     @property
     def wanted_tokens(self) -> int | None:

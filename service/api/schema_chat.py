@@ -5,10 +5,12 @@ No HTTP, no engine. `body` reads requests into this; `dialogue` turns it into wo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, StringConstraints, Tag, field_validator
 
 from service.api.schema import (
     MAX_MESSAGES,
@@ -17,7 +19,6 @@ from service.api.schema import (
     MAX_STOPS,
     UNBUILT,
     Count,
-    SamplingFields,
     Strict,
     Text,
     Word,
@@ -26,24 +27,32 @@ from service.api.schema import (
     is_empty,
     never,
 )
+from service.api.schema_format import FormatFields
+from service.api.schema_tools import (
+    MAX_TOOLS,
+    FunctionCall,
+    FunctionDefinition,
+    FunctionTool,
+    NamedFunction,
+    NamedOnly,
+    ToolChoice,
+    ToolDefinition,
+    tool_set,
+)
+from service.codec.tools import ToolSet
 from service.errors import RequestError
 
 _UNBUILT_CHAT: dict[str, Callable[[Any], bool]] = {
-    "add_generation_prompt": equals(True),
     "audio": never,
     "chat_template": never,
-    "chat_template_kwargs": is_empty,
-    "continue_final_message": equals(False),
     "documents": is_empty,
-    "echo": equals(False),
-    "function_call": equals("none"),
-    "functions": is_empty,
     "mm_processor_kwargs": is_empty,
     "modalities": equals(["text"]),
     "thinking_token_budget": never,
-    "tool_choice": equals("none"),
-    "tools": is_empty,
+    "web_search_options": never,
 }
+MAX_TOTAL_PARTS = 16_384
+MAX_TEMPLATE_KWARGS = 16
 
 
 class TextPart(Strict):
@@ -61,10 +70,32 @@ class CalledFunction(Strict):
     arguments: Text
 
 
-class ToolCall(Strict):
+class FunctionToolCall(Strict):
     id: Word
     type: Literal["function"] = "function"
     function: CalledFunction
+
+
+class CalledCustom(Strict):
+    name: Word
+    input: Text
+
+
+class CustomToolCall(Strict):
+    id: Word
+    type: Literal["custom"]
+    custom: CalledCustom
+
+
+def _call_kind(call: Any) -> str | None:
+    kind = call.get("type") if isinstance(call, dict) else getattr(call, "type", None)
+    return "function" if kind is None else kind if isinstance(kind, str) else None
+
+
+ToolCall = Annotated[
+    Annotated[FunctionToolCall, Tag("function")] | Annotated[CustomToolCall, Tag("custom")],
+    Discriminator(_call_kind, custom_error_type="tool_call", custom_error_message="a tool call must have type function or custom"),
+]
 
 
 def _part_kind(part: Any) -> str | None:
@@ -91,29 +122,70 @@ Content = Annotated[
 
 
 class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """reasoning_content and reasoning are two names of one thing. prefix: of the last message, which the answer then continues."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content | None = None
     name: Word | None = None
     tool_call_id: Word | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    function_call: CalledFunction | None = None
     refusal: Text | None = None
     reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    prefix: bool = False
 
     def check_role(self, param: str) -> None:
-        """Raises: RequestError when the role asks for a field that is not there."""
+        """Raises: RequestError when the role asks for a field that is not there, or has one that is another's."""
         if self.role == "tool" and self.tool_call_id is None:
             raise RequestError("a tool message needs the tool_call_id that it answers", param=f"{param}.tool_call_id")
-        if self.tool_calls and self.role != "assistant":
-            raise RequestError("only assistant messages can have tool_calls", param=f"{param}.tool_calls")
-        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal is not None)):
+        if self.role == "function" and self.name is None:
+            raise RequestError("a function message needs the name of the function", param=f"{param}.name")
+        for field in ("tool_calls", "function_call"):
+            if getattr(self, field) and self.role != "assistant":
+                raise RequestError(f"only assistant messages can have {field}", param=f"{param}.{field}")
+        has_other = self.tool_calls or self.function_call or self.refusal is not None
+        if self.content is None and not (self.role == "assistant" and has_other):
             raise RequestError(f"a message of role {self.role} needs content", param=f"{param}.content")
 
     def as_template_input(self) -> dict[str, Any]:
-        """The fields that templates know, those that were given."""
-        return self.model_dump(include=set(type(self).model_fields), exclude_none=True)
+        """The fields that templates know, those that were given; what has an older or another form in the form of functions."""
+        wanted = {"role", "content", "name", "tool_call_id", "refusal"}
+        given = self.model_dump(include=wanted, exclude_none=True)
+        if self.role == "function":
+            given["role"] = "tool"
+        if (reasoning := self.reasoning_content if self.reasoning_content is not None else self.reasoning) is not None:
+            given["reasoning_content"] = reasoning
+        calls = [_as_function(call) for call in self.tool_calls or ()]
+        if self.function_call is not None:
+            calls.append({"type": "function", "function": self.function_call.model_dump(include={"name", "arguments"})})
+        return {**given, "tool_calls": calls} if calls else given
+
+    def text(self) -> str:
+        """Of the content, parts joined."""
+        if isinstance(self.content, list):
+            return "\n".join(part.text if isinstance(part, TextPart) else part.refusal for part in self.content)
+        return self.content or ""
 
 
-class ChatRequest(SamplingFields):
+def _as_function(call: FunctionToolCall | CustomToolCall) -> dict[str, Any]:
+    if isinstance(call, FunctionToolCall):
+        return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": call.function.arguments}}
+    arguments = json.dumps({"input": call.custom.input}, ensure_ascii=False)
+    return {"id": call.id, "type": "function", "function": {"name": call.custom.name, "arguments": arguments}}
+
+
+Scalar = Annotated[bool | int | float | Annotated[str, StringConstraints(max_length=4096)], Field(union_mode="left_to_right")]
+
+
+class Prediction(Strict):
+    """Text that the answer is expected to repeat. Only a hint about speed, which the text never depends on."""
+
+    type: Literal["content"]
+    content: Content
+
+
+class ChatRequest(FormatFields):
     unbuilt: ClassVar[Mapping[str, Callable[[Any], bool]]] = {**UNBUILT, **_UNBUILT_CHAT}
     prompt_param: ClassVar[str] = "messages"
 
@@ -121,23 +193,45 @@ class ChatRequest(SamplingFields):
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: dict[str, Any] | None = None
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True, default_factory=list)]
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    functions: Annotated[list[FunctionDefinition], Field(max_length=MAX_TOOLS, fail_fast=True, default_factory=list)]
+    function_call: FunctionCall | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    chat_template_kwargs: Annotated[dict[str, Scalar], Field(max_length=MAX_TEMPLATE_KWARGS, default_factory=dict)]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    echo: bool = False
     # Accepted, of no effect on the text here.
+    prediction: Prediction | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
     metadata: Annotated[dict[str, Word], Field(max_length=MAX_METADATA)] | None = None
     store: bool | None = None
-    service_tier: Word | None = None
-    parallel_tool_calls: bool | None = None
-    prediction: dict[str, Any] | None = None
-    verbosity: Word | None = None
-    reasoning_effort: Word | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
     safety_identifier: Word | None = None
     prompt_cache_key: Word | None = None
-    prompt_cache_retention: Word | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _few_parts(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) <= MAX_MESSAGES:
+            contents = (message.get("content") for message in value if isinstance(message, dict))
+            num_parts = sum(len(content) for content in contents if isinstance(content, list))
+            if num_parts > MAX_TOTAL_PARTS:
+                raise ValueError(f"must have at most {MAX_TOTAL_PARTS} content parts together, not {num_parts}")
+        return value
 
     @field_validator("metadata", mode="before")
     @classmethod
     def _little_metadata(cls, value: Any) -> Any:
         return bounded(value, MAX_METADATA)
+
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _few_kwargs(cls, value: Any) -> Any:
+        return bounded(value, MAX_TEMPLATE_KWARGS)
 
     def check(self) -> None:
         super().check()
@@ -145,8 +239,61 @@ class ChatRequest(SamplingFields):
             message.check_role(f"messages[{index}]")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            raise RequestError("response_format other than text is not supported", param="response_format", code="unsupported_parameter")
+        self._check_continued()
+        self._check_tools()
+
+    def _check_continued(self) -> None:
+        last = self.messages[-1]
+        given = self.continue_final_message, "add_generation_prompt" in self.model_fields_set and self.add_generation_prompt
+        if all(given):
+            raise RequestError("continue_final_message and add_generation_prompt can't both be true", param="continue_final_message")
+        if self.continues and (last.role != "assistant" or last.content is None):
+            raise RequestError(
+                "only a last message of role assistant with content can be continued",
+                param="continue_final_message" if self.continue_final_message else f"messages[{len(self.messages) - 1}].prefix",
+            )
+        for index, message in enumerate(self.messages[:-1]):
+            if message.prefix:
+                raise RequestError("only the last message can be a prefix", param=f"messages[{index}].prefix")
+
+    def _check_tools(self) -> None:
+        if self.functions and self.tools:
+            raise RequestError("functions can't be combined with tools", param="functions")
+        if self.function_call is not None and self.tool_choice is not None:
+            raise RequestError("function_call can't be combined with tool_choice", param="function_call")
+        offered = self.offered
+        if offered is not None and offered.mode == "required" and self.constraint is not None:
+            param = self.constraint[2]
+            raise RequestError(f"{param} can't be combined with a tool_choice that demands a call", param=param)
+
+    @property
+    def continues(self) -> bool:
+        """Is the last message open, so that the answer goes on with it?"""
+        return self.continue_final_message or self.messages[-1].prefix
+
+    @property
+    def is_legacy(self) -> bool:
+        """Does the client expect `function_call` instead of `tool_calls`?"""
+        return bool(self.functions)
+
+    @cached_property
+    def offered(self) -> ToolSet | None:
+        """The tools of the request in either form; None when nothing may be called. Raises: RequestError."""
+        if self.functions or self.function_call is not None:
+            return self._offered_functions()
+        return tool_set(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    def _offered_functions(self) -> ToolSet | None:
+        tools = [FunctionTool(type="function", function=function) for function in self.functions]
+        choice: Any = self.function_call
+        if isinstance(choice, NamedOnly):
+            choice = NamedFunction(type="function", function=choice)
+        try:
+            return tool_set(tools, choice, False)
+        except RequestError as error:
+            param = "function_call" if (error.param or "").startswith("tool_choice") else "functions"
+            message = error.message.replace("tool_choice", "function_call").replace("tools", "functions")
+            raise RequestError(message, param=param, code=error.code) from None
 
     @property
     def wanted_tokens(self) -> int | None:

@@ -5,20 +5,14 @@ No HTTP, no engine. `body` reads requests into this; `completions` turns it into
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Discriminator, Field, StringConstraints, Tag
 
-from service.api.schema import MAX_CHARS, MAX_IDS, MAX_PROMPTS, UNBUILT, SamplingFields, TokenId, equals, is_empty
+from service.api.schema import INT32, MAX_CHARS, MAX_IDS, MAX_PROMPTS, Text, TokenId
+from service.api.schema_format import FormatFields
 from service.engine.messages import MAX_CHOICES
 from service.errors import RequestError
-
-_UNBUILT_COMPLETION: dict[str, Callable[[Any], bool]] = {
-    "echo": equals(False),
-    "suffix": is_empty,
-}
-
 
 Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
 
@@ -49,17 +43,26 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(SamplingFields):
-    unbuilt: ClassVar[Mapping[str, Callable[[Any], bool]]] = {**UNBUILT, **_UNBUILT_COMPLETION}
+class CompletionRequest(FormatFields):
     default_tokens: ClassVar[int | None] = 16
 
     prompt: Prompt
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool = False
+    suffix: Text | None = None
 
     def check(self) -> None:
         super().check()
-        if self.n * len(self.prompts) > MAX_CHOICES:
-            raise RequestError(f"n times the number of prompts must be at most {MAX_CHOICES}", param="n")
+        if self.num_drawn * len(self.prompts) > MAX_CHOICES:
+            name = "n" if self.best_of is None else "best_of"
+            raise RequestError(f"{name} times the number of prompts must be at most {MAX_CHOICES}", param=name)
+        if self.max_tokens == 0 and not (self.echo or self.prompt_logprobs is not None):
+            raise RequestError("max_tokens 0 is only allowed together with echo or prompt_logprobs", param="max_tokens")
+        if self.suffix and self.echo:
+            raise RequestError("suffix can't be combined with echo", param="suffix")
+        if self.suffix and not isinstance(self.prompts[0], str):
+            raise RequestError("suffix is only allowed where the prompt is text", param="suffix")
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

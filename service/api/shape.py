@@ -5,36 +5,48 @@ Where chat and completions differ they bring a `Form`. Nothing here is checked b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
-from service.api.generation import Generation, Piece
-from service.api.schema import StreamOptions
+from service.api.generation import Generation, Piece, Token
+from service.api.schema import SamplingFields
 from service.api.sse import DONE, event
-from service.engine.messages import TokenLogprob
 from service.errors import BraidError
 
-Tokens = Sequence[tuple[int, TokenLogprob]]
+Tokens = Sequence[Token]
 
 
 class Form(Protocol):
-    """What a choice looks like. before_text and after_text surround a plain chunk's text, in bytes of JSON."""
+    """What a choice looks like. before_text and after_text surround a plain chunk's text, in bytes of JSON. usage_details: what is added
+    to the details of the usage."""
 
     whole_object: str
     chunk_object: str
     before_text: bytes
     after_text: bytes
 
-    def opening(self) -> dict[str, Any] | None:
-        """What every choice's stream begins with; None when it begins with its text."""
+    @property
+    def usage_details(self) -> Mapping[str, int]: ...
+
+    def opening(self, choice: int) -> dict[str, Any] | None:
+        """What a choice's stream begins with; None when it begins with its text."""
 
     def delta(self, text: str | None) -> dict[str, Any]:
         """New text in a chunk; None in the chunk that ends the choice."""
 
-    def message(self, text: str) -> dict[str, Any]:
-        """All text of a choice that is not streamed."""
+    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        """A piece's news in as many chunks as it takes; its end is not among them."""
+
+    def message(self, choice: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """All of a choice that is not streamed."""
+
+    def about_prompt(self) -> dict[str, Any]:
+        """What the answer tells of the prompt beside the choices: in its first chunk, and where it is whole."""
+
+    def finish(self, reason: str) -> str:
+        """The API's word for the end of a choice."""
 
     def logprobs(self, choice: int, tokens: Tokens) -> dict[str, Any]:
         """Of a choice's next tokens."""
@@ -43,22 +55,16 @@ class Form(Protocol):
 class Shape:
     """One answer. head: id, created, model and system_fingerprint, equal in all chunks."""
 
-    def __init__(
-        self,
-        head: dict[str, Any],
-        generation: Generation,
-        form: Form,
-        *,
-        has_logprobs: bool,
-        options: StreamOptions | None,
-        warnings: list[str],
-    ) -> None:
+    def __init__(self, head: dict[str, Any], generation: Generation, form: Form, request: SamplingFields, warnings: list[str]) -> None:
+        options = request.stream_options
         self._head = {**head, "object": form.chunk_object}
         self._generation = generation
         self._form = form
-        self._has_logprobs = has_logprobs
+        self._has_logprobs = request.num_logprobs is not None
+        self._has_ids = request.return_token_ids
         self._has_usage = options is not None and options.include_usage
         self._is_continuous = self._has_usage and options is not None and options.continuous_usage_stats
+        self._is_plain = not (self._has_logprobs or self._has_ids or self._is_continuous)
         self._warnings = warnings
         self._num_open = len(generation.choices)
         self._pieces: list[list[Piece]] = [[] for _ in generation.choices]
@@ -69,43 +75,64 @@ class Shape:
         )
 
     def opening(self) -> bytes:
-        """Each choice's beginning in rising order, the warnings with the first."""
-        first = self._form.opening()
-        if first is None:
-            return self._event(0, self._form.delta(""), {"warnings": self._warnings}) if self._warnings else b""
-        extra = {"warnings": self._warnings} if self._warnings else {}
-        return b"".join(self._event(index, first, {} if index else extra) for index in range(self._num_open))
+        """Each choice's beginning in rising order; with the first the warnings, and what is told of the prompt."""
+        extra = {**({"warnings": self._warnings} if self._warnings else {}), **self._form.about_prompt()}
+        firsts = [self._form.opening(index) for index in range(self._num_open)]
+        if firsts[0] is None:
+            return self._event(0, self._form.delta(""), extra) if extra else b""
+        return b"".join(self._event(index, first or {}, {} if index else extra) for index, first in enumerate(firsts))
 
     def chunk(self, piece: Piece) -> bytes:
         """The events of one piece, its choice's end included; empty when there is nothing to tell."""
         data = b""
-        if piece.text or piece.tokens:
-            if self._has_logprobs or self._is_continuous:
-                data = self._event(piece.choice, self._form.delta(piece.text), {}, tokens=piece.tokens)
-            else:
-                data = self._before[piece.choice] + msgspec.json.encode(piece.text) + self._after
+        if not self._is_plain or piece.reasoning or piece.calls:
+            data = self._news(piece)
+        elif piece.text:
+            data = self._before[piece.choice] + msgspec.json.encode(piece.text) + self._after
         if piece.finish is not None:
             self._num_open -= 1
             is_end = not self._num_open and not self._has_usage
-            data += self._event(piece.choice, self._form.delta(None), {"timings": self._generation.timings()} if is_end else {}, end=piece)
+            extra = {"timings": self._generation.timings()} if is_end else {}
+            data += self._event(piece.choice, {**self._form.delta(None), **self._ending(piece)}, extra)
         return data
+
+    def _news(self, piece: Piece) -> bytes:
+        """The logprobs and ids come with the first of several."""
+        contents = self._form.deltas(piece)
+        if not contents and (piece.tokens or piece.ids):
+            contents = [self._form.delta("")]
+        if contents and self._has_ids:
+            contents[0] = {**contents[0], "token_ids": piece.ids}
+        return b"".join(
+            self._event(piece.choice, content, {}, tokens=() if place else piece.tokens) for place, content in enumerate(contents)
+        )
 
     def closing(self) -> bytes:
         """The usage, where it was asked for, and the end mark."""
         if not self._has_usage:
             return DONE
-        return event({**self._head, "choices": [], "usage": self._generation.usage(), "timings": self._generation.timings()}) + DONE
+        return event({**self._head, "choices": [], "usage": self._usage(), "timings": self._generation.timings()}) + DONE
 
     def failure(self, error: BraidError) -> bytes:
         """An error event, which is the last one."""
         return event(error.body())
 
-    def _event(
-        self, index: int, content: dict[str, Any], extra: dict[str, Any], *, tokens: Tokens = (), end: Piece | None = None
-    ) -> bytes:  # fmt: skip
-        choice = {"index": index, **content, "logprobs": self._form.logprobs(index, tokens) if tokens else None, **_ending(end)}
-        usage = {"usage": self._generation.usage() if self._is_continuous else None} if self._has_usage else {}
+    def _event(self, index: int, content: dict[str, Any], extra: dict[str, Any], *, tokens: Tokens = ()) -> bytes:
+        logprobs = self._form.logprobs(index, tokens) if tokens and self._has_logprobs else None
+        choice = {"index": index, "logprobs": logprobs, "finish_reason": None, **content}
+        usage = {"usage": self._usage() if self._is_continuous else None} if self._has_usage else {}
         return event({**self._head, "choices": [choice], **usage, **extra})
+
+    def _ending(self, piece: Piece) -> dict[str, Any]:
+        reason = {} if piece.stop_reason is None else {"stop_reason": piece.stop_reason}
+        return {"finish_reason": self._form.finish(piece.finish or "stop"), **reason}
+
+    def _usage(self) -> dict[str, Any]:
+        usage = self._generation.usage()
+        if self._form.usage_details:
+            details = {**usage["completion_tokens_details"], **self._form.usage_details}  # type: ignore[dict-item]
+            return {**usage, "completion_tokens_details": details}
+        return usage
 
     def add(self, piece: Piece) -> None:
         """Keeps a piece for `whole`. Mutates: the shape."""
@@ -116,21 +143,17 @@ class Shape:
         body = {
             **self._head,
             "object": self._form.whole_object,
-            "choices": [self._whole_choice(index, pieces) for index, pieces in enumerate(self._pieces)],
-            "usage": self._generation.usage(),
+            "choices": [self._whole_choice(place, index) for place, index in enumerate(self._generation.kept())],
+            "usage": self._usage(),
             "timings": self._generation.timings(),
+            **self._form.about_prompt(),
         }
         return msgspec.json.encode({**body, "warnings": self._warnings} if self._warnings else body)
 
-    def _whole_choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
-        content = self._form.message("".join(piece.text for piece in pieces))
+    def _whole_choice(self, place: int, index: int) -> dict[str, Any]:
+        """place: among the choices of the answer; index: among those that were drawn."""
+        pieces = self._pieces[index]
         tokens = [token for piece in pieces for token in piece.tokens]
         logprobs = self._form.logprobs(index, tokens) if self._has_logprobs else None
-        return {"index": index, **content, "logprobs": logprobs, **_ending(pieces[-1])}
-
-
-def _ending(piece: Piece | None) -> dict[str, Any]:
-    if piece is None:
-        return {"finish_reason": None}
-    reason = {} if piece.stop_reason is None else {"stop_reason": piece.stop_reason}
-    return {"finish_reason": piece.finish, **reason}
+        ids = {"token_ids": [token for piece in pieces for token in piece.ids]} if self._has_ids else {}
+        return {"index": place, **self._form.message(index, pieces), "logprobs": logprobs, **self._ending(pieces[-1]), **ids}

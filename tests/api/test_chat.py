@@ -169,7 +169,7 @@ def test_logprobs(server: Running, stream: bool) -> None:
 
 
 def test_unknown_fields_are_reported(server: Running) -> None:
-    body = {"messages": [{"role": "user", "content": "a", "colour": 1}], "foo\nbar": 1, "store": True, "user": None}
+    body = {"messages": [{"role": "user", "content": "a", "colour": 1}], "foo\nbar": 1, "store": False, "user": None}
     whole = server.post("/v1/chat/completions", **body)
     expected = ["unknown field 'foo?bar' was ignored", "unknown field 'messages[0].colour' was ignored"]
     assert whole.json()["warnings"] == expected
@@ -235,8 +235,12 @@ def test_overload_and_template_errors(server: Running) -> None:
 def test_long_prompts_are_encoded_beside_the_loop(server: Running) -> None:
     server.chat("x" * 100)
     assert not server.codec.encode_thread.startswith("encode")
-    assert server.chat("x" * 20_000).status_code == 400
+    assert server.chat("x" * 10_000).status_code == 400
     assert server.codec.encode_thread.startswith("encode")
+    server.codec.encode_thread = ""
+    refused = server.chat("x" * 100_000).json()["error"]
+    assert (refused["code"], server.codec.encode_thread) == ("context_length_exceeded", ""), "too long for any tokens: not encoded at all"
+    assert "maximum context length is 2048 tokens" in refused["message"]
 
 
 def test_silence_is_filled_with_comments(server: Running, monkeypatch: pytest.MonkeyPatch, client: openai.OpenAI) -> None:

@@ -111,11 +111,11 @@ def test_messages_need_a_template(server: Running) -> None:
     def refuse(messages: object, **others: object) -> list[int]:
         raise RequestError("no chat template", param="messages")
 
-    server.codec.encode_chat, kept = refuse, server.codec.encode_chat  # type: ignore[method-assign]
+    server.codec.encode_chat = refuse  # type: ignore[method-assign]
     try:
         error = check(server.post(URL, messages=[{"role": "user", "content": "a"}], labels=["a", "b"]))
     finally:
-        server.codec.encode_chat = kept  # type: ignore[method-assign]
+        del server.codec.encode_chat  # type: ignore[method-assign]
     assert error["param"] == "messages"
 
 

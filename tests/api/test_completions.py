@@ -74,6 +74,7 @@ def test_stop_usage_and_warnings(server: Running) -> None:
 def test_bounds_that_need_the_model(server: Running) -> None:
     for body, param in (
         ({"prompt": [0, VOCAB]}, "prompt"),
+        ({"prompt": [[0], [VOCAB]]}, "prompt[1]"),
         ({"prompt": ["a"] * 65, "n": 2}, "n"),
         ({"prompt": "a", "stop_token_ids": [VOCAB]}, "stop_token_ids"),
         ({"prompt": "a", "logit_bias": {str(VOCAB): 1}}, "logit_bias"),
