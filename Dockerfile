@@ -18,6 +18,7 @@ ENV PYTHONUNBUFFERED=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore \
     BRAID_CACHE=/var/lib/braid \
+    BRAID_DATA_DIR=/var/lib/braid/data \
     HF_HOME=/var/lib/braid/huggingface \
     TRITON_CACHE_DIR=/var/lib/braid/triton
 # The volume takes over owner and mode of this folder when it is created.

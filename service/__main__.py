@@ -20,14 +20,17 @@ from typing import Any
 import uvicorn
 
 from service.api.app import Limits, build_app
+from service.api.auth import hosts_to_accept
 from service.api.body import BodyLimits
 from service.api.connection import TimedConnection
+from service.api.insider import SelfCaller
 from service.api.routes import VERSION
 from service.catalog import Resolved
 from service.codec.prompt import Codec, load_codec
 from service.engine.client import EngineClient
 from service.engine.messages import Load, ModelSource
 from service.errors import StartupError
+from service.jobs.desk import Desk, open_desk
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -50,6 +53,7 @@ def main(settings: Settings, models: Sequence[Resolved]) -> int:
     level = settings.log_level.upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel("WARNING")
+    logging.getLogger("httpx").setLevel("WARNING")
     return asyncio.run(serve(settings, models))
 
 
@@ -79,13 +83,18 @@ async def serve(settings: Settings, models: Sequence[Resolved]) -> int:
             has_prefix_cache=settings.prefix_cache,
         )
         engine.on_delivery.append(metrics.on_delivery)
+        desk = _open_desk(settings)
+        if desk is not None:
+            ends.push_async_callback(desk.close)
         app = build_app(
             engine=engine,
             codecs=codecs,
             metrics=metrics,
-            limits=Limits(BodyLimits(max_bytes=settings.max_body_bytes), settings.max_queue_requests),
+            limits=Limits(BodyLimits(max_bytes=settings.max_body_bytes, is_strict=settings.strict), settings.max_queue_requests),
             api_keys=settings.api_keys,
             allow_origins=settings.allow_origins,
+            hosts=hosts_to_accept(settings.host, bool(settings.api_keys), settings.allowed_hosts),
+            desk=desk,
         )
         server = make_server(app)
         serving = asyncio.create_task(server.serve(sockets=[sock]), name="http")
@@ -93,8 +102,12 @@ async def serve(settings: Settings, models: Sequence[Resolved]) -> int:
         await _first(loading, leaving.wait(), serving)
         if loading.done():
             loading.result()
+            if desk is not None:
+                desk.batches.start(SelfCaller(app))
             _announce(sock, codecs, time.monotonic() - start)
             await _first(leaving.wait(), engine.dead.wait(), serving)
+        if desk is not None:
+            await desk.batches.stop()
         if leaving.is_set():
             await _drain(engine, settings.drain_timeout_s)
         if engine.dead.is_set():
@@ -132,6 +145,18 @@ def _load_message(settings: Settings, models: Sequence[Resolved]) -> Load:
 
 def _load_codecs(models: Sequence[Resolved]) -> dict[str, Codec]:
     return {model.name: load_codec(model.path, name=model.name) for model in models}
+
+
+def _open_desk(settings: Settings) -> Desk | None:
+    if settings.data_folder is None:
+        return None
+    return open_desk(
+        settings.data_folder,
+        max_file_bytes=settings.max_file_bytes,
+        max_total_bytes=settings.max_data_bytes,
+        max_line_bytes=settings.max_body_bytes,
+        concurrency=settings.batch_requests,
+    )
 
 
 def make_server(app: object) -> Server:

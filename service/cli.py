@@ -86,7 +86,7 @@ def models_command() -> None:
 
     table = Table(Column("name", no_wrap=True), "cached", Column("size", no_wrap=True), "licence", "what it is")
     for entry in CATALOG.values():
-        table.add_row(entry.name, "yes" if is_cached(entry) else "no", format_bytes(entry.size), entry.licence, entry.summary)
+        table.add_row(entry.name, "yes" if is_cached(entry) else "no", format_bytes(entry.total_size), entry.licence, entry.summary)
     Console().print(table)
 
 

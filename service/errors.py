@@ -5,14 +5,20 @@ BraidError
 │   ├── ContextLengthError  400  context_length_exceeded
 │   ├── ModelNotFoundError  404  model_not_found
 │   ├── RouteNotFoundError  404
+│   ├── NotFoundError       404  not_found: something stored, or somebody else's
 │   ├── MethodError         405
 │   ├── BodyTooLargeError   413
-│   └── MediaTypeError      415
+│   ├── MediaTypeError      415
+│   ├── HostError           421  host_not_allowed
+│   └── HeaderTooLargeError 431
 ├── AuthenticationError     401  invalid_api_key
+├── ForbiddenError          403  the key is known and may not do this
+├── ConflictError           409  the state of what is stored forbids it
 ├── OverloadedError         429  rate_limit_exceeded, with a Retry-After
 ├── DeadlineError           408  the request's own timeout passed before anything was sent
 ├── EngineError             500  a fault of ours that concerned this request alone
 ├── UnavailableError        503  loading, draining, stalled or dead
+├── StorageError            507  the data folder is full or broken
 └── StartupError            -    the program can't start: a bad file, flag or config; exit status 1
     └── WeightsError        -    a checkpoint is truncated, lies about itself, or does not fit its config
 """
@@ -58,6 +64,11 @@ class RouteNotFoundError(RequestError):
     status = 404
 
 
+class NotFoundError(RequestError):
+    status = 404
+    code = "not_found"
+
+
 class MethodError(RequestError):
     status = 405
 
@@ -70,10 +81,29 @@ class MediaTypeError(RequestError):
     status = 415
 
 
+class HostError(RequestError):
+    status = 421
+    code = "host_not_allowed"
+
+
+class HeaderTooLargeError(RequestError):
+    status = 431
+
+
 class AuthenticationError(BraidError):
     status = 401
     type = "authentication_error"
     code = "invalid_api_key"
+
+
+class ForbiddenError(BraidError):
+    status = 403
+    type = "permission_error"
+
+
+class ConflictError(BraidError):
+    status = 409
+    type = "conflict_error"
 
 
 class OverloadedError(BraidError):
@@ -97,6 +127,10 @@ class UnavailableError(BraidError):
     status = 503
     type = "service_unavailable_error"
     retry = True
+
+
+class StorageError(BraidError):
+    status = 507
 
 
 class StartupError(BraidError):

@@ -28,6 +28,8 @@ class Settings:
     """Everything `braid serve` was told. 0 leaves a number to the engine (memory, max_context, threads) or turns it off (stall_exit_s).
 
     memory in bytes, for the weights and K/V of all models. max_queue_requests and max_queue_tokens bound what is in flight or waiting.
+    data_dir: of files and batches; "off" for neither, "" for the user's own.
+    api_keys: also those of api_key_file. allowed_hosts: of the Host header; none leaves the choice to `hosts_to_accept`.
     """
 
     models: tuple[str, ...] = (DEFAULT_MODEL,)
@@ -42,14 +44,35 @@ class Settings:
     prefix_cache: bool = True
     threads: int = 0
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    api_key_file: str = ""
+    allowed_hosts: tuple[str, ...] = ()
+    strict: bool = False
     metrics_prefix: Literal["braid", "vllm"] = "braid"
     drain_timeout_s: float = 30.0
     stall_exit_s: float = 0.0
     max_queue_requests: int = 256
     max_queue_tokens: int = 1_000_000
-    max_body_bytes: int = 8 * 2**20
+    max_body_bytes: int = 32 * 2**20
     allow_origins: tuple[str, ...] = ()
+    data_dir: str = ""
+    max_file_bytes: int = 200 * 2**20
+    max_data_bytes: int = 4 * 2**30
+    batch_requests: int = 8
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def data_folder(self) -> Path | None:
+        """Where files and batches are kept; None for nowhere. Unless told otherwise braid in the user's data folder (XDG_DATA_HOME, else
+        ~/.local/share)."""
+        if self.data_dir == "off":
+            return None
+        if self.data_dir:
+            return Path(self.data_dir)
+        home = os.environ.get("XDG_DATA_HOME")
+        try:
+            return (Path(home) if home else Path("~/.local/share").expanduser()) / "braid"
+        except RuntimeError:  # a user without a home
+            return None
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in click 8.5
@@ -174,9 +197,32 @@ def _type_problem(option: click.Parameter, value: object) -> str | None:
 
 
 _HOST = Text("host", r"[A-Za-z0-9.:_\-\[\]]{1,255}", "a host name or an address")
+_NAME = Text("host", r"\*|[A-Za-z0-9.:_\-\[\]]{1,255}", "a host name or an address without a port, or *")
 _KEY = Text("key", r"[\x21-\x7e]{8,512}", "a key of 8 to 512 visible ASCII characters")
 _ORIGIN = Text("origin", r"\*|https?://[A-Za-z0-9.\-]{1,253}(:[0-9]{1,5})?", "an origin such as https://example.org, or *")
 _LOGS = click.Choice(["debug", "info", "warning", "error"])
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The keys of a file. Warns on stderr where others than its owner can read it. Raises: click.UsageError; no message holds a key."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+        mode = path.stat().st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not ASCII"
+        raise click.UsageError(f"--api-key-file {path} can't be read: {reason}") from None
+    if mode & 0o007:
+        click.echo(f"warning: everybody on this machine can read the keys in {path}; chmod 600 or 640 would end that", err=True)
+    # A # inside of a word may belong to a key.
+    found = [re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip() for line in lines]
+    for number, key in enumerate(found, 1):
+        if key and not _KEY.pattern.fullmatch(key):
+            raise click.UsageError(f"line {number} of --api-key-file {path} is not {_KEY.what}")
+    keys = tuple(filter(None, found))
+    if not keys:
+        raise click.UsageError(f"--api-key-file {path} holds no key, and without one everybody could call")
+    return keys
+
 
 _OPTIONS = (
     click.argument("models", metavar="[MODEL]...", nargs=-1, envvar=f"{ENVIRONMENT_PREFIX}_MODELS"),
@@ -214,6 +260,22 @@ _OPTIONS = (
         show_default="none: open to all",
         help="A key that clients must send; repeatable. Prefer the environment: others can read a command line.",
     ),
+    _option(
+        "--api-key-file",
+        "api_key_file",
+        type=click.Path(),
+        show_default="none",
+        help="A file of keys, one a line; what follows a # is a comment. They add to those given one by one.",
+    ),
+    _option(
+        "--allowed-host",
+        "allowed_hosts",
+        type=_NAME,
+        multiple=True,
+        show_default="this machine's own names where only it can call and no key is asked for, else any",
+        help="A name that requests may call the server by, without port; repeatable; * for any.",
+    ),
+    _option("--strict/--no-strict", "strict", help="Refuse what would else be a warning, such as an unknown field."),
     _option("--metrics-prefix", "metrics_prefix", type=click.Choice(["braid", "vllm"]), help="First word of the metrics' names."),
     _option("--drain-timeout", "drain_timeout_s", type=Seconds(), help="Seconds that running requests get to finish at shutdown."),
     _option(
@@ -221,7 +283,7 @@ _OPTIONS = (
     ),
     _option("--max-queue-requests", "max_queue_requests", type=_number(1, 10**6), help="Most requests in flight; more get 429."),
     _option("--max-queue-tokens", "max_queue_tokens", type=_number(1, 10**10), help="Most tokens in flight; more get 429."),
-    _option("--max-body", "max_body_bytes", type=Size(1024, 2**30), show_default="8MiB", help="Largest request body."),
+    _option("--max-body", "max_body_bytes", type=Size(1024, 2**30), show_default="32MiB", help="Largest request body."),
     _option(
         "--allow-origin",
         "allow_origins",
@@ -230,6 +292,16 @@ _OPTIONS = (
         show_default="none",
         help="A web origin that browsers may call from; repeatable; * for any.",
     ),
+    _option(
+        "--data-dir",
+        "data_dir",
+        type=click.Path(file_okay=False),
+        show_default="braid in the user's data folder",
+        help="Where uploaded files and batches are kept; off for a server without them.",
+    ),
+    _option("--max-file", "max_file_bytes", type=Size(1024, 2**40), show_default="200MiB", help="Largest uploaded file."),
+    _option("--max-data", "max_data_bytes", type=Size(1024, 2**50), show_default="4GiB", help="Most bytes of all files together."),
+    _option("--batch-requests", "batch_requests", type=_number(1, 4096), help="Most requests of batches that run at once."),
     _option("--log-level", "log_level", type=_LOGS, help="Least severity that is logged."),
 )
 
@@ -245,7 +317,11 @@ def make_settings(values: dict[str, Any]) -> Settings:
     """From what click has read and checked. Raises: click.UsageError where two settings do not fit each other."""
     if not values["models"]:
         values = {**values, "models": Settings().models}
+    if values["api_key_file"]:
+        values = {**values, "api_keys": (*values["api_keys"], *read_keys(Path(values["api_key_file"])))}
     settings = Settings(**values)
+    if settings.max_context == 1:
+        raise click.UsageError("--max-context must be 0 (the model's own) or at least 2: one token of prompt and one of answer")
     if settings.stall_exit_s and settings.stall_exit_s < 2:
         raise click.UsageError("--stall-exit must be 0 or at least 2 seconds: shorter steps are usual")
     if settings.threads > 4 * (os.cpu_count() or 1):

@@ -27,6 +27,8 @@ KNOBS: list[tuple[str, str, str, str, Any]] = [
     ("--max-sequences", "BRAID_MAX_SEQUENCES", "3", "max_sequences", 3),
     ("--threads", "BRAID_THREADS", "1", "threads", 1),
     ("--api-key", "BRAID_API_KEYS", "sk-secret-1", "api_keys", ("sk-secret-1",)),
+    ("--allowed-host", "BRAID_ALLOWED_HOSTS", "braid.example", "allowed_hosts", ("braid.example",)),
+    ("--strict", "BRAID_STRICT", "1", "strict", True),
     ("--metrics-prefix", "BRAID_METRICS_PREFIX", "vllm", "metrics_prefix", "vllm"),
     ("--drain-timeout", "BRAID_DRAIN_TIMEOUT_S", "2.5", "drain_timeout_s", 2.5),
     ("--stall-exit", "BRAID_STALL_EXIT_S", "60", "stall_exit_s", 60.0),
@@ -34,6 +36,10 @@ KNOBS: list[tuple[str, str, str, str, Any]] = [
     ("--max-queue-tokens", "BRAID_MAX_QUEUE_TOKENS", "700", "max_queue_tokens", 700),
     ("--max-body", "BRAID_MAX_BODY_BYTES", "64KiB", "max_body_bytes", 65_536),
     ("--allow-origin", "BRAID_ALLOW_ORIGINS", "https://a.example", "allow_origins", ("https://a.example",)),
+    ("--data-dir", "BRAID_DATA_DIR", "off", "data_dir", "off"),
+    ("--max-file", "BRAID_MAX_FILE_BYTES", "64KiB", "max_file_bytes", 65_536),
+    ("--max-data", "BRAID_MAX_DATA_BYTES", "1GiB", "max_data_bytes", 2**30),
+    ("--batch-requests", "BRAID_BATCH_REQUESTS", "3", "batch_requests", 3),
     ("--log-level", "BRAID_LOG_LEVEL", "debug", "log_level", "debug"),
 ]
 Read = Callable[..., Settings]
@@ -69,7 +75,7 @@ def test_nothing_said_is_the_default() -> None:
 @pytest.mark.parametrize(("flag", "variable", "text", "name", "value"), KNOBS, ids=[knob[0] for knob in KNOBS])
 def test_flag_and_environment(flag: str, variable: str, text: str, name: str, value: Any) -> None:
     assert getattr(Settings(), name) != value
-    assert getattr(settings_of(flag, text), name) == value
+    assert getattr(settings_of(flag, *([] if value is True else [text])), name) == value
     assert getattr(settings_of(**{variable: text}), name) == value
 
 
@@ -81,8 +87,17 @@ def test_switches() -> None:
 
 def test_every_field_has_a_flag_and_every_flag_a_field() -> None:
     names = {each.name for each in fields(Settings)}
-    assert {knob[3] for knob in KNOBS} | {"models", "prefix_cache"} == names
+    assert {knob[3] for knob in KNOBS} | {"models", "prefix_cache", "api_key_file"} == names
     assert {parameter.name for parameter in serve.params} == names | {"config"}
+
+
+def test_the_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", "/somewhere")
+    assert Settings().data_folder == Path("/somewhere/braid")
+    assert Settings(data_dir="here").data_folder == Path("here")
+    assert Settings(data_dir="off").data_folder is None
+    monkeypatch.delenv("XDG_DATA_HOME")
+    assert Settings().data_folder == Path.home() / ".local" / "share" / "braid"
 
 
 def test_several_values() -> None:
@@ -99,7 +114,7 @@ def config_file(folder: Path, text: str) -> str:
 
 
 def test_precedence(tmp_path: Path) -> None:
-    path = config_file(tmp_path, 'port = 1\nmax_context = 1\nthreads = 1\nmodels = ["m"]\nprefix_cache = false\nmemory = "2GiB"\n')
+    path = config_file(tmp_path, 'port = 1\nmax_context = 4\nthreads = 1\nmodels = ["m"]\nprefix_cache = false\nmemory = "2GiB"\n')
     found = settings_of("--config", path, "--port", "3", BRAID_PORT="2", BRAID_MAX_CONTEXT="2")
     assert (found.port, found.max_context, found.threads, found.models) == (3, 2, 1, ("m",))
     assert (found.prefix_cache, found.memory, found.max_sequences) == (False, 2**31, 64)
@@ -155,6 +170,9 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         ("--drain-timeout", "inf", "is not a number of seconds"),
         ("--drain-timeout", "-1", "is not a number of seconds"),
         ("--stall-exit", "1", "0 or at least 2 seconds"),
+        ("--max-context", "1", "0 (the model's own) or at least 2"),
+        ("--allowed-host", "http://a", "a host name or an address without a port"),
+        ("--api-key-file", "/no/such/file", "can't be read: No such file"),
         ("--threads", "1000", "more than four for each"),
         ("--host", "a b", "a host name or an address"),
         ("--allow-origin", "example.org", "an origin such as"),
@@ -170,6 +188,37 @@ def test_a_bad_key_is_not_repeated() -> None:
     assert "a key of 8 to 512 visible ASCII characters" in answer
     assert "geheim" not in answer
     assert "12345678" not in repr(settings_of("--api-key", "12345678"))
+
+
+def key_file(folder: Path, text: str, mode: int = 0o600) -> str:
+    path = folder / "keys"
+    path.write_text(text)
+    path.chmod(mode)
+    return str(path)
+
+
+def test_keys_of_a_file(tmp_path: Path) -> None:
+    path = key_file(tmp_path, "# of the laptop\nsk-laptop-1  # since May\n\n  sk-with#inside\n")
+    assert settings_of("--api-key-file", path).api_keys == ("sk-laptop-1", "sk-with#inside")
+    assert settings_of("--api-key", "sk-first-1", BRAID_API_KEY_FILE=path).api_keys == ("sk-first-1", "sk-laptop-1", "sk-with#inside")
+    toml = config_file(tmp_path, f'api_key_file = "{path}"\n')
+    assert settings_of("--config", toml).api_keys == ("sk-laptop-1", "sk-with#inside")
+
+
+@pytest.mark.parametrize(("mode", "is_warned"), [(0o600, False), (0o640, False), (0o644, True), (0o602, True)])
+def test_a_key_file_that_others_can_read_is_warned_about(tmp_path: Path, mode: int, is_warned: bool) -> None:
+    result, _ = run("--api-key-file", key_file(tmp_path, "sk-secret-1\n", mode))
+    assert result.exit_code == 0
+    assert ("everybody on this machine" in result.output) == is_warned
+    assert "sk-secret-1" not in result.output
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n\n", "sk-good-key-1\nshort\n", "sk-good-key-1\nhäßlich-geheim\n", "sk-good key-1\n"])
+def test_key_files_that_are_refused(tmp_path: Path, text: str) -> None:
+    """Not one key of a file is lost in silence, and none is repeated."""
+    answer = refusal_of("--api-key-file", key_file(tmp_path, text))
+    assert "--api-key-file" in answer
+    assert not any(word in answer for word in ("sk-good", "short", "geheim"))
 
 
 @pytest.mark.parametrize(

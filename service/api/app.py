@@ -15,17 +15,30 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from service.api.auth import ApiKeys, KeyCheck
+from service.api.auth import ApiKeys, HostCheck, KeyCheck
 from service.api.backend import Backend
+from service.api.batches import batches_router
 from service.api.body import BodyLimits
 from service.api.chat import chat_route
+from service.api.classify import classify_router
 from service.api.completions import completion_route
+from service.api.embeddings import embedding_router
 from service.api.envelope import CLIENT_GONE, Envelope
 from service.api.errors import error_response
+from service.api.files import files_router
+from service.api.messages import messages_router
+from service.api.methods import HeadAsGet, with_head
+from service.api.models import models_router
 from service.api.ops import ops_router
+from service.api.page import page_router
+from service.api.rerank import rerank_router
+from service.api.responses import responses_router
+from service.api.responses_store import StoreLimits
+from service.api.tokenize import tokenize_router
 from service.codec.prompt import Codec
 from service.engine.client import EngineClient
 from service.errors import BraidError, EngineError, MethodError, RequestError, RouteNotFoundError
+from service.jobs.desk import Desk
 from service.metrics import Metrics
 
 
@@ -35,6 +48,7 @@ class Limits:
 
     body: BodyLimits = field(default_factory=BodyLimits)
     max_requests: int = 256
+    responses: StoreLimits = field(default_factory=StoreLimits)
 
 
 def build_app(
@@ -45,14 +59,27 @@ def build_app(
     limits: Limits | None = None,
     api_keys: Sequence[str] = (),
     allow_origins: Sequence[str] = (),
+    hosts: Sequence[str] = (),
+    desk: Desk | None = None,
 ) -> FastAPI:
-    """codecs: by model name, the default first. api_keys: none lets everybody in. allow_origins: none sends no CORS headers."""
+    """codecs: by model name, the default first. api_keys: none lets everybody in. allow_origins: none sends no CORS headers. hosts: the
+    names that the server answers to; none for any. desk: files and batches; None where the server keeps none."""
     limits = limits or Limits()
-    backend = Backend(engine, codecs, metrics, limits.max_requests)
+    backend = Backend(engine, codecs, metrics, limits.max_requests, limits.body.is_strict)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_api_route("/v1/chat/completions", chat_route(backend, limits.body), methods=["POST"])
     app.add_api_route("/v1/completions", completion_route(backend, limits.body), methods=["POST"])
+    app.include_router(responses_router(backend, limits.body, limits.responses))
+    app.include_router(embedding_router(backend, limits.body))
+    app.include_router(rerank_router(backend, limits.body))
+    app.include_router(classify_router(backend, limits.body))
+    app.include_router(messages_router(backend, limits.body))
+    app.include_router(tokenize_router(backend, limits.body))
+    app.include_router(files_router(desk, limits.body))
+    app.include_router(batches_router(desk, limits.body))
+    app.include_router(models_router(backend))
     app.include_router(ops_router(backend, metrics))
+    app.include_router(page_router())
 
     app.add_exception_handler(BraidError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -60,12 +87,14 @@ def build_app(
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
 
     # The last one added is the outermost.
+    app.add_middleware(HeadAsGet)
     app.add_middleware(KeyCheck, keys=ApiKeys(api_keys))
+    app.add_middleware(HostCheck, hosts=hosts)
     if allow_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(allow_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-braid-warnings", "openai-processing-ms", "retry-after"],
         )
@@ -80,7 +109,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 400
     if status == 405:
-        return error_response(MethodError("this path does not take that method"), dict(getattr(error, "headers", None) or {}))
+        allowed = (getattr(error, "headers", None) or {}).get("Allow", "")
+        return error_response(MethodError("this path does not take that method"), {"allow": with_head(allowed)})
     if status == 404:
         return error_response(RouteNotFoundError("there is no such path on this server"))
     return error_response(RequestError("the request can't be understood"))

@@ -1,21 +1,82 @@
-"""Who may call: API keys, compared in constant time, on every path but the probes. Denies by default, also paths that do not exist.
+"""Who may call: API keys, compared in constant time, on every path but the probes and the page; and by which names. Denies by default,
+also paths that do not exist.
 
-An ASGI layer in front of the routes. Puts the caller's tenant, which salts the prefix cache, into the request's state.
+ASGI layers in front of the routes. Puts the caller's tenant, which salts the prefix cache, into the request's state.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.errors import error_response
-from service.errors import AuthenticationError
+from service.errors import AuthenticationError, HostError
 
+# In the scope of a request that the server makes to itself; what comes over the wire can't put anything there.
+INSIDER = "braid.insider"
 PUBLIC_PATHS = frozenset({"/health", "/live", "/ready", "/ping"})
+# The page's own files. They hold no data: what it shows comes from the routes, for which it asks the person for a key.
+_PAGE = "/"
+_ASSETS = "/static/"
+_OWN_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+def is_public(path: str) -> bool:
+    """May anybody ask for it, with keys set? path: as the router sees it, percent signs decoded."""
+    return path in PUBLIC_PATHS or path == _PAGE or path.startswith(_ASSETS)
+
+
+def hosts_to_accept(host: str, has_keys: bool, allowed: Iterable[str] = ()) -> tuple[str, ...]:
+    """The names that a server on `host` answers to; none for any. allowed: what its settings say.
+
+    On the loopback address and without keys, the one thing between a web page and the server is the browser's rule of the same origin. A
+    page whose own name is made to mean 127.0.0.1 passes that rule, but its requests still carry its name.
+    """
+    allowed = tuple(allowed)
+    if "*" in allowed or (not allowed and (has_keys or not _is_loopback(host))):
+        return ()
+    return tuple(map(_bare, (*allowed, *(() if allowed else (*_OWN_NAMES, host)))))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(_bare(host)).is_loopback
+    except ValueError:
+        return _bare(host) == "localhost"
+
+
+def _bare(host: str) -> str:
+    return host.lower().strip("[]").rstrip(".")
+
+
+class HostCheck:
+    """Lets a request through to `app` when it calls the server by one of its names. hosts: from `hosts_to_accept`."""
+
+    def __init__(self, app: ASGIApp, hosts: Iterable[str]) -> None:
+        self.app = app
+        self.hosts = frozenset(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and INSIDER not in scope and not self._knows(Headers(scope=scope).getlist("host")):
+            error = HostError("the server does not answer to the name in the Host header; --allowed-host adds one")
+            await error_response(error, {"connection": "close"})(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _knows(self, given: list[str]) -> bool:
+        """Without the header, as HTTP/1.0 allows, it was no browser."""
+        return not self.hosts or all(_bare(_without_port(host)) in self.hosts for host in given)
+
+
+def _without_port(host: str) -> str:
+    name, colon, port = host.rpartition(":")
+    return name if colon and port.isdecimal() and (":" not in name or name.endswith("]")) else host
 
 
 class ApiKeys:
@@ -56,8 +117,16 @@ def salted(tenant: str, cache_salt: str | None) -> str:
     return tenant if cache_salt is None else hashlib.sha256(f"{tenant}\0{cache_salt}".encode()).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class Insider:
+    """On whose behalf the server asks itself, and how much the request can wait; stands in the scope under INSIDER."""
+
+    tenant: str
+    priority: int
+
+
 class KeyCheck:
-    """Lets a request through to `app` when its path is public or its key is known."""
+    """Lets a request through to `app` when its path is public, its key is known, or the server asks itself."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self.app = app
@@ -65,8 +134,12 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
+            if (insider := scope.get(INSIDER)) is not None:
+                scope.setdefault("state", {}).update(tenant=insider.tenant, priority=insider.priority)
+                await self.app(scope, receive, send)
+                return
             try:
-                tenant = "" if scope["path"] in PUBLIC_PATHS else self.keys.tenant(Headers(scope=scope))
+                tenant = "" if is_public(scope["path"]) else self.keys.tenant(Headers(scope=scope))
             except AuthenticationError as error:
                 await error_response(error)(scope, receive, send)
                 return

@@ -1,6 +1,7 @@
-"""From bytes on the wire to a checked request: reading with a cap and a time limit, JSON, schema, and errors that name the field.
+"""From bytes on the wire to a checked request: reading with a cap and a time limit, JSON, schema, errors that name the field,
+and warnings about what was ignored.
 
-The one validator of all routes. Knows no engine and no model.
+The one validator of all routes. Knows no engine and no model. How much a JSON text may hold stands in `json_bounds`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import asyncio
 import contextlib
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,10 +19,12 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
+from service.api.json_bounds import check_depth, check_size
 from service.api.schema import Strict
-from service.errors import BodyTooLargeError, DeadlineError, MediaTypeError, RequestError
+from service.api.strict import warn
+from service.errors import BodyTooLargeError, DeadlineError, MediaTypeError, OverloadedError, RequestError
 
-MAX_WARNINGS = 16
+MAX_TOTAL_BYTES = 256 * 2**20
 _MAX_NAME = 64
 _DISCARD_S = 1.0
 _DISCARD_BYTES = 64 * 2**20
@@ -28,26 +32,67 @@ _DISCARD_BYTES = 64 * 2**20
 R = TypeVar("R", bound=Strict)
 
 
+class BodyRoom:
+    """The bytes of all bodies that are being read or checked at the moment, so that many clients together can't fill the memory."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.num_bytes = 0
+        self.max_bytes = max_bytes
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[Share]:
+        """One body's share, given back at the end."""
+        share = Share(self)
+        try:
+            yield share
+        finally:
+            self.num_bytes -= share.num_bytes
+
+
+class Share:
+    def __init__(self, room: BodyRoom) -> None:
+        self.num_bytes = 0
+        self._room = room
+
+    def grow(self, num_bytes: int) -> None:
+        """Raises: OverloadedError; not for a body that is alone, which has a limit of its own."""
+        room = self._room
+        if room.num_bytes > self.num_bytes and room.num_bytes + num_bytes > room.max_bytes:
+            raise OverloadedError("too many large requests are being read at the moment", retry_after_s=1.0)
+        self.num_bytes += num_bytes
+        room.num_bytes += num_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """idle_s: the longest pause between two pieces; total_s: from the first to the last."""
+    """idle_s: the longest pause between two pieces; total_s: from the first to the last. is_strict: an unknown field is an error.
+    room: what all bodies share."""
 
-    max_bytes: int = 8 * 2**20
-    idle_s: float = 10.0
+    max_bytes: int = 32 * 2**20
+    idle_s: float = 9.0
     total_s: float = 120.0
+    is_strict: bool = False
+    room: BodyRoom = field(default_factory=lambda: BodyRoom(MAX_TOTAL_BYTES))
 
 
 async def parse(request: Request, kind: type[R], limits: BodyLimits) -> tuple[R, list[str]]:
-    """The request, and warnings about fields that were ignored. Raises: RequestError and its kinds; DeadlineError for a slow body."""
-    return validate(await read(request, limits), kind)
+    """The request, and warnings about fields that were ignored. Raises: RequestError and its kinds; DeadlineError for a slow body;
+    OverloadedError when too much is being read."""
+    with limits.room.share() as share:
+        return validate(await _read(request, limits, share), kind, limits.is_strict)
 
 
 async def read(request: Request, limits: BodyLimits) -> bytes:
-    """Raises: MediaTypeError, BodyTooLargeError, DeadlineError; ClientDisconnect when there is nobody to answer."""
+    """The bytes alone, for a route that checks them itself. Raises: as `parse`, and ClientDisconnect when there is nobody to answer."""
+    with limits.room.share() as share:
+        return await _read(request, limits, share)
+
+
+async def _read(request: Request, limits: BodyLimits, share: Share) -> bytes:
     _check_headers(request)
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limits.max_bytes:
-        await _discard(request)
+        await discard(request)
         raise _too_large(limits)
     body = bytearray()
     end = time.monotonic() + limits.total_s
@@ -55,10 +100,12 @@ async def read(request: Request, limits: BodyLimits) -> bytes:
     try:
         while True:
             async with asyncio.timeout(min(limits.idle_s, end - time.monotonic())):
-                body += await anext(pieces)
+                piece = await anext(pieces)
+            share.grow(len(piece))
+            body += piece
             if len(body) > limits.max_bytes:
                 body.clear()
-                await _discard(request)
+                await discard(request)
                 raise _too_large(limits)
     except StopAsyncIteration:
         return bytes(body)
@@ -81,7 +128,7 @@ def _too_large(limits: BodyLimits) -> BodyTooLargeError:
     return BodyTooLargeError(f"the body is larger than {limits.max_bytes} bytes, which is the limit")
 
 
-async def _discard(request: Request) -> None:
+async def discard(request: Request) -> None:
     """Reads a while without keeping anything: a client that is still writing when the connection closes would miss the answer."""
     if "expect" in request.headers:
         return
@@ -95,21 +142,25 @@ async def _discard(request: Request) -> None:
                     return
 
 
-def validate(body: bytes, kind: type[R]) -> tuple[R, list[str]]:
-    """Raises: RequestError with `param` naming the first field that is wrong."""
-    return checked(_decode(body, kind), kind)
+def validate(body: bytes, kind: type[R], is_strict: bool = False) -> tuple[R, list[str]]:
+    """Raises: RequestError with `param` naming the first field that is wrong, or in strict mode unknown."""
+    return checked(_decode(body, kind), kind, is_strict)
 
 
-def checked(data: dict[str, Any], kind: type[R]) -> tuple[R, list[str]]:
+def checked(data: dict[str, Any], kind: type[R], is_strict: bool = False) -> tuple[R, list[str]]:
     """The same for a JSON object at hand: a line of a batch, or what another API's route translated. Raises: RequestError."""
     _check_unbuilt(data, kind)
     parsed = _validate(data, kind)
     parsed.check()
-    ignored = [name for name in parsed.unknown_fields() if name not in kind.unbuilt]
-    return parsed, [f"unknown field {_printable(name)!r} was ignored" for name in ignored[:MAX_WARNINGS]]
+    warnings: list[str] = []
+    for name in parsed.unknown_fields():
+        if name not in kind.unbuilt:
+            warn(warnings, _printable(name), f"unknown field {_printable(name)!r} was ignored", is_strict=is_strict)
+    return parsed, warnings
 
 
 def _decode(body: bytes, kind: type[R]) -> dict[str, Any]:
+    check_size(body)
     try:
         data = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -118,6 +169,7 @@ def _decode(body: bytes, kind: type[R]) -> dict[str, Any]:
         raise RequestError(f"the body is not valid JSON: {reason}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise RequestError("the body must be a JSON object", code="invalid_json")
+    check_depth(data, body)
     return data
 
 

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import error_response
-from service.errors import EngineError, RequestError
+from service.errors import EngineError, HeaderTooLargeError
 from service.metrics import Metrics
 
 log = logging.getLogger("braid.http")
@@ -22,6 +22,7 @@ log = logging.getLogger("braid.http")
 _SANE_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 CLIENT_GONE = 499
 MAX_HEADERS = 256
+MAX_HEADER_BYTES = 32 * 2**10
 
 
 class Envelope:
@@ -37,7 +38,7 @@ class Envelope:
         given = Headers(scope=scope).get("x-request-id", "")
         # The client's own word is only echoed: inside, ids are always ours.
         request_id = given if _SANE_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
-        scope.setdefault("state", {})["arrival"] = arrival
+        scope.setdefault("state", {}).update(arrival=arrival, request_id=request_id)
         status = CLIENT_GONE
 
         async def send_signed(message: Message) -> None:
@@ -55,10 +56,9 @@ class Envelope:
             await send(message)
 
         try:
-            if len(scope["headers"]) > MAX_HEADERS:
-                raise RequestError(f"more than {MAX_HEADERS} header fields")
+            _check_header(scope)
             await self.app(scope, receive, send_signed)
-        except RequestError as error:
+        except HeaderTooLargeError as error:
             await error_response(error, {"connection": "close"})(scope, receive, send_signed)
         except Exception:
             log.exception("request %s failed", request_id)
@@ -67,3 +67,13 @@ class Envelope:
             await error_response(EngineError("The server had an error while it worked on this request."))(scope, receive, send_signed)
         finally:
             self.metrics.count_http(scope["method"], getattr(scope.get("route"), "path", None), status)
+
+
+def _check_header(scope: Scope) -> None:
+    """The parser bounds only a header that does not come in one piece. Raises: HeaderTooLargeError."""
+    fields = scope["headers"]
+    if len(fields) > MAX_HEADERS:
+        raise HeaderTooLargeError(f"the header has {len(fields)} fields; at most {MAX_HEADERS} are allowed")
+    size = len(scope.get("raw_path") or b"") + len(scope["query_string"]) + sum(len(name) + len(value) for name, value in fields)
+    if size > MAX_HEADER_BYTES:
+        raise HeaderTooLargeError(f"the header has {size} bytes; at most {MAX_HEADER_BYTES} are allowed")

@@ -1,4 +1,4 @@
-"""Errors as HTTP answers, in OpenAI's shape with the headers that its clients obey. The one place that knows both.
+"""Errors as HTTP answers, in OpenAI's shape (Anthropic's on its routes) with the headers that clients obey. The one place that knows all.
 
 Called by the app's exception handlers, the layers in front of the routes, and the event stream.
 """
@@ -9,7 +9,9 @@ import math
 
 import msgspec
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
+from service.api.messages_error import is_messages_path, messages_error
 from service.errors import (
     AuthenticationError,
     BodyTooLargeError,
@@ -21,6 +23,23 @@ from service.errors import (
 
 # Answers after which the rest of the request is not read, or after which no more is wanted.
 _CLOSING = (BodyTooLargeError, DeadlineError, MediaTypeError, UnavailableError)
+
+
+class ErrorAnswer(Response):
+    """An error in the form of the API that was asked, which only the path tells: Anthropic's clients read another one than OpenAI's."""
+
+    def __init__(self, error: BraidError, headers: dict[str, str]) -> None:
+        super().__init__(error_bytes(error), error.status, headers, "application/json")
+        self._error = error
+        self._given = headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not is_messages_path(scope.get("path", "")):
+            await super().__call__(scope, receive, send)
+            return
+        request_id = scope.get("state", {}).get("request_id", "")
+        headers = {**self._given, "request-id": request_id}
+        await Response(messages_error(self._error, request_id), self.status_code, headers, "application/json")(scope, receive, send)
 
 
 def error_response(error: BraidError, headers: dict[str, str] | None = None) -> Response:
@@ -35,7 +54,7 @@ def error_response(error: BraidError, headers: dict[str, str] | None = None) -> 
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, _CLOSING):
         headers["connection"] = "close"
-    return Response(error_bytes(error), error.status, headers, "application/json")
+    return ErrorAnswer(error, headers)
 
 
 def error_bytes(error: BraidError) -> bytes:

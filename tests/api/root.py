@@ -31,7 +31,7 @@ def main() -> int:
     root.load_codec = lambda path, name: ByteCodec(name, LetterTokenizer(), eos_ids=(), vocab_size=VOCAB)  # type: ignore[assignment, arg-type]
     command = (sys.executable, "-m", "tests.fake_worker", *worker)
     root.EngineClient = functools.partial(EngineClient, command=command)  # type: ignore[assignment, misc]
-    settings = Settings(models=("tiny",), port=int(port), drain_timeout_s=float(drain_s), max_context=512)
+    settings = Settings(models=("tiny",), port=int(port), drain_timeout_s=float(drain_s), max_context=512, data_dir="off")
     return root.main(settings, [Resolved("tiny", Path("tiny"), "", 1)])
 
 

@@ -77,7 +77,7 @@ def test_neighbours_notice_nothing(server: Running) -> None:
 def test_leaving_while_the_prompt_is_read(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     is_encoding, may_go_on = threading.Event(), threading.Event()
 
-    def slow(self: object, messages: object) -> list[int]:
+    def slow(self: object, messages: object, **others: object) -> list[int]:
         is_encoding.set()
         may_go_on.wait(5)
         return [97]

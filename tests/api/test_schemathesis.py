@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -16,33 +16,54 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from service.jobs.desk import open_desk
 from tests.api.fakes import Running, Script, running
 from tests.api.test_openapi import CONTRACT
 
-pytestmark = pytest.mark.long
 SCHEMA = schemathesis.openapi.from_dict(CONTRACT)
 OPERATIONS = [result.ok() for result in SCHEMA.get_all_operations()]
 MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+CASES = [(operation, mode) for operation in OPERATIONS for mode in MODES if operation.body or mode is GenerationMode.POSITIVE]
+WITH_A_BODY = sum(bool(operation.body) for operation, _ in CASES)
+NUM_QUICK, NUM_LONG = 200, 2000
+each_case = pytest.mark.parametrize(("operation", "mode"), CASES, ids=lambda value: getattr(value, "label", None) or value.value)
 
 
 @pytest.fixture(scope="module")
-def quick() -> Iterator[Running]:
-    with running() as server:
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    desk = open_desk(tmp_path_factory.mktemp("desk"), max_file_bytes=2**20, max_total_bytes=2**24)
+    assert desk is not None
+    with running(desk=desk) as server:
         server.engine.choose = lambda request: Script(text="ok")
         yield server
+    desk.lock.release()
 
 
-CASES = [(operation, mode) for operation in OPERATIONS for mode in MODES if operation.body or mode is GenerationMode.POSITIVE]
-
-
-@pytest.mark.parametrize(("operation", "mode"), CASES, ids=lambda value: getattr(value, "label", None) or value.value)
-def test_answers_conform(quick: Running, operation: Any, mode: GenerationMode) -> None:
+def conform(server: Running, operation: Any, mode: GenerationMode, count: int) -> None:
     """Whether what is forbidden is refused is for test_validation to say: the generator takes an explicit null for a wrong type."""
 
     @given(case=operation.as_strategy(generation_mode=mode))
-    @settings(max_examples=400 if operation.body else 30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     def conforms(case: Case) -> None:
-        case.call_and_validate(base_url=quick.url, checks=CHECKS)
+        case.call_and_validate(base_url=server.url, checks=CHECKS)
 
     conforms()
+
+
+@each_case
+def test_answers_conform(quick: Running, operation: Any, mode: GenerationMode) -> None:
+    conform(quick, operation, mode, -(-NUM_QUICK // WITH_A_BODY) if operation.body else 2)
+
+
+@pytest.mark.long
+@each_case
+def test_many_answers_conform(quick: Running, operation: Any, mode: GenerationMode) -> None:
+    conform(quick, operation, mode, -(-NUM_LONG // WITH_A_BODY) if operation.body else 20)

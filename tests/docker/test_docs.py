@@ -1,4 +1,4 @@
-"""docs/operations.md and docs/security.md against the code: settings, metrics, limits and samples are what they say."""
+"""docs/operations.md, docs/security.md and docs/errors.md against the code: settings, metrics, limits and samples are what they say."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import click
 import pytest
 import yaml
 
-from service.api import schema
+from service.api import json_bounds, schema, schema_chat, schema_tools
 from service.api.auth import PUBLIC_PATHS
-from service.api.body import BodyLimits
+from service.api.body import MAX_TOTAL_BYTES, BodyLimits
 from service.api.connection import TimedConnection
+from service.api.envelope import MAX_HEADER_BYTES, MAX_HEADERS
 from service.cli import main as braid
 from service.codec.template import MOST_OUTPUT_CHARS
 from service.engine.messages import MAX_CHOICES
+from service.errors import BraidError, StartupError
 from service.settings import ENVIRONMENT_PREFIX, Settings
 from tests.docker.test_compose import SERVICES
 from tests.docker.test_dashboard import SHOWN
@@ -25,6 +27,7 @@ from tests.docker.test_image import ROOT, last
 
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
 SECURITY = (ROOT / "docs/security.md").read_text()
+ERRORS = (ROOT / "docs/errors.md").read_text()
 
 
 def samples(language: str) -> list[str]:
@@ -51,7 +54,7 @@ def test_defaults_in_the_table_are_the_defaults() -> None:
     assert len(shown) > 8
     for variable, default in shown.items():
         value = getattr(Settings(), variable.lower())
-        usual = {"8MiB": 8 * 2**20}.get(default, default)
+        usual = {"32MiB": 32 * 2**20, "200MiB": 200 * 2**20, "4GiB": 4 * 2**30}.get(default, default)
         assert str(usual) in (
             str(value),
             f"{value:g}" if isinstance(value, float) else value[0] if isinstance(value, tuple) else str(value),
@@ -103,6 +106,13 @@ def test_ports_of_the_compose_file_are_the_documented_ones() -> None:
     ("row", "limits"),
     [
         ("request body", [Settings().max_body_bytes >> 20]),
+        ("bodies that are being read, together", [MAX_TOTAL_BYTES >> 20]),
+        ("commas in a body; brackets that open a list or an object", [json_bounds.MAX_VALUES, json_bounds.MAX_CONTAINERS]),
+        ("nesting of a body", [json_bounds.MAX_DEPTH]),
+        ("bytes of a header; its fields", [MAX_HEADER_BYTES, MAX_HEADERS]),
+        ("rest of a body that has been answered", [TimedConnection.linger_s]),
+        ("parts of all messages together", [schema_chat.MAX_TOTAL_PARTS]),
+        ("tools of a request", [schema_tools.MAX_TOOLS]),
         ("pause within a body; the whole body", [BodyLimits().idle_s, BodyLimits().total_s]),
         ("request header", [TimedConnection.header_s]),
         ("client that does not read its answer", [TimedConnection.write_s]),
@@ -114,15 +124,28 @@ def test_ports_of_the_compose_file_are_the_documented_ones() -> None:
     ],
 )
 def test_limits_are_those_of_the_code(row: str, limits: list[float]) -> None:
-    (cell,) = re.findall(rf"^\| {re.escape(row)} \| ([^|]+) \|", SECURITY, re.MULTILINE)
+    (cell,) = re.findall(rf"^\| {re.escape(row)} \| ([^|]+) \|", ERRORS, re.MULTILINE)
     assert [float(number.replace(",", "")) for number in re.findall(r"(?<![\w-])\d[\d,]*", cell)] == [float(limit) for limit in limits]
 
 
 @pytest.mark.parametrize(("field", "limit"), [("stop", 64), ("logit_bias", 4096), ("stop_token_ids", 128), ("timeout", 86_400)])
 def test_limits_of_fields(field: str, limit: int) -> None:
-    described = schema.ChatRequest.model_json_schema()["properties"][field]
+    described = schema_chat.ChatRequest.model_json_schema()["properties"][field]
     branches = [described, *described.get("anyOf", [])]
     assert limit in [each.get(key) for each in branches for key in ("maxItems", "maxProperties", "maximum")]
+
+
+def errors_below(kind: type[BraidError]) -> set[type[BraidError]]:
+    return {kind}.union(*map(errors_below, kind.__subclasses__())) - {StartupError, *StartupError.__subclasses__()}
+
+
+def test_every_error_stands_in_the_table() -> None:
+    rows = re.findall(r"^\| (\d{3}) \| `(\w+)` \|([^|]*)\| [^|]+ \| (yes|no) \|$", ERRORS, re.MULTILINE)
+    assert {(int(status), kind) for status, kind, _, _ in rows} == {(error.status, error.type) for error in errors_below(BraidError)}
+    for error in errors_below(BraidError):
+        found = [(codes, retry) for status, kind, codes, retry in rows if (int(status), kind) == (error.status, error.type)]
+        assert error.code is None or any(f"`{error.code}`" in codes for codes, _ in found), error
+        assert {retry for _, retry in found} == {"yes" if error.retry else "no"}, error
 
 
 def test_open_paths_are_the_documented_ones() -> None:

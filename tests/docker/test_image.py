@@ -105,7 +105,7 @@ class TestTarget:
         (volume,) = json.loads(last(target, "VOLUME"))
         values = dict(pair.split("=", 1) for name, value in effective(target) if name == "ENV" for pair in shlex.split(value))
         assert values["BRAID_CACHE"] == volume
-        assert all(values[name].startswith(volume) for name in ("HF_HOME", "TRITON_CACHE_DIR"))
+        assert all(values[name].startswith(volume) for name in ("BRAID_DATA_DIR", "HF_HOME", "TRITON_CACHE_DIR"))
 
     def test_installs_once_with_the_torch_that_make_installs(self, target: str) -> None:
         installs = [value for name, value in effective(target) if name == "RUN" and "pip install" in value]
