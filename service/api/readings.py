@@ -15,7 +15,6 @@ from starlette.requests import ClientDisconnect, Request
 
 from service.api.auth import salted
 from service.api.backend import Backend, Caller, context_of
-from service.api.schema import INT32
 from service.engine.messages import Event, Generate, Reading
 from service.engine.stream import Stream, error_of
 from service.errors import BraidError, ContextLengthError, EngineError, OverloadedError, UnavailableError
@@ -70,7 +69,7 @@ async def read_prompts(
             model=model,
             prompt=prompt,
             sampling=SamplingParams(max_tokens=0, temperature=0.0),
-            priority=min(priority + caller.priority, INT32),
+            priority=caller.rank(priority),
             timeout_s=timeout_s,
             tenant=tenant,
             read=one,

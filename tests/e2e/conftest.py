@@ -11,7 +11,7 @@ from bench.load import serving
 
 
 @pytest.fixture(scope="session")
-def server(smollm2_path: Path) -> Iterator[str]:
+def server(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Its address. The weights are in the cache by then, as after a first start."""
-    with serving("", ["--max-sequences", "80"]) as (url, _):
+    with serving("", ["--max-sequences", "80", "--data-dir", str(tmp_path_factory.mktemp("data"))]) as (url, _):
         yield url
