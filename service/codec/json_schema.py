@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from decimal import Decimal
+from itertools import combinations, islice
 from typing import Any
 from urllib.parse import unquote
 
@@ -21,6 +23,10 @@ MAX_VALUES = 5_000
 MAX_CHARS = 500_000
 # A repetition is unrolled into the automaton.
 MAX_COUNT = 100_000
+
+# Of one schema's look through itself, so that none takes a second: parts, as often as references lead there, and pairs of alternatives.
+MAX_VISITS = 200_000
+MAX_PAIRS = 20_000
 
 _TOO_LARGE = "a number must be finite, have at most 15 digits and be neither beyond 1e22 nor finer than 1e-22"
 # The formats of strings that the library has a grammar for.
@@ -38,6 +44,8 @@ _SCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitio
 _COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
 _NUMBERS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
 _OTHERS = frozenset({"type", "enum", "const", "required", "pattern", "format", "$ref"})
+_Values = set[tuple[str, str]]
+"""Types and canonical forms of JSON values."""
 KEYWORDS = _SCHEMA | _SCHEMA_LISTS | _SCHEMA_MAPS | _COUNTS | _NUMBERS | _OTHERS
 # Keywords that can't be held, and the values with which they ask for nothing.
 _IDLE: dict[str, tuple[Any, ...]] = {
@@ -64,6 +72,7 @@ class _Checker:
     def check(self, schema: Any) -> Any:
         checked = self.schema(schema, "", 0)
         if isinstance(checked, dict):
+            _close_objects(checked)
             _Logic(checked, self.refuse).finish()
         return checked
 
@@ -236,22 +245,29 @@ class LooseSchema(_Checker):
             del schema["minProperties"]
 
 
+_ANY: dict[str, Any] = {}
+
+
 class _Logic:
     """What a whole schema means: references that lead somewhere, an end to every value, alternatives that exclude each other."""
 
     def __init__(self, root: dict[str, Any], refuse: Callable[[str, str], RequestError]) -> None:
         self._root = root
         self._refuse = refuse
+        self._schemas = list(_subschemas(root))
+        self._places = set(map(id, self._schemas))
         self._targets: dict[str, Any] = {}
+        self._known_values: dict[int, _Values | None] = {}
+        self._known_marks: dict[int, _Marks] = {}
+        self._num_visits = self._num_pairs = 0
 
     def finish(self) -> None:
         """Mutates: the root; `oneOf` whose alternatives are known to exclude each other becomes `anyOf`. Raises: RequestError."""
-        schemas = list(_subschemas(self._root))
-        for schema in schemas:
+        for schema in self._schemas:
             if "$ref" in schema:
                 self._targets.setdefault(schema["$ref"], self._resolve(schema["$ref"]))
         self._check_ends()
-        for schema in schemas:
+        for schema in self._schemas:
             if "oneOf" in schema and self._excludes(schema["oneOf"]):
                 schema.setdefault("allOf", []).append({"anyOf": schema.pop("oneOf")})
 
@@ -266,24 +282,29 @@ class _Logic:
                 at = at[key]
             else:
                 raise self._refuse("$ref", f"{_shown(reference)} points to nothing in the schema")
-        if not isinstance(at, dict | bool):
+        if not isinstance(at, bool) and id(at) not in self._places:
             raise self._refuse("$ref", f"{_shown(reference)} does not point to a schema")
         return at
 
     def _check_ends(self) -> None:
         """Raises: RequestError when the schema asks for a value that contains itself without end."""
         finite: set[str] = set()
-        while True:
-            found = {name for name, target in self._targets.items() if name not in finite and self._is_finite(target, finite)}
-            if not found:
-                break
-            finite |= found
+        names, num_before = list(self._targets), -1
+        while num_before < len(finite):
+            num_before = len(finite)
+            names.reverse()  # chains end soon, whichever way they point
+            for name in names:
+                if name not in finite and self._is_finite(self._targets[name], finite):
+                    finite.add(name)
         if not self._is_finite(self._root, finite):
             raise self._refuse("$ref", "the schema asks for a value that contains itself without end")
 
     def _is_finite(self, schema: Any, finite: set[str]) -> bool:
         if isinstance(schema, bool):
             return True
+        self._num_visits += 1
+        if self._num_visits > MAX_VISITS:
+            raise self._refuse("$ref", "the schema's references are too entangled")
 
         def ends(child: Any) -> bool:
             return self._is_finite(child, finite)
@@ -303,31 +324,48 @@ class _Logic:
 
     def _excludes(self, alternatives: list[Any]) -> bool:
         """Can no value fit two of them? False when that is not plain to see."""
-        if len(alternatives) > 200:
+        self._num_pairs += len(alternatives) * (len(alternatives) - 1) // 2
+        if self._num_pairs > MAX_PAIRS:
             return False
-        flat = [self._behind(one) for one in alternatives]
-        return all(self._are_apart(one, other) for index, one in enumerate(flat) for other in flat[:index])
+        return all(one.is_apart(other) for one, other in combinations(map(self._marks, alternatives), 2))
+
+    def _marks(self, alternative: Any) -> _Marks:
+        schema = self._behind(alternative)
+        if id(schema) not in self._known_marks:  # many may refer to one
+            types, properties = _types(schema), schema.get("properties", {})
+            named = schema.get("required", ()) if types == {"object"} else ()
+            tags = ((name, self._values(properties.get(name))) for name in named)
+            self._known_marks[id(schema)] = _Marks(types, _values(schema), {name: found for name, found in tags if found is not None})
+        return self._known_marks[id(schema)]
+
+    def _values(self, schema: Any) -> _Values | None:
+        schema = self._behind(schema)
+        if id(schema) not in self._known_values:
+            self._known_values[id(schema)] = _values(schema)
+        return self._known_values[id(schema)]
 
     def _behind(self, schema: Any) -> dict[str, Any]:
-        """What a reference stands for; {} where that is not plain."""
+        """What a reference stands for; an empty schema where that is not plain."""
         for _ in range(8):
             if isinstance(schema, dict) and "$ref" in schema:
                 schema = self._targets[schema["$ref"]]
-        return schema if isinstance(schema, dict) else {}
+        return schema if isinstance(schema, dict) else _ANY
 
-    def _are_apart(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
-        if not _types(one) & _types(other):
+
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """What an alternative can be told by: its types, its values where they are listed, and those of its required properties."""
+
+    types: set[str]
+    values: _Values | None
+    tags: dict[str, _Values]
+
+    def is_apart(self, other: _Marks) -> bool:
+        if not self.types & other.types:
             return True
-        values = [_values(one), _values(other)]
-        if values[0] is not None and values[1] is not None:
-            return not values[0] & values[1]
-        if _types(one) == _types(other) == {"object"}:
-            for name in set(one.get("required", ())) & set(other.get("required", ())):
-                mine, yours = (self._behind(side.get("properties", {}).get(name)) for side in (one, other))
-                mine_values, your_values = _values(mine), _values(yours)
-                if mine_values is not None and your_values is not None and not mine_values & your_values:
-                    return True
-        return False
+        if self.values is not None and other.values is not None:
+            return self.values.isdisjoint(other.values)
+        return any(name in other.tags and values.isdisjoint(other.tags[name]) for name, values in self.tags.items())
 
 
 def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
@@ -345,13 +383,35 @@ def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
             yield from _subschemas(child)
 
 
-def _least_items(schema: dict[str, Any]) -> list[Any]:
+def _close_objects(root: dict[str, Any]) -> None:
+    """Lets an object that lists its properties have no others, where the schema does not say: a model that may add properties without
+    end adds them until it is cut. Left open where parts of the schema lie over one another, because each would forbid what the
+    others list. Mutates: the root."""
+    schemas = list(_subschemas(root))
+    if any(map(_is_overlaid, schemas)):
+        return
+    for schema in schemas:
+        properties = schema.get("properties", {})
+        is_open = properties and not {"additionalProperties", "patternProperties"} & schema.keys()
+        if is_open and properties.keys() >= set(schema.get("required", ())) and schema.get("minProperties", 0) <= len(properties):
+            schema["additionalProperties"] = False
+
+
+def _is_overlaid(schema: dict[str, Any]) -> bool:
+    """Does more than one schema speak about the same value?"""
+    said = schema.keys() - {"$defs", "definitions"}
+    return "allOf" in said or (len(said) > 1 and bool(said & {"$ref", "anyOf", "oneOf"}))
+
+
+def _least_items(schema: dict[str, Any]) -> Iterator[Any]:
     """The schemas of the items that an array has at least."""
     items = schema.get("items", True)
     heads = schema.get("prefixItems", items if isinstance(items, list) else [])
     rest = schema.get("additionalItems", True) if isinstance(items, list) else items
     least = schema.get("minItems", 0)
-    return [*heads[:least], *([rest] if least > len(heads) else [])]
+    yield from islice(heads, least)
+    if least > len(heads):
+        yield rest
 
 
 def _types(schema: dict[str, Any]) -> set[str]:
@@ -363,8 +423,8 @@ def _types(schema: dict[str, Any]) -> set[str]:
     return {"number" if name == "integer" else name for name in names}
 
 
-def _values(schema: dict[str, Any]) -> set[tuple[str, str]] | None:
-    """(type, canonical form) of all values that an enum or a const allows; None when there is neither."""
+def _values(schema: dict[str, Any]) -> _Values | None:
+    """All values that an enum or a const allows; None when there is neither."""
     given = [schema["const"]] if "const" in schema else schema.get("enum")
     return None if given is None else {_canonical(value) for value in given}
 

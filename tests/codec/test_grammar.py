@@ -237,10 +237,37 @@ def test_keys_come_in_the_schemas_order() -> None:
 
 def test_a_name_has_one_spelling() -> None:
     """Else a second `a` could come as \\u0061, and a reader takes the last of two."""
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}, "x/y": {"type": "integer"}}}
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}, "x/y": {"type": "integer"}}, "additionalProperties": True}
     assert admits(schema_rule(schema, "s"), '{"a":1,"b":"x"}')
     for text in ('{"a":1,"\\u0061":"x"}', '{"a":1,"a":"x"}', '{"x/y":1,"x\\/y":"x"}'):
         assert not admits(schema_rule(schema, "s"), text)
+
+
+A = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "is_closed"),
+    [
+        (A, True),
+        ({**A, "additionalProperties": True}, False),
+        ({**A, "additionalProperties": {"type": "string"}}, False),
+        ({**A, "required": ["a", "b"]}, False),
+        ({**A, "minProperties": 2}, False),
+        ({**A, "patternProperties": {"^b$": {"type": "string"}}}, False),
+        ({"allOf": [A, {"type": "object"}]}, False),
+        ({"$defs": {"A": A}, "$ref": "#/$defs/A"}, True),
+        ({"$defs": {"A": A}, "$ref": "#/$defs/A", "type": "object"}, False),
+        ({"anyOf": [A, {"type": "null"}]}, True),
+        ({"anyOf": [A, {"type": "null"}], "type": "object"}, False),
+        ({"type": "object"}, False),
+    ],
+)
+def test_an_object_that_lists_its_properties_gets_no_others(schema: dict[str, Any], is_closed: bool) -> None:
+    """Unless the schema says otherwise, or parts of it lie over one another."""
+    rule = schema_rule(schema, "s")
+    assert admits(rule, '{"a":1}') or not is_closed
+    assert admits(rule, '{"a":1,"b":"x"}') is not is_closed
 
 
 def test_tagged_unions_as_pydantic_writes_them() -> None:
@@ -307,6 +334,55 @@ def test_recursion_with_an_end_is_fine() -> None:
     assert writes(
         {"type": "object", "properties": {"a/b~c": {"type": "integer"}, "d": {"$ref": "#/properties/a~1b~0c"}}}, {"a/b~c": 1, "d": 2}
     )
+
+
+@pytest.mark.parametrize("pointer", ["#/properties/a/const", "#/properties", "#/properties/b/enum/0", "#/properties/c/required"])
+def test_a_reference_to_what_is_no_schema(pointer: str) -> None:
+    """What lies there was not checked as one, whatever it looks like."""
+    properties = {"a": {"const": {"allOf": 5}}, "b": {"enum": [{"uniqueItems": True}]}, "c": {"required": ["x"]}, "allOf": {}}
+    message = refusal_of({"properties": {**properties, "d": {"$ref": pointer}}}).message
+    assert f"{pointer} does not point to a schema" in message
+
+
+def _chain(order: list[int]) -> dict[str, Any]:
+    """Each but the last refers to the next one, in the order of their names."""
+    defs = {f"d{place}": {"$ref": f"#/$defs/d{order.index(place) and order[order.index(place) - 1]}"} for place in order}
+    return {"$defs": {**defs, f"d{order[0]}": {}}, "$ref": f"#/$defs/d{order[-1]}"}
+
+
+@pytest.mark.parametrize("count", [2, 700])
+@pytest.mark.parametrize("step", [1, -1])
+def test_long_chains_of_references(count: int, step: int) -> None:
+    schema_rule(_chain(list(range(count))[::step]), "s")
+
+
+ENTANGLED = {
+    "chain": _chain([index * 997 % 1999 for index in range(1999)]),
+    "alternatives": {
+        "oneOf": [
+            {"type": "object", "properties": {"k": {"const": str(index)}}, "required": [*(f"r{i}" for i in range(400)), "k"]}
+            for index in range(200)
+        ]
+    },
+    "pairs": {"allOf": [{"oneOf": [{"const": f"{index}"} for index in range(200)]} for _ in range(100)]},
+    "values": {
+        "$defs": {name: {"enum": [f"{name}{index}" for index in range(2400)]} for name in "ab"},
+        "allOf": [{"oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}]} for _ in range(7000)],
+    },
+}
+
+
+@pytest.mark.parametrize("name", ENTANGLED)
+def test_entangled_schemas_are_looked_through_soon(name: str) -> None:
+    """Each took ten seconds and more when all was compared with all."""
+    started = time.process_time()
+    with contextlib.suppress(RequestError):
+        schema_rule(ENTANGLED[name], "s")
+    assert time.process_time() - started < 2
+
+
+def test_references_that_are_too_entangled_are_refused() -> None:
+    assert "too entangled" in refusal_of(ENTANGLED["chain"]).message
 
 
 def test_a_loose_schema_keeps_what_can_be_held() -> None:
