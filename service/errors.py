@@ -17,7 +17,7 @@ BraidError
 ├── OverloadedError         429  rate_limit_exceeded, with a Retry-After
 ├── DeadlineError           408  the request's own timeout passed before anything was sent
 ├── EngineError             500  a fault of ours that concerned this request alone
-├── UnavailableError        503  loading, draining, stalled or dead
+├── UnavailableError        503  server_is_overloaded: loading, draining, stalled or dead
 ├── StorageError            507  the data folder is full or broken
 └── StartupError            -    the program can't start: a bad file, flag or config; exit status 1
     └── WeightsError        -    a checkpoint is truncated, lies about itself, or does not fit its config
@@ -126,6 +126,7 @@ class EngineError(BraidError):
 class UnavailableError(BraidError):
     status = 503
     type = "service_unavailable_error"
+    code = "server_is_overloaded"
     retry = True
 
 

@@ -19,7 +19,7 @@ BANNED_IMPORTS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marsha
 BANNED_CALLS = {"eval", "exec", "__import__", "torch.load", "torch.hub.load", "numpy.load", "np.load", "os.system", "os.popen", "yaml.load"}
 BANNED_NAMES = ("Manager", "Handler", "Helper", "Util", "Utils", "Base", "Impl", "Mixin")
 # In the process that takes requests: modules that are imported in full and must not bring torch with them.
-HTTP_PACKAGES = ("service.api", "service.codec")
+HTTP_PACKAGES = ("service.api", "service.codec", "service.jobs")
 HTTP_MODULES = ("service.engine.client", "service.catalog", "service.checkpoint", "service.cli", "service.settings", "service.__main__")
 
 

@@ -65,7 +65,7 @@ def build_app(
     """codecs: by model name, the default first. api_keys: none lets everybody in. allow_origins: none sends no CORS headers. hosts: the
     names that the server answers to; none for any. desk: files and batches; None where the server keeps none."""
     limits = limits or Limits()
-    backend = Backend(engine, codecs, metrics, limits.max_requests, limits.body.is_strict)
+    backend = Backend(engine, codecs, metrics, limits.max_requests)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_api_route("/v1/chat/completions", chat_route(backend, limits.body), methods=["POST"])
     app.add_api_route("/v1/completions", completion_route(backend, limits.body), methods=["POST"])

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from service.api.auth import salted
-from service.api.generation import Choice, Echo, Generation, Reply
+from service.api.choice import Choice, Echo, Reply
+from service.api.generation import Generation
 from service.api.schema import SamplingFields
-from service.api.strict import warn
 from service.codec.prompt import Codec
 from service.codec.text import StopStrings, TextStream
 from service.engine.client import EngineClient
@@ -64,15 +64,11 @@ class Terms:
 
 class Backend:
     """The engine, the codecs and the metrics, as the text routes use them. codecs: by model name; the first is the default of
-    requests that name none. max_requests: the engine client's own limit, to tell why it refused. is_strict: input that would be
-    ignored, clamped or truncated with a warning is refused."""
+    requests that name none. max_requests: the engine client's own limit, to tell why it refused."""
 
-    def __init__(
-        self, engine: EngineClient, codecs: Mapping[str, Codec], metrics: Metrics, max_requests: int, is_strict: bool = False
-    ) -> None:
+    def __init__(self, engine: EngineClient, codecs: Mapping[str, Codec], metrics: Metrics, max_requests: int) -> None:
         self.engine = engine
         self.codecs = dict(codecs)
-        self.is_strict = is_strict
         self._longest_piece = {name: max(map(len, codec.tokenizer.pieces), default=1) for name, codec in self.codecs.items()}
         self._metrics = metrics
         self._max_requests = max_requests
@@ -93,10 +89,6 @@ class Backend:
         if not self.info(name).can_generate and generates:
             raise RequestError(f"the model {name} makes vectors and no text; use /v1/embeddings", param="model", code="unsupported_model")
         return name
-
-    def warn(self, warnings: list[str], param: str, text: str) -> None:
-        """Notes what is ignored, clamped or truncated of a field. Mutates: warnings. Raises: RequestError in strict mode."""
-        warn(warnings, param, text, is_strict=self.is_strict)
 
     def info(self, model: str) -> ModelInfo:
         """Raises: UnavailableError unless the engine takes requests."""
@@ -165,10 +157,10 @@ class Backend:
                 )
                 streams.append(self.start(generate, caller.arrival))
         except BaseException as error:
+            if isinstance(error, OverloadedError):
+                self.count_refusal(model, request.num_drawn)
             for stream in streams:
                 stream.leave()
-            if isinstance(error, OverloadedError):
-                self.count_refusal(model)
             raise
         return Generation(streams, _choices(streams, codec, request, terms), caller.arrival, request.n)
 
@@ -189,9 +181,9 @@ class Backend:
         )
         return stream
 
-    def count_refusal(self, model: str) -> None:
-        """The engine client had no room for a request."""
-        is_full = self.engine.num_in_flight >= self._max_requests
+    def count_refusal(self, model: str, num_choices: int = 1) -> None:
+        """The engine client had no room for a prompt with so many choices."""
+        is_full = self.engine.num_in_flight + num_choices > self._max_requests
         self._metrics.reject(model, "max_num_queued_reqs" if is_full else "max_num_queued_tokens")
 
 

@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter
-from pydantic import Field, StringConstraints, field_validator
+from pydantic import Field, StringConstraints
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.api.body import BodyLimits, parse
 from service.api.files import desk_of
-from service.api.pages import page, page_limit
+from service.api.listing import page, page_limit
 from service.api.routes import caller_of, warnings_header
 from service.api.schema import Strict, Word, bounded
 from service.jobs.batch import Batch
@@ -38,13 +38,8 @@ class BatchRequest(Strict):
     input_file_id: Word
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
     completion_window: Literal["24h"]
-    metadata: Annotated[dict[MetadataKey, Word], Field(max_length=_MAX_METADATA)] | None = None
+    metadata: Annotated[dict[MetadataKey, Word], Field(max_length=_MAX_METADATA), bounded(_MAX_METADATA)] | None = None
     output_expires_after: OutputExpiry | None = None
-
-    @field_validator("metadata", mode="before")
-    @classmethod
-    def _little_metadata(cls, value: Any) -> Any:
-        return bounded(value, _MAX_METADATA)
 
 
 class Nothing(Strict):

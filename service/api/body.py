@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from service.api.json_bounds import check_depth, check_size
 from service.api.schema import Strict
-from service.api.strict import warn
+from service.api.strict import Warnings
 from service.errors import BodyTooLargeError, DeadlineError, MediaTypeError, OverloadedError, RequestError
 
 MAX_TOTAL_BYTES = 256 * 2**20
@@ -75,7 +75,7 @@ class BodyLimits:
     room: BodyRoom = field(default_factory=lambda: BodyRoom(MAX_TOTAL_BYTES))
 
 
-async def parse(request: Request, kind: type[R], limits: BodyLimits) -> tuple[R, list[str]]:
+async def parse(request: Request, kind: type[R], limits: BodyLimits) -> tuple[R, Warnings]:
     """The request, and warnings about fields that were ignored. Raises: RequestError and its kinds; DeadlineError for a slow body;
     OverloadedError when too much is being read."""
     with limits.room.share() as share:
@@ -142,20 +142,20 @@ async def discard(request: Request) -> None:
                     return
 
 
-def validate(body: bytes, kind: type[R], is_strict: bool = False) -> tuple[R, list[str]]:
+def validate(body: bytes, kind: type[R], is_strict: bool = False) -> tuple[R, Warnings]:
     """Raises: RequestError with `param` naming the first field that is wrong, or in strict mode unknown."""
     return checked(_decode(body, kind), kind, is_strict)
 
 
-def checked(data: dict[str, Any], kind: type[R], is_strict: bool = False) -> tuple[R, list[str]]:
+def checked(data: dict[str, Any], kind: type[R], is_strict: bool = False) -> tuple[R, Warnings]:
     """The same for a JSON object at hand: a line of a batch, or what another API's route translated. Raises: RequestError."""
     _check_unbuilt(data, kind)
     parsed = _validate(data, kind)
     parsed.check()
-    warnings: list[str] = []
+    warnings = Warnings(is_strict)
     for name in parsed.unknown_fields():
-        if name not in kind.unbuilt:
-            warn(warnings, _printable(name), f"unknown field {_printable(name)!r} was ignored", is_strict=is_strict)
+        if name not in kind.unbuilt and not warnings.is_full:
+            warnings.note(printable(name), f"unknown field {printable(name)!r} was ignored")
     return parsed, warnings
 
 
@@ -216,7 +216,7 @@ def _request_error(problem: ErrorDetails, data: dict[str, Any]) -> RequestError:
         ", unable to parse raw data as a unicode string", ": half a surrogate pair is none"
     )
     code = "invalid_type" if problem["type"].endswith("_type") else "invalid_value"
-    return RequestError(f"{param}: {text[:1].lower()}{text[1:]}", param=param, code=code)
+    return RequestError(f"{param or 'the body'}: {text[:1].lower()}{text[1:]}", param=param or None, code=code)
 
 
 def _param(loc: tuple[int | str, ...], data: Any, is_missing: bool) -> str:
@@ -227,11 +227,11 @@ def _param(loc: tuple[int | str, ...], data: Any, is_missing: bool) -> str:
             path += f"[{key}]"
             data = data[key]
         elif isinstance(data, dict) and (key in data or (is_missing and place == len(loc) - 1)):
-            path += f".{_printable(str(key))}"
+            path += f".{printable(str(key))}"
             data = data.get(key)
     return path.removeprefix(".")
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A client's own word, fit for a header and a message."""
     return "".join(char if 32 < ord(char) < 127 else "?" for char in name[:_MAX_NAME])

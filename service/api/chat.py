@@ -15,8 +15,9 @@ from starlette.responses import Response
 
 from service.api.backend import Backend
 from service.api.body import BodyLimits, parse
+from service.api.choice import Piece
 from service.api.dialogue import converse
-from service.api.generation import Generation, Piece
+from service.api.generation import Generation
 from service.api.logprobs import chat_entries, prompt_entries
 from service.api.routes import answer, caller_of, fingerprint
 from service.api.schema_chat import ChatRequest
@@ -31,12 +32,11 @@ def chat_route(backend: Backend, limits: BodyLimits) -> Any:
     async def create_chat_completion(request: Request) -> Response:
         wanted, warnings = await parse(request, ChatRequest, limits)
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
-        dialogue = await converse(backend, wanted, caller_of(request), request_id)
+        dialogue = await converse(backend, wanted, caller_of(request), request_id, warnings)
         model, generation = dialogue.model, dialogue.generation
         head = {"id": request_id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint(backend, model)}
         if wanted.service_tier is not None:
             head["service_tier"] = "default"
-        warnings = [*warnings, *dialogue.warnings]
         form = ChatForm(dialogue.codec.tokenizer, wanted, generation)
         return answer(wanted, generation, Shape(head, generation, form, wanted, warnings), warnings)
 

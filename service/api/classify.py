@@ -25,6 +25,7 @@ from service.api.embeddings import reply
 from service.api.readings import read_prompts, while_connected
 from service.api.routes import caller_of
 from service.api.schema_vectors import DEFAULT_INSTRUCTION, DEFAULT_TEMPLATE, ClassifyRequest
+from service.api.strict import Warnings
 from service.api.vectors import cosines, embed
 from service.codec.prompt import Codec
 from service.errors import ContextLengthError, RequestError
@@ -57,7 +58,7 @@ def classify_router(backend: Backend, limits: BodyLimits) -> APIRouter:
     return router
 
 
-async def classify(backend: Backend, wanted: ClassifyRequest, caller: Caller, warnings: list[str]) -> dict[str, Any]:
+async def classify(backend: Backend, wanted: ClassifyRequest, caller: Caller, warnings: Warnings) -> dict[str, Any]:
     """The answer's body. Mutates: warnings."""
     model = backend.choose(wanted.model)
     classify_id = f"classify-{uuid.uuid4().hex}"
@@ -103,7 +104,7 @@ def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 # --- by an encoder ----------------------------------------------------------------------------------------------------------------
 
 
-async def _by_cosine(backend: Backend, model: str, wanted: ClassifyRequest, caller: Caller, request_id: str, warnings: list[str]) -> Scored:
+async def _by_cosine(backend: Backend, model: str, wanted: ClassifyRequest, caller: Caller, request_id: str, warnings: Warnings) -> Scored:
     """The cosines of each text's vector with those of the labels. Raises: RequestError for what only a model that makes text can do."""
     for name, is_given in (
         ("messages", wanted.messages is not None),
@@ -130,7 +131,7 @@ async def _by_cosine(backend: Backend, model: str, wanted: ClassifyRequest, call
 
 
 async def _by_likelihood(
-    backend: Backend, model: str, wanted: ClassifyRequest, caller: Caller, request_id: str, warnings: list[str]
+    backend: Backend, model: str, wanted: ClassifyRequest, caller: Caller, request_id: str, warnings: Warnings
 ) -> Scored:
     """The log-probability of each label as the answer. All labels of a text share its prompt, which is computed once."""
     if wanted.truncate_prompt_tokens is not None:

@@ -16,8 +16,9 @@ from starlette.responses import Response
 
 from service.api.backend import Backend, Terms
 from service.api.body import BodyLimits, parse
+from service.api.choice import Echo, Piece, Reply
 from service.api.constraint import rule_of
-from service.api.generation import Echo, Generation, Piece, Reply
+from service.api.generation import Generation
 from service.api.logprobs import CompletionLogprobs, prompt_entries
 from service.api.routes import answer, caller_of, fingerprint
 from service.api.schema_completion import CompletionRequest

@@ -6,15 +6,17 @@ Knows no HTTP and no form of answer: what comes back are the pieces of a `Genera
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from service.api.backend import Backend, Caller, Terms
+from service.api.choice import Echo, Reply
 from service.api.constraint import rule_of
-from service.api.generation import Echo, Generation, Reply
+from service.api.generation import Generation
 from service.api.schema_chat import ChatRequest
+from service.api.strict import Warnings
 from service.codec.prompt import Codec
 from service.scheduling.reading import Read
 
@@ -24,22 +26,22 @@ EFFORT_VARIABLES = frozenset({"reasoning_effort", "enable_thinking", "thinking"}
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A chat that runs. model: its canonical name. warnings: what was ignored, clamped or truncated beyond what the body said."""
+    """A chat that runs. model: its canonical name."""
 
     model: str
     codec: Codec
     generation: Generation
-    warnings: list[str] = field(default_factory=list)
 
 
-async def converse(backend: Backend, wanted: ChatRequest, caller: Caller, request_id: str) -> Dialogue:
-    """Raises: RequestError and its kinds, OverloadedError, UnavailableError; nothing is left running then."""
+async def converse(backend: Backend, wanted: ChatRequest, caller: Caller, request_id: str, warnings: Warnings) -> Dialogue:
+    """Mutates: warnings, about what is asked for and not done. Raises: RequestError and its kinds, OverloadedError, UnavailableError;
+    nothing is left running then."""
     model = backend.choose(wanted.model, generates=True)
     codec = backend.codecs[model]
-    warnings = _without_effect(backend, codec, wanted)
+    _note_idle(codec, wanted, warnings)
     size = _check_size(backend, model, wanted)
     prompt, terms = await backend.encode(model, lambda: _prepare(codec, wanted), size)
-    return Dialogue(model, codec, backend.submit(request_id, model, [prompt], wanted, caller, terms), warnings)
+    return Dialogue(model, codec, backend.submit(request_id, model, [prompt], wanted, caller, terms))
 
 
 async def encode_prompt(backend: Backend, model: str, wanted: ChatRequest) -> list[int]:
@@ -109,17 +111,17 @@ def _grammar_param(wanted: ChatRequest) -> str:
     return constraint[2] if constraint is not None else "functions" if wanted.is_legacy else "tools"
 
 
-def _without_effect(backend: Backend, codec: Codec, wanted: ChatRequest) -> list[str]:
-    """Warnings about what was asked for and is not done. Raises: RequestError in strict mode."""
-    warnings: list[str] = []
+def _note_idle(codec: Codec, wanted: ChatRequest, warnings: Warnings) -> None:
+    """What has no effect here. Mutates: warnings."""
     known = codec.template.variables if codec.template is not None else frozenset()
     if wanted.verbosity not in (None, "medium"):
-        backend.warn(warnings, "verbosity", "verbosity has no effect on this model")
+        warnings.note("verbosity", "verbosity has no effect on this model")
     if wanted.reasoning_effort not in (None, "none") and not known & EFFORT_VARIABLES:
-        backend.warn(warnings, "reasoning_effort", "reasoning_effort has no effect on this model")
+        warnings.note("reasoning_effort", "reasoning_effort has no effect on this model")
     for name in wanted.chat_template_kwargs:
         if name in EFFORT_VARIABLES - known:
-            backend.warn(warnings, f"chat_template_kwargs.{name}", f"chat_template_kwargs.{name} has no effect on this model")
+            warnings.note(f"chat_template_kwargs.{name}", f"chat_template_kwargs.{name} has no effect on this model")
     if wanted.store:
-        backend.warn(warnings, "store", "store has no effect: chat completions are not kept")
-    return warnings
+        warnings.note("store", "store has no effect: chat completions are not kept")
+    if wanted.moderation is not None:
+        warnings.note("moderation", "moderation has no effect: no model here judges texts")

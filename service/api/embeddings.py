@@ -21,6 +21,7 @@ from service.api.body import BodyLimits, parse
 from service.api.readings import while_connected
 from service.api.routes import caller_of, warnings_header
 from service.api.schema_vectors import EmbeddingRequest
+from service.api.strict import Warnings
 from service.api.vectors import Vectors, choose_embedder, embed
 
 
@@ -37,7 +38,7 @@ def embedding_router(backend: Backend, limits: BodyLimits) -> APIRouter:
     return router
 
 
-async def embeddings(backend: Backend, wanted: EmbeddingRequest, caller: Caller, warnings: list[str]) -> dict[str, Any]:
+async def embeddings(backend: Backend, wanted: EmbeddingRequest, caller: Caller, warnings: Warnings) -> dict[str, Any]:
     """The answer's body. Mutates: warnings."""
     model = choose_embedder(backend, wanted.model)
     inputs = wanted.inputs

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import error_response
-from service.errors import EngineError, HeaderTooLargeError
+from service.errors import EngineError, HeaderTooLargeError, RequestError
 from service.metrics import Metrics
 
 log = logging.getLogger("braid.http")
@@ -58,7 +58,7 @@ class Envelope:
         try:
             _check_header(scope)
             await self.app(scope, receive, send_signed)
-        except HeaderTooLargeError as error:
+        except RequestError as error:
             await error_response(error, {"connection": "close"})(scope, receive, send_signed)
         except Exception:
             log.exception("request %s failed", request_id)
@@ -70,8 +70,11 @@ class Envelope:
 
 
 def _check_header(scope: Scope) -> None:
-    """The parser bounds only a header that does not come in one piece. Raises: HeaderTooLargeError."""
+    """The parser bounds only a header that does not come in one piece. A body whose length is told in two ways is how requests are
+    smuggled past a proxy (RFC 9112, section 6.1). Raises: HeaderTooLargeError, RequestError."""
     fields = scope["headers"]
+    if {b"transfer-encoding", b"content-length"} <= {name for name, _ in fields}:
+        raise RequestError("a request must have Content-Length or Transfer-Encoding, not both")
     if len(fields) > MAX_HEADERS:
         raise HeaderTooLargeError(f"the header has {len(fields)} fields; at most {MAX_HEADERS} are allowed")
     size = len(scope.get("raw_path") or b"") + len(scope["query_string"]) + sum(len(name) + len(value) for name, value in fields)

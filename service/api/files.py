@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,15 +18,18 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import Message
 
-from service.api.body import BodyLimits, discard
-from service.api.pages import is_descending, page, page_limit
-from service.api.routes import caller_of
+from service.api.body import BodyLimits, discard, printable
+from service.api.listing import is_descending, page, page_limit
+from service.api.routes import caller_of, json_answer
+from service.api.strict import Warnings
 from service.errors import BodyTooLargeError, DeadlineError, MediaTypeError, RequestError
 from service.jobs.desk import Desk
 from service.jobs.files import StoredFile, storage_error
 
 PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
 _LISTED = (*PURPOSES, "batch_output")
+_ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
+_FIELDS = ("file", "purpose", _ANCHOR, _SECONDS)
 _MAX_LIST = 10_000
 _MAX_FIELDS = 8
 _MAX_FIELD_BYTES = 4096
@@ -52,6 +56,7 @@ def files_router(desk: Desk | None, limits: BodyLimits) -> APIRouter:
         store = desk_of(desk).files
         async with _form(request, store.max_file_bytes, limits) as form:
             upload, purpose, lifetime_s = _fields(form)
+            warnings = _unknown(form, Warnings(limits.is_strict))
             stored = await asyncio.to_thread(
                 store.create,
                 upload.file,
@@ -60,7 +65,7 @@ def files_router(desk: Desk | None, limits: BodyLimits) -> APIRouter:
                 purpose=purpose,
                 lifetime_s=lifetime_s,
             )
-        return JSONResponse(_view(stored))
+        return json_answer(_view(stored), warnings)
 
     @router.get("/v1/files")
     async def list_files(request: Request) -> Response:
@@ -83,6 +88,9 @@ def files_router(desk: Desk | None, limits: BodyLimits) -> APIRouter:
         path = store.path(store.get(caller_of(request).tenant, file_id))
         # A browser that is led here must not run what somebody uploaded.
         headers = {"content-disposition": "attachment", "x-content-type-options": "nosniff"}
+        # One that says nothing, or several, is ignored, as HTTP has it; Starlette would answer with a 400 that is no JSON.
+        if not _is_range(request.headers.get("range", "")):
+            request.scope["headers"] = [field for field in request.scope["headers"] if field[0] != b"range"]
         return FileResponse(path, media_type="application/octet-stream", headers=headers)
 
     @router.delete("/v1/files/{file_id}")
@@ -172,7 +180,24 @@ def _fields(form: FormData) -> tuple[UploadFile, str, int | None]:
         raise RequestError("file must be a file, with a filename", param="file")
     if purpose not in PURPOSES:
         raise RequestError(f"purpose must be one of {', '.join(PURPOSES)}", param="purpose")
-    return upload, str(purpose), lifetime_of(form.get("expires_after[anchor]"), form.get("expires_after[seconds]"))
+    return upload, str(purpose), lifetime_of(form.get(_ANCHOR), form.get(_SECONDS))
+
+
+def _unknown(form: FormData, warnings: Warnings) -> Warnings:
+    """Notes the fields that are ignored. Mutates: warnings. Raises: RequestError where strict."""
+    for name in dict.fromkeys(form):
+        if name not in _FIELDS:
+            warnings.note(printable(name), f"unknown field {printable(name)!r} was ignored")
+    return warnings
+
+
+def _is_range(text: str) -> bool:
+    """Does a Range header ask for one stretch of bytes?"""
+    found = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", text)
+    if found is None or not any(found.groups()):
+        return False
+    first, last = found.groups()
+    return not (first and last) or int(first) <= int(last)
 
 
 def lifetime_of(anchor: Any, seconds: Any, anchors: tuple[str, ...] = ("created_at",)) -> int | None:

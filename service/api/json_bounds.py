@@ -12,11 +12,12 @@ from service.errors import RequestError
 
 MAX_VALUES = 2**20
 MAX_CONTAINERS = 2**18
+MAX_KEYS = 2**19
 MAX_DEPTH = 256
 
 
 def check_size(text: bytes) -> None:
-    """Raises: RequestError when there are too many separators: of elements and keys, or of lists and objects.
+    """Raises: RequestError when there are too many separators: of elements, of keys and values, or of lists and objects.
 
     Those inside of strings count too, which keeps this at the speed of memchr; a text that has so many is beyond every model's context.
     """
@@ -25,6 +26,8 @@ def check_size(text: bytes) -> None:
         raise _too_many(f"brackets that open a list or an object, {num_containers}", MAX_CONTAINERS)
     if (num_commas := text.count(b",")) > MAX_VALUES:
         raise _too_many(f"commas, {num_commas}", MAX_VALUES)
+    if (num_colons := text.count(b":")) > MAX_KEYS:
+        raise _too_many(f"colons, {num_colons}", MAX_KEYS)
 
 
 def _too_many(what: str, limit: int) -> RequestError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from service.api.generation import Token
+from service.api.choice import Token
 from service.codec.tokenizer import Tokenizer
 from service.engine.messages import Reading, TokenLogprob
 

@@ -21,17 +21,18 @@ from service.api.messages_shape import MessagesShape
 from service.api.routes import caller_of, warnings_header
 from service.api.schema_chat import ChatRequest
 from service.api.sse import EventStream, WholeAnswer
+from service.api.strict import Warnings
 
 
 def messages_router(backend: Backend, limits: BodyLimits) -> APIRouter:
     """Raises, when called: RequestError and its kinds, OverloadedError, UnavailableError, DeadlineError."""
     router = APIRouter(redirect_slashes=False)
 
-    def translated(wanted: ConversationFields, warnings: list[str]) -> ChatRequest:
+    def translated(wanted: ConversationFields, warnings: Warnings) -> ChatRequest:
         """Mutates: warnings."""
         body, ignored = chat_request(wanted)
         for param, text in ignored:
-            backend.warn(warnings, param, text)
+            warnings.note(param, text)
         return checked(body, ChatRequest)[0]
 
     @router.post("/v1/messages")
@@ -39,8 +40,8 @@ def messages_router(backend: Backend, limits: BodyLimits) -> APIRouter:
         wanted, warnings = await parse(request, MessagesRequest, limits)
         chat = translated(wanted, warnings)
         message_id = f"msg_{uuid.uuid4().hex}"
-        dialogue = await converse(backend, chat, caller_of(request), message_id)
-        warnings = [*warnings, *map(renamed, dialogue.warnings)]
+        dialogue = await converse(backend, chat, caller_of(request), message_id, warnings)
+        warnings[:] = map(renamed, warnings)
         request_id = _request_id(request)
         shape = MessagesShape({"id": message_id, "model": dialogue.model}, dialogue.generation, request_id, warnings)
         headers = {**warnings_header(warnings), "request-id": request_id}

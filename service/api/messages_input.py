@@ -148,7 +148,9 @@ def _append(messages: list[dict[str, Any]], message: dict[str, Any]) -> None:
         messages.append(message)
         return
     if "content" in message:
-        last["content"] = _listed(last.get("content")) + _listed(message["content"])
+        # In place: a new list for every block would make many blocks cost the square of their number.
+        last["content"] = content if isinstance(content := last.get("content"), list) else _listed(content)
+        last["content"].extend(_listed(message["content"]))
     if "reasoning_content" in message:
         last["reasoning_content"] = "\n".join(filter(None, (last.get("reasoning_content"), message["reasoning_content"])))
     if "tool_calls" in message:

@@ -10,20 +10,25 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from service.api.schema import INT32, MAX_MESSAGES, MAX_PARTS, MAX_STOPS, Count, StopString, Strict, Text, Word, is_empty, never
+from service.api.schema import (
+    INT32,
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_STOPS,
+    Count,
+    StopString,
+    Strict,
+    Text,
+    Word,
+    content_kind,
+    is_empty,
+    never,
+    type_of,
+)
 from service.api.schema_tools import MAX_TOOLS, ToolName
 from service.errors import RequestError
 
 _UNBUILT: dict[str, Callable[[Any], bool]] = {"container": never, "context_management": is_empty, "mcp_servers": is_empty}
-
-
-def _kind(block: Any) -> str | None:
-    kind = block.get("type") if isinstance(block, dict) else getattr(block, "type", None)
-    return kind if isinstance(kind, str) else None
-
-
-def _content_kind(content: Any) -> str | None:
-    return "text" if isinstance(content, str) else "blocks" if isinstance(content, list) else None
 
 
 _ONLY_TEXT = "this model takes text only: a block must have type text"
@@ -47,7 +52,7 @@ class DocumentBlock(Strict):
     type: Literal["document"]
     source: Annotated[
         Annotated[TextSource, Tag("text")],
-        Discriminator(_kind, custom_error_type="source", custom_error_message="only documents of source type text can be read"),
+        Discriminator(type_of, custom_error_type="source", custom_error_message="only documents of source type text can be read"),
     ]
     title: Word | None = None
     context: Text | None = None
@@ -73,7 +78,7 @@ class ToolUseBlock(Strict):
 
 _ResultBlock = Annotated[
     Annotated[TextBlock, Tag("text")] | Annotated[DocumentBlock, Tag("document")],
-    Discriminator(_kind, custom_error_type="content_block", custom_error_message=f"{_ONLY_TEXT} or document"),
+    Discriminator(type_of, custom_error_type="content_block", custom_error_message=f"{_ONLY_TEXT} or document"),
 ]
 
 
@@ -81,8 +86,8 @@ class ToolResultBlock(Strict):
     type: Literal["tool_result"]
     tool_use_id: Word
     content: Annotated[
-        Annotated[Text, Tag("text")] | Annotated[list[_ResultBlock], Field(max_length=MAX_PARTS, fail_fast=True), Tag("blocks")],
-        Discriminator(_content_kind, custom_error_type="content_type", custom_error_message=_TEXT_OR_BLOCKS),
+        Annotated[Text, Tag("text")] | Annotated[list[_ResultBlock], Field(max_length=MAX_PARTS, fail_fast=True), Tag("parts")],
+        Discriminator(content_kind, custom_error_type="content_type", custom_error_message=_TEXT_OR_BLOCKS),
     ] = ""
     is_error: bool = False
 
@@ -95,7 +100,7 @@ Block = Annotated[
     | Annotated[ToolUseBlock, Tag("tool_use")]
     | Annotated[ToolResultBlock, Tag("tool_result")],
     Discriminator(
-        _kind,
+        type_of,
         custom_error_type="content_block",
         custom_error_message=f"{_ONLY_TEXT}, document, thinking, redacted_thinking, tool_use or tool_result",
     ),
@@ -112,8 +117,8 @@ _ALLOWED: dict[str, frozenset[str]] = {
 class MessageParam(Strict):
     role: Literal["user", "assistant", "system"]
     content: Annotated[
-        Annotated[Text, Tag("text")] | Annotated[list[Block], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("blocks")],
-        Discriminator(_content_kind, custom_error_type="content_type", custom_error_message=_TEXT_OR_BLOCKS),
+        Annotated[Text, Tag("text")] | Annotated[list[Block], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("parts")],
+        Discriminator(content_kind, custom_error_type="content_type", custom_error_message=_TEXT_OR_BLOCKS),
     ]
 
     @property
@@ -141,8 +146,8 @@ class MessagesTool(Strict):
 
 
 def _tool_kind(tool: Any) -> str | None:
-    kind = _kind(tool)
-    return "custom" if kind is None and isinstance(tool, dict) and tool.get("type") is None else kind
+    is_silent = isinstance(tool, dict) and tool.get("type") is None
+    return "custom" if is_silent else type_of(tool)
 
 
 MessagesToolUnion = Annotated[
@@ -193,8 +198,8 @@ class ConversationFields(Strict):
     model: Word
     messages: Annotated[list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: Annotated[
-        Annotated[Text, Tag("text")] | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True), Tag("blocks")],
-        Discriminator(_content_kind, custom_error_type="content_type", custom_error_message=_TEXT_OR_BLOCKS),
+        Annotated[Text, Tag("text")] | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True), Tag("parts")],
+        Discriminator(content_kind, custom_error_type="content_type", custom_error_message=_TEXT_OR_BLOCKS),
     ] = ""
     tools: Annotated[list[MessagesToolUnion], Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True)]
     tool_choice: MessagesToolChoice | None = None

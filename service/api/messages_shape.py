@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 from pydantic_core import from_json
 
-from service.api.generation import Generation, Piece
+from service.api.choice import Piece
+from service.api.generation import Generation
 from service.api.messages_error import messages_error
 from service.api.sse import event
 from service.codec.reply import CallDelta
@@ -120,9 +121,9 @@ class MessagesShape:
     def _stop_reason(self) -> str:
         if self._end is None or self._end.finish == "length":
             return "max_tokens"
-        if any(block["type"] == "tool_use" for block in self._blocks):
-            return "tool_use"
-        return "end_turn" if self._stop_sequence() is None else "stop_sequence"
+        if self._end.finish != "tool_calls" and self._stop_sequence() is not None:
+            return "stop_sequence"  # also inside a call, which then must not be run
+        return "tool_use" if any(block["type"] == "tool_use" for block in self._blocks) else "end_turn"
 
     def _stop_sequence(self) -> str | None:
         reason = self._end.stop_reason if self._end is not None else None

@@ -20,6 +20,7 @@ from service.api.embeddings import reply, usage
 from service.api.readings import while_connected
 from service.api.routes import caller_of
 from service.api.schema_vectors import RerankRequest, ScoreRequest
+from service.api.strict import Warnings
 from service.api.vectors import Vectors, choose_embedder, cosines, embed
 
 
@@ -59,9 +60,7 @@ def rerank_router(backend: Backend, limits: BodyLimits) -> APIRouter:
     return router
 
 
-async def rank(
-    backend: Backend, wanted: RerankRequest, caller: Caller, warnings: list[str]
-) -> tuple[str, list[tuple[int, float]], Vectors]:
+async def rank(backend: Backend, wanted: RerankRequest, caller: Caller, warnings: Warnings) -> tuple[str, list[tuple[int, float]], Vectors]:
     """The model, (document's index, score) of the best top_n, best first and equal ones in their order, and the vectors.
 
     Mutates: warnings.
@@ -98,7 +97,7 @@ def _results(wanted: RerankRequest, ranking: list[tuple[int, float]], with_docum
     ]
 
 
-async def score(backend: Backend, wanted: ScoreRequest, caller: Caller, warnings: list[str]) -> dict[str, Any]:
+async def score(backend: Backend, wanted: ScoreRequest, caller: Caller, warnings: Warnings) -> dict[str, Any]:
     """The answer's body: a score for each text of the right side, with the one on the left or with its own. Mutates: warnings."""
     model = choose_embedder(backend, wanted.model)
     (left, lefts), (right, rights) = wanted.sides

@@ -18,8 +18,10 @@ from starlette.types import Receive, Scope, Send
 from service.api.backend import Backend, Caller, context_of
 from service.api.body import BodyLimits, checked, parse
 from service.api.dialogue import Dialogue, converse, encode_prompt
+from service.api.listing import is_descending, page_limit
 from service.api.responses_background import Background, Job, replay
-from service.api.responses_input import Context, chat_body, context, fitting, ignored, in_our_words, room_for_answer
+from service.api.responses_context import Context, context, ignored
+from service.api.responses_input import chat_body, fitting, in_our_words, renamed, room_for_answer
 from service.api.responses_schema import InputTokensRequest, PromptFields, ResponsesRequest
 from service.api.responses_shape import ResponseAnswer, head
 from service.api.responses_store import Item, ResponseStore, Stored, StoreLimits
@@ -27,7 +29,7 @@ from service.api.routes import caller_of, warnings_header
 from service.api.schema import INT32
 from service.api.schema_chat import ChatRequest
 from service.api.sse import EventStream, WholeAnswer
-from service.api.strict import MAX_WARNINGS
+from service.api.strict import Warnings
 from service.errors import ContextLengthError, NotFoundError, RequestError
 
 _MAX_PAGE = 100
@@ -57,16 +59,16 @@ class Responses:
     async def create(self, request: Request) -> Response:
         wanted, warnings = await parse(request, ResponsesRequest, self._limits)
         for param, text in ignored(wanted):
-            self._backend.warn(warnings, param, text)
+            warnings.note(param, text)
         caller = caller_of(request)
         if wanted.background and wanted.stream:
             self._background.check_room()
         found = context(wanted, self.store, caller.tenant)
         response_id = f"resp_{uuid.uuid4().hex}"
         with in_our_words():
-            chat, told = await self._chat(wanted, found.items)
-            dialogue = await converse(self._backend, chat, caller, response_id)
-        warnings = [*warnings, *told, *dialogue.warnings][:MAX_WARNINGS]
+            chat = await self._chat(wanted, found.items, warnings)
+            dialogue = await converse(self._backend, chat, caller, response_id, warnings)
+        warnings[:] = map(renamed, warnings)
         own = head(wanted, response_id, dialogue.model, _defaults(dialogue), warnings)
         headers = warnings_header(warnings)
         if wanted.background:
@@ -76,27 +78,26 @@ class Responses:
         return form(dialogue.generation, answer, headers)
 
     async def count(self, request: Request) -> Response:
-        wanted, _ = await parse(request, InputTokensRequest, self._limits)
+        wanted, warnings = await parse(request, InputTokensRequest, self._limits)
         found = context(wanted, self.store, caller_of(request).tenant)
         model = self._backend.choose(wanted.model, generates=True)
         with in_our_words():
-            chat, _ = await self._chat(wanted, found.items)
+            chat = await self._chat(wanted, found.items, warnings)
             prompt = await encode_prompt(self._backend, model, chat)
         return _json({"object": "response.input_tokens", "input_tokens": len(prompt)})
 
-    async def _chat(self, wanted: PromptFields, items: Sequence[dict[str, Any]]) -> tuple[ChatRequest, list[str]]:
-        """The request as chat has it, cut where truncation asks for that. Raises: RequestError."""
-        chat, warnings = checked(chat_body(wanted, items), ChatRequest)
+    async def _chat(self, wanted: PromptFields, items: Sequence[dict[str, Any]], warnings: Warnings) -> ChatRequest:
+        """The request as chat has it, cut where truncation asks for that. Mutates: warnings. Raises: RequestError."""
+        chat, _ = checked(chat_body(wanted, items), ChatRequest)
         if wanted.truncation == "disabled":
-            return chat, warnings
+            return chat
         model = self._backend.choose(wanted.model, generates=True)
         context_len = context_of(self._backend.info(model))
         kept = await fitting(items, context_len - room_for_answer(chat.wanted_tokens, context_len), self._counter(wanted, model))
         if len(kept) == len(items):
-            return chat, warnings
-        chat, warnings = checked(chat_body(wanted, kept), ChatRequest)
-        self._backend.warn(warnings, "truncation", f"truncation: the oldest {len(items) - len(kept)} items were left out")
-        return chat, warnings
+            return chat
+        warnings.note("truncation", f"truncation: the oldest {len(items) - len(kept)} items were left out")
+        return checked(chat_body(wanted, kept), ChatRequest)[0]
 
     def _counter(self, wanted: PromptFields, model: str) -> Any:
         async def count(items: Sequence[dict[str, Any]]) -> int:
@@ -139,7 +140,7 @@ class Responses:
     async def retrieve(self, request: Request, response_id: str) -> Response:
         tenant = caller_of(request).tenant
         is_stream = _flag(request, "stream")
-        start = _number(request, "starting_after", -1, least=0, most=2**53) + 1
+        start = _first_event(request)
         job = self._background.get(tenant, response_id)
         if job is not None:
             if not is_stream:
@@ -172,13 +173,10 @@ class Responses:
     async def input_items(self, request: Request, response_id: str) -> Response:
         """All items that the response answers to, those of the responses before it included."""
         tenant = caller_of(request).tenant
-        limit = _number(request, "limit", 20, least=1, most=_MAX_PAGE)
-        order = request.query_params.get("order", "desc")
-        if order not in ("asc", "desc"):
-            raise RequestError("order must be asc or desc", param="order", code="invalid_value")
+        limit, is_newest_first = page_limit(request.query_params, 20, _MAX_PAGE), is_descending(request.query_params)
         job = self._background.get(tenant, response_id)
         inputs = job.inputs if job is not None else self._find(tenant, response_id).inputs
-        return _page(inputs if order == "asc" else inputs[::-1], request.query_params.get("after"), limit)
+        return _page(inputs[::-1] if is_newest_first else inputs, request.query_params.get("after"), limit)
 
     def _find(self, tenant: str, response_id: str) -> Stored:
         stored = self.store.get(tenant, response_id)
@@ -244,13 +242,12 @@ def _flag(request: Request, name: str) -> bool:
     return text in ("true", "1")
 
 
-def _number(request: Request, name: str, usual: int, *, least: int, most: int) -> int:
-    text = request.query_params.get(name)
-    if text is None:
-        return usual
-    if not (text.isascii() and text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
-        raise RequestError(f"{name} must be a whole number between {least} and {most}", param=name, code="invalid_value")
-    return int(text)
+def _first_event(request: Request) -> int:
+    """The number of the first event that is wanted."""
+    text = request.query_params.get("starting_after", "")
+    if text and not (text.isascii() and text.isdecimal() and len(text) < 16):
+        raise RequestError("starting_after must be the number of an event", param="starting_after", code="invalid_value")
+    return int(text) + 1 if text else 0
 
 
 def _page(items: Sequence[Item], after: str | None, limit: int) -> Response:

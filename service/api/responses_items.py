@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from service.api.responses_input import new_id, output_text
+from service.api.responses_context import new_id, output_text
 from service.codec.reply import CallDelta
 
 # A type of event and its own fields; the number comes when it is told.

@@ -9,31 +9,44 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, field_validator
+from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag
 
 from service.api.schema import (
     INT32,
     MAX_MESSAGES,
-    MAX_METADATA,
     MAX_PARTS,
-    MAX_STOPS,
+    CacheRetention,
     Count,
+    Effort,
+    Metadata,
+    MinP,
+    MinTokens,
+    NumTop,
     Penalty,
-    StopString,
+    Priority,
+    RepetitionPenalty,
+    Seed,
+    ServiceTier,
+    StopIds,
+    Stops,
     Strict,
+    Temperature,
     Text,
-    TokenId,
+    Timeout,
+    TopK,
+    TopP,
+    Verbosity,
     Word,
-    bounded,
+    content_kind,
     is_empty,
     never,
+    type_of,
 )
 from service.api.schema_tools import MAX_TOOLS, ToolName
 from service.errors import RequestError
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Status = Literal["in_progress", "completed", "incomplete"]
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 # What a client may ask to be included. Only the first changes an answer here; the others belong to tools that are not built.
 Include = Literal[
     "message.output_text.logprobs",
@@ -46,11 +59,6 @@ Include = Literal[
     "code_interpreter_call.outputs",
 ]
 LOGPROBS: Include = "message.output_text.logprobs"
-
-
-def _kind(data: Any) -> str | None:
-    kind = data.get("type") if isinstance(data, dict) else getattr(data, "type", None)
-    return kind if isinstance(kind, str) else None
 
 
 # --- input items
@@ -88,77 +96,68 @@ class SummaryText(Strict):
 ItemPart = Annotated[
     Annotated[InputText, Tag("input_text")] | Annotated[OutputText, Tag("output_text")] | Annotated[OutputRefusal, Tag("refusal")],
     Discriminator(
-        _kind,
+        type_of,
         custom_error_type="content_part",
         custom_error_message="this model takes text only: a part must have type input_text, output_text or refusal",
     ),
 ]
 
 
-def _content_kind(content: Any) -> str | None:
-    return "text" if isinstance(content, str) else "parts" if isinstance(content, list) else None
-
-
 ItemContent = Annotated[
     Annotated[Text, Tag("text")] | Annotated[list[ItemPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("parts")],
-    Discriminator(_content_kind, custom_error_type="content_type", custom_error_message="must be a string or a list of content parts"),
+    Discriminator(content_kind, custom_error_type="content_type", custom_error_message="must be a string or a list of content parts"),
 ]
 
 
-class MessageItem(Strict):
+class ItemFields(Strict):
+    """What every item may have."""
+
+    id: Id | None = None
+    status: Status | None = None
+
+
+class MessageItem(ItemFields):
     """Type message may be left out."""
 
     type: Literal["message"] = "message"
-    id: Id | None = None
     role: Literal["user", "assistant", "system", "developer"]
     content: ItemContent
-    status: Status | None = None
     phase: Word | None = None
 
 
-class FunctionCallItem(Strict):
+class FunctionCallItem(ItemFields):
     type: Literal["function_call"]
-    id: Id | None = None
     call_id: Id
     name: ToolName
     arguments: Text
-    status: Status | None = None
 
 
-class FunctionOutputItem(Strict):
+class FunctionOutputItem(ItemFields):
     type: Literal["function_call_output"]
-    id: Id | None = None
     call_id: Id
     output: ItemContent
-    status: Status | None = None
 
 
-class CustomCallItem(Strict):
+class CustomCallItem(ItemFields):
     type: Literal["custom_tool_call"]
-    id: Id | None = None
     call_id: Id
     name: ToolName
     input: Text
-    status: Status | None = None
 
 
-class CustomOutputItem(Strict):
+class CustomOutputItem(ItemFields):
     type: Literal["custom_tool_call_output"]
-    id: Id | None = None
     call_id: Id
     output: ItemContent
-    status: Status | None = None
 
 
-class ReasoningItem(Strict):
+class ReasoningItem(ItemFields):
     """encrypted_content: another server's, which can't be read here."""
 
     type: Literal["reasoning"]
-    id: Id | None = None
     summary: Annotated[list[SummaryText], Field(max_length=MAX_PARTS, fail_fast=True)] = Field(default_factory=list)
     content: Annotated[list[ReasoningText], Field(max_length=MAX_PARTS, fail_fast=True)] = Field(default_factory=list)
     encrypted_content: Text | None = None
-    status: Status | None = None
 
 
 class ItemReference(Strict):
@@ -170,11 +169,9 @@ class ItemReference(Strict):
 
 def _item_kind(item: Any) -> str | None:
     """The type; a message and a reference may leave it out."""
-    if not isinstance(item, dict):
-        return getattr(item, "type", None)
-    if item.get("type") is None:
+    if isinstance(item, dict) and item.get("type") is None:
         return "message" if "role" in item else "item_reference" if "id" in item else None
-    return _kind(item)
+    return type_of(item)
 
 
 InputItem = Annotated[
@@ -245,7 +242,7 @@ def _built_tool(tool: Any) -> Any:
 
 def _tool_kind(tool: Any) -> str | None:
     """Not the bare type: chat's form of a tool has a field of that name, which the place of an error must not lead into."""
-    kind = _kind(tool)
+    kind = type_of(tool)
     return None if kind is None else f"flat {kind}"
 
 
@@ -270,7 +267,7 @@ class FlatAllowed(Strict):
 
 
 def _choice_kind(choice: Any) -> str | None:
-    kind = "mode" if isinstance(choice, str) else _kind(choice)
+    kind = "mode" if isinstance(choice, str) else type_of(choice)
     return "named" if kind in ("function", "custom") else kind
 
 
@@ -301,7 +298,7 @@ class TextFormat(Strict):
 
 class TextOptions(Strict):
     format: TextFormat | None = None
-    verbosity: Literal["low", "medium", "high"] | None = None
+    verbosity: Verbosity | None = None
 
 
 class ReasoningOptions(Strict):
@@ -323,7 +320,6 @@ class ResponseStreamOptions(Strict):
 _UNBUILT: dict[str, Callable[[Any], bool]] = {
     "context_management": is_empty,
     "conversation": never,
-    "moderation": never,
     "prompt": never,
 }
 
@@ -372,46 +368,37 @@ class PromptFields(Strict):
 class ResponsesRequest(PromptFields):
     max_output_tokens: Count | None = None
     max_tool_calls: Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_logprobs: NumTop | None = None
     include: Annotated[list[Include], Field(max_length=16, fail_fast=True)] = Field(default_factory=list)
     stream: bool = False
     stream_options: ResponseStreamOptions | None = None
     store: bool = True
     background: bool = False
     # Accepted and echoed, of no effect on the text.
-    metadata: Annotated[dict[str, Word], Field(max_length=MAX_METADATA)] | None = None
-    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+    metadata: Metadata | None = None
+    service_tier: ServiceTier | None = None
     user: Word | None = None
     safety_identifier: Word | None = None
     prompt_cache_key: Word | None = None
-    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    prompt_cache_retention: CacheRetention | None = None
     prompt_cache_options: dict[str, Any] | None = None
+    moderation: dict[str, Any] | None = None
     # Beyond OpenAI's, as /v1/chat/completions has them, which checks them too.
-    top_k: Annotated[int, Field(ge=-1, le=INT32)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    seed: Seed | None = None
+    stop: Stops | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128, fail_fast=True)] | None = None
-    priority: Annotated[int, Field(ge=-INT32, le=INT32)] | None = None
-    timeout: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] | None = None
+    min_tokens: MinTokens | None = None
+    stop_token_ids: StopIds | None = None
+    priority: Priority | None = None
+    timeout: Timeout | None = None
     cache_salt: Word | None = None
-
-    @field_validator("metadata", mode="before")
-    @classmethod
-    def _little_metadata(cls, value: Any) -> Any:
-        return bounded(value, MAX_METADATA)
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_stop(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     def check(self) -> None:
         super().check()

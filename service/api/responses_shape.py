@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from service.api.generation import Generation, Piece, Token
+from service.api.choice import Piece, Token
+from service.api.generation import Generation
 from service.api.logprobs import chat_entries
 from service.api.responses_input import rename
 from service.api.responses_items import News, Output

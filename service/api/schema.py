@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from service.engine.messages import MAX_CHOICES
 from service.errors import RequestError
@@ -24,6 +24,7 @@ MAX_IDS = 2**20
 MAX_CHARS = 2**28
 MAX_BIASES = 4096
 MAX_METADATA = 64
+MAX_FIELDS = 1024
 INT32 = 2**31 - 1
 
 # A bound also makes pydantic refuse half a surrogate pair, which a plain str lets pass.
@@ -31,8 +32,67 @@ Text = Annotated[str, StringConstraints(max_length=MAX_CHARS)]
 Word = Annotated[str, StringConstraints(max_length=512)]
 Count = Annotated[int, Field(ge=1, le=INT32)]
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+NonEmpty = Annotated[str, StringConstraints(min_length=1, max_length=MAX_CHARS)]
+Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+def type_of(data: Any) -> str | None:
+    """The field `type`, by which unions tell parts, items and tools apart."""
+    kind = data.get("type") if isinstance(data, dict) else getattr(data, "type", None)
+    return kind if isinstance(kind, str) else None
+
+
+def content_kind(content: Any) -> str | None:
+    """The same for content that is a text or a list of parts."""
+    return "text" if isinstance(content, str) else "parts" if isinstance(content, list) else None
+
+
+def prompt_kind(prompt: Any) -> str | None:
+    """The same for one or many texts or lists of ids."""
+    if isinstance(prompt, str):
+        return "text"
+    if not isinstance(prompt, list) or not prompt:
+        return None
+    first = prompt[0]
+    return "texts" if isinstance(first, str) else "id_lists" if isinstance(first, list) else "ids"
+
+
+def bounded(most: int) -> BeforeValidator:
+    """Counts an object's entries before pydantic looks at each of them, and makes an error of each: it has no fail_fast for these."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"must have at most {most} entries, not {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+# Fields that several routes take.
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+TopP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+TopK = Annotated[int, Field(ge=-1, le=INT32)]
+MinP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+RepetitionPenalty = Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)]
+NumTop = Annotated[int, Field(ge=0, le=20)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Stops = Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_listed)]
+StopIds = Annotated[list[TokenId], Field(max_length=128, fail_fast=True)]
+MinTokens = Annotated[int, Field(ge=0, le=INT32)]
+Priority = Annotated[int, Field(ge=-INT32, le=INT32)]
+Timeout = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Metadata = Annotated[dict[str, Word], Field(max_length=MAX_METADATA), bounded(MAX_METADATA)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Verbosity = Literal["low", "medium", "high"]
+ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
+CacheRetention = Literal["in_memory", "in-memory", "24h"]
 
 
 class Strict(BaseModel):
@@ -45,7 +105,11 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        if len(data) > MAX_FIELDS:
+            raise ValueError(f"must have at most {MAX_FIELDS} fields, not {len(data)}")
+        return {key: value for key, value in data.items() if value is not None}
 
     def unknown_fields(self) -> list[str]:
         return list(self.model_extra or ())
@@ -58,13 +122,6 @@ class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False
-
-
-def bounded(value: Any, most: int) -> Any:
-    """Counts an object's entries before pydantic looks at each of them, and makes an error of each: it has no fail_fast for these."""
-    if isinstance(value, dict) and len(value) > most:
-        raise ValueError(f"must have at most {most} entries, not {len(value)}")
-    return value
 
 
 def is_empty(value: Any) -> bool:
@@ -106,41 +163,31 @@ class SamplingFields(Strict):
 
     model: Word | None = None
     max_tokens: Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=INT32)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] = []
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]], Field(max_length=MAX_BIASES)] = {}
+    repetition_penalty: RepetitionPenalty | None = None
+    seed: Seed | None = None
+    stop: Stops = []
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES), bounded(MAX_BIASES)] = {}
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     ignore_eos: bool = False
-    min_tokens: Annotated[int, Field(ge=0, le=INT32)] = 0
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128, fail_fast=True)] = []
+    min_tokens: MinTokens = 0
+    stop_token_ids: StopIds = []
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     stream: bool = False
     stream_options: StreamOptions | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    prompt_logprobs: NumTop | None = None
     return_token_ids: bool = False
     user: Word | None = None
-    priority: Annotated[int, Field(ge=-INT32, le=INT32)] = 0
-    timeout: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] | None = None
+    priority: Priority = 0
+    timeout: Timeout | None = None
     cache_salt: Word | None = None
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_stop(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-    @field_validator("logit_bias", mode="before")
-    @classmethod
-    def _few_biases(cls, value: Any) -> Any:
-        return bounded(value, MAX_BIASES)
 
     @field_validator("logit_bias", mode="after")
     @classmethod

@@ -14,18 +14,25 @@ from pydantic import Discriminator, Field, StringConstraints, Tag, field_validat
 
 from service.api.schema import (
     MAX_MESSAGES,
-    MAX_METADATA,
     MAX_PARTS,
     MAX_STOPS,
     UNBUILT,
+    CacheRetention,
     Count,
+    Effort,
+    Metadata,
+    NumTop,
+    ServiceTier,
     Strict,
     Text,
+    Verbosity,
     Word,
     bounded,
+    content_kind,
     equals,
     is_empty,
     never,
+    type_of,
 )
 from service.api.schema_format import FormatFields
 from service.api.schema_tools import (
@@ -88,8 +95,9 @@ class CustomToolCall(Strict):
 
 
 def _call_kind(call: Any) -> str | None:
-    kind = call.get("type") if isinstance(call, dict) else getattr(call, "type", None)
-    return "function" if kind is None else kind if isinstance(kind, str) else None
+    """The type, which calls of functions may leave out."""
+    is_silent = isinstance(call, dict) and call.get("type") is None
+    return "function" if is_silent else type_of(call)
 
 
 ToolCall = Annotated[
@@ -98,25 +106,14 @@ ToolCall = Annotated[
 ]
 
 
-def _part_kind(part: Any) -> str | None:
-    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return kind if isinstance(kind, str) else None
-
-
-def _content_kind(content: Any) -> str | None:
-    return "text" if isinstance(content, str) else "parts" if isinstance(content, list) else None
-
-
 Part = Annotated[
     Annotated[TextPart, Tag("text")] | Annotated[RefusalPart, Tag("refusal")],
-    Discriminator(
-        _part_kind, custom_error_type="content_part", custom_error_message="this model takes text only: a part must have type text"
-    ),
+    Discriminator(type_of, custom_error_type="content_part", custom_error_message="this model takes text only: a part must have type text"),
 ]
 Content = Annotated[
     Annotated[Text, Tag("text")] | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("parts")],
     Discriminator(
-        _content_kind, custom_error_type="content_type", custom_error_message="content must be a string or a list of content parts"
+        content_kind, custom_error_type="content_type", custom_error_message="content must be a string or a list of content parts"
     ),
 ]
 
@@ -144,7 +141,8 @@ class Message(Strict):
         for field in ("tool_calls", "function_call"):
             if getattr(self, field) and self.role != "assistant":
                 raise RequestError(f"only assistant messages can have {field}", param=f"{param}.{field}")
-        has_other = self.tool_calls or self.function_call or self.refusal is not None
+        thought = self.reasoning_content or self.reasoning  # of an answer that was cut while it reasoned
+        has_other = self.tool_calls or self.function_call or self.refusal is not None or thought
         if self.content is None and not (self.role == "assistant" and has_other):
             raise RequestError(f"a message of role {self.role} needs content", param=f"{param}.content")
 
@@ -159,7 +157,7 @@ class Message(Strict):
         calls = [_as_function(call) for call in self.tool_calls or ()]
         if self.function_call is not None:
             calls.append({"type": "function", "function": self.function_call.model_dump(include={"name", "arguments"})})
-        return {**given, "tool_calls": calls} if calls else given
+        return {**given, "tool_calls": calls} if calls else {"content": "", **given}
 
     def text(self) -> str:
         """Of the content, parts joined."""
@@ -192,26 +190,30 @@ class ChatRequest(FormatFields):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Count | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: NumTop | None = None
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True, default_factory=list)]
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
     functions: Annotated[list[FunctionDefinition], Field(max_length=MAX_TOOLS, fail_fast=True, default_factory=list)]
     function_call: FunctionCall | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    chat_template_kwargs: Annotated[dict[str, Scalar], Field(max_length=MAX_TEMPLATE_KWARGS, default_factory=dict)]
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: Annotated[
+        dict[str, Scalar], Field(max_length=MAX_TEMPLATE_KWARGS, default_factory=dict), bounded(MAX_TEMPLATE_KWARGS)
+    ]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     echo: bool = False
     # Accepted, of no effect on the text here.
     prediction: Prediction | None = None
-    verbosity: Literal["low", "medium", "high"] | None = None
-    metadata: Annotated[dict[str, Word], Field(max_length=MAX_METADATA)] | None = None
+    verbosity: Verbosity | None = None
+    metadata: Metadata | None = None
     store: bool | None = None
-    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+    service_tier: ServiceTier | None = None
     safety_identifier: Word | None = None
     prompt_cache_key: Word | None = None
-    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    prompt_cache_retention: CacheRetention | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    moderation: dict[str, Any] | None = None
 
     @field_validator("messages", mode="before")
     @classmethod
@@ -222,16 +224,6 @@ class ChatRequest(FormatFields):
             if num_parts > MAX_TOTAL_PARTS:
                 raise ValueError(f"must have at most {MAX_TOTAL_PARTS} content parts together, not {num_parts}")
         return value
-
-    @field_validator("metadata", mode="before")
-    @classmethod
-    def _little_metadata(cls, value: Any) -> Any:
-        return bounded(value, MAX_METADATA)
-
-    @field_validator("chat_template_kwargs", mode="before")
-    @classmethod
-    def _few_kwargs(cls, value: Any) -> Any:
-        return bounded(value, MAX_TEMPLATE_KWARGS)
 
     def check(self) -> None:
         super().check()

@@ -7,36 +7,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Discriminator, Field, StringConstraints, Tag
+from pydantic import Discriminator, Field, Tag
 
-from service.api.schema import INT32, MAX_CHARS, MAX_IDS, MAX_PROMPTS, Text, TokenId
+from service.api.schema import INT32, MAX_PROMPTS, Ids, NonEmpty, NumTop, Text, prompt_kind
 from service.api.schema_format import FormatFields
 from service.engine.messages import MAX_CHOICES
 from service.errors import RequestError
 
-Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
-
-
-def _prompt_kind(prompt: Any) -> str | None:
-    if isinstance(prompt, str):
-        return "text"
-    if not isinstance(prompt, list) or not prompt:
-        return None
-    first = prompt[0]
-    return "texts" if isinstance(first, str) else "id_lists" if isinstance(first, list) else "ids"
-
-
 Prompt = Annotated[
-    Annotated[str, StringConstraints(min_length=1, max_length=MAX_CHARS), Tag("text")]
-    | Annotated[
-        list[Annotated[str, StringConstraints(min_length=1, max_length=MAX_CHARS)]],
-        Field(max_length=MAX_PROMPTS, fail_fast=True),
-        Tag("texts"),
-    ]
+    Annotated[NonEmpty, Tag("text")]
+    | Annotated[list[NonEmpty], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("texts")]
     | Annotated[Ids, Tag("ids")]
     | Annotated[list[Ids], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("id_lists")],
     Discriminator(
-        _prompt_kind,
+        prompt_kind,
         custom_error_type="prompt_type",
         custom_error_message="prompt must be a string, a list of strings, a list of token ids, or a list of such lists, and not empty",
     ),
@@ -48,7 +32,7 @@ class CompletionRequest(FormatFields):
 
     prompt: Prompt
     max_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: NumTop | None = None
     echo: bool = False
     suffix: Text | None = None
 

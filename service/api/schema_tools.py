@@ -10,18 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, StringConstraints, Tag
 
-from service.api.schema import Strict, Text
+from service.api.schema import Strict, Text, type_of
 from service.codec.tools import Tool, ToolSet
 from service.errors import RequestError
 
 MAX_TOOLS = 256
 
 ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-
-
-def _kind(data: Any) -> str | None:
-    kind = data.get("type") if isinstance(data, dict) else getattr(data, "type", None)
-    return kind if isinstance(kind, str) else None
 
 
 class FunctionDefinition(Strict):
@@ -74,7 +69,7 @@ class CustomTool(Strict):
 
 ToolDefinition = Annotated[
     Annotated[FunctionTool, Tag("function")] | Annotated[CustomTool, Tag("custom")],
-    Discriminator(_kind, custom_error_type="tool", custom_error_message="a tool must have type function or custom; others are not built"),
+    Discriminator(type_of, custom_error_type="tool", custom_error_message="a tool must have type function or custom; others are not built"),
 ]
 
 
@@ -94,7 +89,7 @@ class NamedCustom(Strict):
 
 NamedTool = Annotated[
     Annotated[NamedFunction, Tag("function")] | Annotated[NamedCustom, Tag("custom")],
-    Discriminator(_kind, custom_error_type="tool", custom_error_message="a tool must have type function or custom"),
+    Discriminator(type_of, custom_error_type="tool", custom_error_message="a tool must have type function or custom"),
 ]
 
 
@@ -109,7 +104,7 @@ class AllowedChoice(Strict):
 
 
 def _choice_kind(choice: Any) -> str | None:
-    return "mode" if isinstance(choice, str) else _kind(choice)
+    return "mode" if isinstance(choice, str) else type_of(choice)
 
 
 ToolChoice = Annotated[

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, StringConstraints, Tag, field_validator
 
-from service.api.schema import INT32, MAX_CHARS, MAX_IDS, MAX_MESSAGES, Strict, TokenId, Word
+from service.api.schema import INT32, MAX_MESSAGES, Ids, NonEmpty, Priority, Strict, Timeout, Word, prompt_kind
 from service.api.schema_chat import Message
 from service.errors import RequestError
 
@@ -22,26 +22,13 @@ MAX_SCORED_LABELS = 4096
 DEFAULT_INSTRUCTION = "Classify the text that the user gives. Answer with one of these labels and with nothing else: {labels}."
 DEFAULT_TEMPLATE = "{input}"
 
-NonEmpty = Annotated[str, StringConstraints(min_length=1, max_length=MAX_CHARS)]
-Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]
-
-
-def _input_kind(given: Any) -> str | None:
-    if isinstance(given, str):
-        return "text"
-    if not isinstance(given, list) or not given:
-        return None
-    first = given[0]
-    return "texts" if isinstance(first, str) else "id_lists" if isinstance(first, list) else "ids"
-
-
 Input = Annotated[
     Annotated[NonEmpty, Tag("text")]
     | Annotated[list[NonEmpty], Field(max_length=MAX_INPUTS, fail_fast=True), Tag("texts")]
     | Annotated[Ids, Tag("ids")]
     | Annotated[list[Ids], Field(max_length=MAX_INPUTS, fail_fast=True), Tag("id_lists")],
     Discriminator(
-        _input_kind,
+        prompt_kind,
         custom_error_type="input_type",
         custom_error_message="input must be a string, a list of strings, a list of token ids, or a list of such lists, and not empty",
     ),
@@ -54,8 +41,8 @@ class ReadingFields(Strict):
     model: Word | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=INT32)] | None = None
     user: Word | None = None
-    priority: Annotated[int, Field(ge=-INT32, le=INT32)] = 0
-    timeout: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] | None = None
+    priority: Priority = 0
+    timeout: Timeout | None = None
     cache_salt: Word | None = None
 
     def check(self) -> None:

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from service.api.generation import Generation, Piece, Token
+from service.api.choice import Piece, Token
+from service.api.generation import Generation
 from service.api.schema import SamplingFields
 from service.api.sse import DONE, event
 from service.errors import BraidError

@@ -15,7 +15,8 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.api.generation import Generation, Piece
+from service.api.choice import Piece
+from service.api.generation import Generation
 from service.errors import BraidError, EngineError
 
 log = logging.getLogger("braid.http")

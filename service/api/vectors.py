@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from service.api.backend import Backend, Caller, context_of
 from service.api.readings import read_prompts
 from service.api.schema_vectors import ReadingFields
+from service.api.strict import Warnings
 from service.codec.prompt import Codec
 from service.errors import ContextLengthError, EngineError, RequestError
 from service.scheduling.reading import Pool, Read
@@ -48,7 +49,7 @@ async def embed(
     request_id: str,
     *,
     where: Where,
-    warnings: list[str],
+    warnings: Warnings,
     pooling: Pool | None = None,
     dimensions: int | None = None,
 ) -> Vectors:
@@ -95,9 +96,7 @@ def _ids(codec: Codec, vocab_size: int, text: str | list[int], param: str) -> li
     return text
 
 
-def fit(
-    backend: Backend, model: str, prompts: Sequence[list[int]], limit: int | None, where: Where, warnings: list[str]
-) -> list[list[int]]:
+def fit(backend: Backend, model: str, prompts: Sequence[list[int]], limit: int | None, where: Where, warnings: Warnings) -> list[list[int]]:
     """The prompts, cut to `limit` tokens where there is one (-1: the model's context), the id that closes them kept.
 
     Mutates: warnings. Raises: ContextLengthError for one that is too long without it; RequestError for a limit that is too high.
@@ -114,14 +113,14 @@ def fit(
     ]
 
 
-def _cut(backend: Backend, model: str, prompt: list[int], limit: int | None, most: int, param: str, warnings: list[str]) -> list[int]:
+def _cut(backend: Backend, model: str, prompt: list[int], limit: int | None, most: int, param: str, warnings: Warnings) -> list[int]:
     if limit is None:
         raise ContextLengthError(
             f"This model's maximum context length is {most} tokens. However, {param} has {len(prompt)} tokens. Please reduce its length, "
             "or let truncate_prompt_tokens cut it.",
             param=param,
         )
-    backend.warn(warnings, param, f"{param} was cut from {len(prompt)} to {most} tokens")
+    warnings.note(param, f"{param} was cut from {len(prompt)} to {most} tokens")
     closing = backend.codecs[model].tokenizer.ends.closing_id
     if closing is not None and prompt[-1] == closing:
         return [*prompt[: most - 1], closing]

@@ -93,7 +93,8 @@ def choice_rule(choices: Sequence[str], param: str) -> str:
         raise _refused(param, "a choice must not be empty")
     for choice in choices:
         _check_text(choice, param)
-    return "(" + " | ".join(map(_json_text, dict.fromkeys(choices))) + ")"
+    # One terminal: as alternatives of a rule, each choice would be an item of the parser's own for as long as it is possible.
+    return "%lark {\nstart: CHOICE\nCHOICE: " + " | ".join(map(_json_text, dict.fromkeys(choices))) + "\n}"
 
 
 def lark_rule(text: str, param: str) -> str:

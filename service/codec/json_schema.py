@@ -2,6 +2,7 @@
 
 Pure values in and out; bounded before anything dear happens. The library itself refuses more (such as two patterns that overlap) when
 the engine compiles. Called by `grammar` alone.
+Two halves, what each keyword may say and what a whole schema means: long, because both go by one table of keywords.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from service.errors import RequestError
 MAX_DEPTH = 48
 MAX_SCHEMAS = 30_000
 MAX_PROPERTIES = 5_000
+# Each property that may be left out is an item of the parser beside all others, at every step.
+MAX_OPTIONAL = 1_500
 MAX_VALUES = 5_000
 MAX_CHARS = 500_000
 # A repetition is unrolled into the automaton.
@@ -106,6 +109,9 @@ class _Checker:
                 pass
             elif not any(value is idle or (idle == {} and value == {}) for idle in _IDLE.get(keyword, ())):
                 self.unsupported(path, keyword)
+        num_optional = len(checked.get("properties", {}).keys() - set(checked.get("required", ())))
+        if num_optional > MAX_OPTIONAL:
+            raise self.refuse(path, f"an object must have at most {MAX_OPTIONAL} properties that are not required, not {num_optional}")
         self.together(checked, path)
         return checked
 

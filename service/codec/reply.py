@@ -34,7 +34,7 @@ class Parts:
 
 class ReplyParser(Protocol):
     """However a reply is cut into pushes, the joined parts are the same. is_complete: all that the request allows has been said (its only
-    call), so the choice can end; what is pushed then is ignored. is_cut: after `finish`, the last call is not whole."""
+    call), so the choice can end; what is pushed then is ignored. is_cut: after `finish`, some call is not whole."""
 
     @property
     def has_calls(self) -> bool: ...

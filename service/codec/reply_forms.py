@@ -20,13 +20,17 @@ def read_tagged(calls: CallReader, trigger: str) -> Read[None]:
     """An object, or a list of them, in tags or a fence; bare at the start of the text."""
     first = yield from calls.space()
     if first == "[":
-        yield from calls.expect("[")
-        yield from calls.call_objects(",")
-        yield from calls.skip("]")
+        yield from _list(calls)
     else:
         yield from calls.call_object() if trigger else calls.call_objects(";", ",")
     if trigger:
         yield from calls.skip(_CLOSING[trigger])
+
+
+def _list(calls: CallReader) -> Read[None]:
+    yield from calls.expect("[")
+    yield from calls.call_objects(",")
+    yield from calls.skip("]")
 
 
 _CLOSING = {
@@ -45,9 +49,7 @@ def read_mistral(calls: CallReader, trigger: str) -> Read[None]:
     """A list of objects, or a name and its arguments."""
     first = yield from calls.space()
     if first == "[":
-        yield from calls.expect("[")
-        yield from calls.call_objects(",")
-        yield from calls.skip("]")
+        yield from _list(calls)
         return
     if first == "{":
         yield from calls.call_object()

@@ -8,13 +8,13 @@ from __future__ import annotations
 import codecs
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from service.codec.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(msgspec.Struct, frozen=True):
     """text: what may now be shown. num_tokens: how many further tokens are now shown whole (at a stop: those that began before the
     cut), oldest first. stopped: the text ended at stop_string."""
 

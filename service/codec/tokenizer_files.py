@@ -2,6 +2,7 @@
 
 Reads no file itself and knows no template. Control tokens are taken out of what the library sees, so that no plain text, merge or
 lookup can produce one; `special` finds them. Called by prompt.
+Long, because two kinds of file and three of tokenizer end in one, under the same rules for control tokens.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ _BYTES_PER_BYTE = 100
 # The library steps through text that has one continuation only; letting the model spell it keeps its own way to cut it into tokens.
 _PREFIX = '%llguidance {"no_forcing": true}\n'
 _LIMITS = LLParserLimits(
-    max_items_in_row=2_000,
+    max_items_in_row=8_000,  # 4 for each property that may be left out; a row of so many took 10 ms of a core of the bench machine
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=200_000,
     step_max_items=50_000,
@@ -117,7 +117,7 @@ class Constraint:
     def failure(self) -> GrammarError:
         """Why the matcher can't go on. A limit is the grammar's fault, and so is a text that can't be spelled; all else is ours."""
         error = self.matcher.get_error()
-        if self.matcher.stop_reason() in ("ParserTooComplex", "LexerTooComplex") or "too many" in error:
+        if self.matcher.stop_reason() in ("ParserTooComplex", "LexerTooComplex") or "too many" in error.lower() or "; max is " in error:
             return GrammarError(_TOO_MUCH, status=RequestError.status)
         if "NoExtension" in error:
             return GrammarError(_UNSPELLABLE, status=RequestError.status)
@@ -316,6 +316,7 @@ class Constraints:
         return settled
 
     def close(self) -> None:
+        """Nothing more is compiled but what has begun, so that the process can end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _outcome(self, result: LLMatcher | BraidError, num_choices: int) -> list[Constraint] | BraidError:
@@ -332,9 +333,11 @@ class Constraints:
         return [Constraint(matcher.deep_copy()) for _ in range(num_choices)]
 
     def _keep(self, key: bytes, matcher: LLMatcher, size: int) -> None:
+        if size > self._max_bytes:
+            return  # all others would have to go for it
         self._cache[key] = (matcher, size)
         self._cache_bytes += size
-        while self._cache and (len(self._cache) > self._max_grammars or self._cache_bytes > self._max_bytes):
+        while len(self._cache) > self._max_grammars or self._cache_bytes > self._max_bytes:
             _, (_, freed) = self._cache.popitem(last=False)
             self._cache_bytes -= freed
 

@@ -7,12 +7,13 @@ It owns no device and no socket: lanes (scheduler + runner) and the mailbox are 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from service.engine.checks import check_drawn, check_readings, check_request
 from service.engine.constraint import Constraint, Constraints, Waiting
+from service.engine.events import parcels, to_event
 from service.engine.mailbox import Mailbox
 from service.engine.messages import (
     MAX_CHOICES,
@@ -22,9 +23,7 @@ from service.engine.messages import (
     Generate,
     LaneStats,
     ModelInfo,
-    Reading,
     Shutdown,
-    TokenLogprob,
     Unreadable,
     Usage,
     Vocabulary,
@@ -32,7 +31,6 @@ from service.engine.messages import (
 from service.engine.pace import Pulse, StepEstimate
 from service.errors import BraidError, EngineError, ModelNotFoundError, RequestError
 from service.scheduling.plan import Drawn, PromptReading, StepPlan
-from service.scheduling.reading import Read
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.sequence import Finish, Output, Request
 
@@ -45,9 +43,6 @@ CALM_S = 1.0
 # When sequences wait but none can be planned, or grammars are being compiled: only a message, a wake or a deadline can change that.
 BLOCKED_WAIT_S = 0.02
 GRAMMAR_CODES = ("invalid_json_schema", "invalid_grammar")
-# Of one request and of one delivery: 16 bytes each at most, far below the longest message.
-MAX_READ_LOGPROBS = 2_000_000
-STEP_FAILED = "the engine failed while it computed this request"
 
 
 class Runner(Protocol):
@@ -112,6 +107,14 @@ class Engine:
 
     def run(self) -> None:
         """Until `Shutdown` or the end of the peer. Raises: BrokenEngineError."""
+        try:
+            self._loop()
+        finally:
+            for lane in self._lanes.values():
+                if lane.constraints is not None:
+                    lane.constraints.close()
+
+    def _loop(self) -> None:
         while not self._is_stopping and not self._mailbox.is_closed:
             if not self._mailbox.wait_for_room(1.0):
                 continue
@@ -272,9 +275,8 @@ class Engine:
 
     def _masks(self, lane: Lane, plan: StepPlan) -> Any:
         """The masks of a step; tells the scheduler of the choices that must not draw any more."""
-        if lane.constraints is None:
+        if lane.constraints is None or not any(grammars := lane.scheduler.grammars(plan)):
             return None
-        grammars = lane.scheduler.grammars(plan)
         constraints = [grammar if isinstance(grammar, Constraint) else None for grammar in grammars]
         masks, stops = lane.constraints.masks.fill(plan.samples, constraints)
         for stop in stops:
@@ -360,110 +362,3 @@ class Engine:
             self._mailbox.send(Delivery(events=parcel, stats=[]))
         stats = [lane.stats() for lane in self._lanes.values()]
         self._mailbox.send(Delivery(events=events, stats=stats, step_tokens=num_tokens, step_s=seconds, step_model=model))
-
-
-def check_request(wanted: Generate, info: ModelInfo) -> None:
-    """What would poison a kernel or the books, looked at once more. Raises: RequestError."""
-    if not 1 <= wanted.num_choices <= MAX_CHOICES:
-        raise RequestError(f"the number of choices must be between 1 and {MAX_CHOICES}", param="n")
-    if not wanted.prompt:
-        raise RequestError("the prompt is empty", param="prompt")
-    if not (min(wanted.prompt) >= 0 and max(wanted.prompt) < info.vocab_size):
-        raise RequestError(f"the prompt holds a token id that is not in the vocabulary of {info.vocab_size}", param="prompt")
-    if not (math.isfinite(wanted.timeout_s) and wanted.timeout_s >= 0):
-        raise RequestError("timeout must be a number of seconds", param="timeout")
-    if wanted.sampling.seed + wanted.num_choices > 2**63:
-        # Choice i draws with seed + i, which must stay a 64-bit number.
-        raise RequestError("seed + n must be at most 2**63", param="seed")
-    if wanted.read is not None:
-        check_read(wanted.read, len(wanted.prompt))
-    if not info.can_generate and (wanted.read is None or wanted.read.first or wanted.sampling.max_tokens):
-        raise RequestError(f"the model {info.name} makes embeddings and no text", param="model")
-    try:
-        wanted.sampling.check(info.vocab_size, 0 if wanted.read is not None else 1)
-    except ValueError as error:
-        raise RequestError(str(error)) from None
-
-
-def check_read(read: Read, prompt_len: int) -> None:
-    """Raises: RequestError."""
-    try:
-        read.check(prompt_len)
-    except ValueError as error:
-        raise RequestError(str(error)) from None
-    num_targets = prompt_len - read.first if read.first else 0
-    if num_targets * (1 + read.num_top) > MAX_READ_LOGPROBS:
-        raise RequestError(
-            f"log-probabilities of {num_targets} tokens with {read.num_top} alternatives each are too many; ask for at most "
-            f"{MAX_READ_LOGPROBS} numbers at once"
-        )
-
-
-def check_drawn(plan: StepPlan, drawn: Sequence[Drawn], vocab_size: int) -> None:
-    """Raises: RuntimeError when a runner's answer does not fit its plan."""
-    if len(drawn) != len(plan.samples):
-        raise RuntimeError(f"{len(plan.samples)} ids were to be drawn and {len(drawn)} came")
-    if any(not 0 <= one.token < vocab_size for one in drawn):
-        raise RuntimeError("an id outside of the vocabulary was drawn")
-
-
-def check_readings(plan: StepPlan, readings: Sequence[PromptReading]) -> None:
-    """Raises: RuntimeError when a runner's answer does not fit its plan."""
-    if len(readings) != len(plan.reads):
-        raise RuntimeError(f"{len(plan.reads)} prompts were to be read and {len(readings)} readings came")
-    for read, reading in zip(plan.reads, readings, strict=True):
-        if len(reading.logprobs) != len(read.targets):
-            raise RuntimeError(f"{len(read.targets)} log-probabilities were to be read and {len(reading.logprobs)} came")
-        if (reading.vector is not None) != (read.is_last and read.pool != ""):
-            raise RuntimeError("a vector is missing, or came unasked")
-
-
-def parcels(events: list[Event]) -> list[list[Event]]:
-    """The same events in their order, split where what was read of prompts would make one message too long. Never empty."""
-    parts: list[list[Event]] = [[]]
-    num_logprobs = 0
-    for event in events:
-        if event.reading is not None and event.reading.logprobs:
-            size = len(event.reading.logprobs) * (1 + len(event.reading.logprobs[0].top))
-            if num_logprobs and num_logprobs + size > MAX_READ_LOGPROBS:
-                parts.append([])
-                num_logprobs = 0
-            num_logprobs += size
-        parts[-1].append(event)
-    return parts
-
-
-def to_reading(reading: PromptReading) -> Reading:
-    """What was read of a prompt as it goes up."""
-    return Reading([TokenLogprob(logprob, list(top)) for logprob, top in reading.logprobs], reading.vector)
-
-
-def to_event(output: Output) -> Event:
-    """One choice's output as it goes up."""
-    logprobs = None
-    drawn = output.drawn
-    if output.token is not None and drawn is not None and drawn.logprob is not None:
-        logprobs = [TokenLogprob(drawn.logprob, list(drawn.top))]
-    usage = output.usage
-    return Event(
-        output.request_id,
-        output.choice,
-        [] if output.token is None else [output.token],
-        logprobs,
-        output.finish,
-        output.stop_id,
-        None
-        if usage is None
-        else Usage(
-            usage.prompt_tokens,
-            usage.cached_tokens,
-            usage.completion_tokens,
-            usage.queue_s,
-            usage.prefill_s,
-            usage.decode_s,
-            usage.preemptions,
-        ),
-        None if output.finish != "error" else STEP_FAILED if output.error is None else output.error.message,
-        EngineError.status if output.error is None else output.error.status,
-        reading=None if output.reading is None else to_reading(output.reading),
-    )

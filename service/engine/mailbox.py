@@ -119,8 +119,9 @@ class Mailbox:
         messages: list[Down | Unreadable] = []
         try:
             message = self._inbox.get(block=timeout_s != 0, timeout=timeout_s or None)
-            while message is not None:
-                messages.append(message)
+            while True:
+                if message is not None:  # else somebody woke us: no end of what has arrived
+                    messages.append(message)
                 message = self._inbox.get_nowait()
         except queue.Empty:
             pass

@@ -145,6 +145,8 @@ def _check_line(line: bytes, endpoint: str, seen: set[str], limits: LineLimits) 
         raise _Bad("mismatched_endpoint", f"url must be the batch's endpoint, {endpoint}", "url")
     if bytes(body.get("stream", b"false")) == b"true":
         raise _Bad("unsupported_parameter", "the answers of a batch can't be streamed", "body.stream")
+    if bytes(body.get("background", b"false")) == b"true":
+        raise _Bad("unsupported_parameter", "a batch is in the background already", "body.background")
     seen.add(wanted.custom_id)
     return wanted.custom_id
 

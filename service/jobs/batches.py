@@ -10,42 +10,25 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from service.errors import NotFoundError, OverloadedError, RequestError
-from service.jobs.batch import (
-    ENDED,
-    Batch,
-    Failure,
-    LineLimits,
-    Outcome,
-    Place,
-    Progress,
-    Record,
-    Status,
-    answered,
-    body_at,
-    survey,
-    unanswered,
-)
+from service.jobs.answering import Answering, Execute
+from service.jobs.batch import ENDED, Batch, Failure, LineLimits, Progress, Status, survey, unanswered
 from service.jobs.disk import write_whole
 from service.jobs.files import FileStore, StoredFile, new_id, shown, storage_error
 
 log = logging.getLogger("braid.jobs")
-
-Execute = Callable[[str, str, bytes], Awaitable[Outcome]]  # (tenant, path, body)
 
 WINDOW_S = 24 * 3600
 MAX_ACTIVE = 16
 MAX_UNFINISHED = 256
 MAX_KEPT = 10_000
 _ID = re.compile(r"batch_[0-9a-f]{32}")
-_BUSY = (429, 503)
-_LONGEST_WAIT_S = 30.0
 
 
 class Batches:
@@ -210,7 +193,7 @@ class Batches:
         if batch.status == "validating":
             self._reach(batch, "in_progress")
             await self._save(batch)
-        answering = asyncio.create_task(_Answering(batch, source, progress, execute, self._requests, self._count).run(places))
+        answering = asyncio.create_task(Answering(batch, source, progress, execute, self._requests, self._count).run(places))
         try:
             is_done = await _until(answering, is_over, batch.expires_at - self._clock())
             if not is_done and batch.ending is None:
@@ -273,74 +256,6 @@ class _Run:
     def __init__(self) -> None:
         self.is_over = asyncio.Event()
         self.task: asyncio.Task[None]
-
-
-class _Answering:
-    """The requests of one batch, as many at once as `slots` lets; the batches take turns at it. count: told after every write."""
-
-    def __init__(
-        self,
-        batch: Batch,
-        source: Path,
-        progress: Progress,
-        execute: Execute,
-        slots: asyncio.Semaphore,
-        count: Callable[[Batch, Progress], None],
-    ) -> None:
-        self._batch = batch
-        self._source = source
-        self._progress = progress
-        self._execute = execute
-        self._slots = slots
-        self._count = count
-        self._records: asyncio.Queue[Record | None] = asyncio.Queue(maxsize=64)
-
-    async def run(self, places: list[Place]) -> None:
-        """All that are not done. Raises: OSError."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._write())
-                async with asyncio.TaskGroup() as requests:
-                    for place in places:
-                        if place.custom_id not in self._progress.done:
-                            await self._slots.acquire()
-                            # Not inside the task: one that is cancelled before it begins never comes to its end.
-                            requests.create_task(self._answer(place)).add_done_callback(lambda _: self._slots.release())
-                await self._records.put(None)
-        except* OSError as errors:
-            raise errors.exceptions[0] from None
-
-    async def _answer(self, place: Place) -> None:
-        try:
-            body = await asyncio.to_thread(body_at, self._source, place)
-            record = answered(place, await self._insist(body))
-        except OSError:
-            raise
-        except Exception:
-            log.exception("a request of %s failed", self._batch.id)
-            record = unanswered(place, "server_error", "The server had an error while it worked on this request.")
-        await self._records.put(record)
-
-    async def _insist(self, body: bytes) -> Outcome:
-        """Asks until the server has room."""
-        wait_s = 0.25
-        while True:
-            outcome = await self._execute(self._batch.tenant, self._batch.endpoint, body)
-            if outcome.status not in _BUSY:
-                return outcome
-            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-            await asyncio.sleep(min(max(wait_s, outcome.retry_after_s or 0.0), _LONGEST_WAIT_S))
-
-    async def _write(self) -> None:
-        """Writes together what has come while the last write went on: one wait for the disk, however many answers."""
-        is_last = False
-        while not is_last:
-            records = [await self._records.get()]
-            while not self._records.empty():
-                records.append(self._records.get_nowait())
-            is_last = records[-1] is None
-            await asyncio.to_thread(self._progress.append, [record for record in records if record is not None])
-            self._count(self._batch, self._progress)
 
 
 def _failure(error: Exception) -> Failure:

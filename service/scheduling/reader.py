@@ -16,14 +16,12 @@ _ANYTHING = 2**31
 
 @dataclass(eq=False, slots=True)
 class PromptReader:
-    """logprobs: of the positions read.first ... as far as they are known. vector: None until the prompt's last slice has given it.
-    is_told: has the reading left the scheduler?"""
+    """logprobs: of the positions read.first ... as far as they are known. vector: None until the prompt's last slice has given it."""
 
     read: Read
     prompt: tuple[int, ...]
     logprobs: list[TokenReading] = field(default_factory=list)
     vector: bytes | None = None
-    is_told: bool = False
 
     @property
     def is_done(self) -> bool:

@@ -137,8 +137,9 @@ class Roster:
             rows -= self.tables.missing_rows(sequence, count)
             budget -= count
             counts.append(count)
-        is_whole = all(count == sequence.num_pending for count, sequence in zip(counts, gang.sequences, strict=True))
-        if is_whole or (len(counts) == 1 and not self.whole_prompts):
+        if len(counts) == 1 and not self.whole_prompts:
+            return tuple(counts)
+        if sum(counts) == gang.num_pending:
             return tuple(counts)
         if self.whole_prompts:
             return (0,) * len(counts)
@@ -256,4 +257,4 @@ class Roster:
 
 
 def _is_decode(gang: Gang) -> bool:
-    return all(sequence.num_pending == 1 for sequence in gang.sequences)
+    return gang.num_pending == len(gang.sequences)  # each has at least one

@@ -200,14 +200,10 @@ class Scheduler:
                 self._roster.advance(gang, counts)
         for reader, reading in zip(flight.readers, readings, strict=True):
             reader.take(reading)
-        outputs = [
-            _with_reading(
-                gang, self._conclude(gang, flight.concluded[index], now) if index in flight.concluded else self._accept(gang, one, now)
-            )
-            for index, (gang, one) in enumerate(zip(flight.sampled, drawn, strict=True))
-            if gang.state is State.RUNNING
-        ]
-        return outputs + [_with_reading(gang, self._complete(gang, now)) for gang in flight.ending if gang.state is State.RUNNING]
+        concluded = [(flight.sampled[index], error) for index, error in flight.concluded.items()]
+        outputs = [self._conclude(gang, error, now) for gang, error in concluded if gang.state is State.RUNNING]
+        outputs += [self._accept(gang, one, now) for gang, one in zip(flight.sampled, drawn, strict=True) if gang.state is State.RUNNING]
+        return outputs + [self._complete(gang, now) for gang in flight.ending if gang.state is State.RUNNING]
 
     def grammars(self, plan: StepPlan) -> list[Grammar | None]:
         """Of each sample of the plan in flight. Raises: RuntimeError when this is not it."""
@@ -246,7 +242,7 @@ class Scheduler:
             raise AssertionError("the waiting requests or tokens were counted wrong")
         if any(gang.tokens_left < min(gang.params.max_tokens, 1) for gang in gangs):
             raise AssertionError("a choice lives past its last token")
-        if any(gang.num_generated and gang.reader is not None and not gang.reader.is_told for gang in gangs):
+        if any(gang.num_generated and gang.reader is not None for gang in gangs):
             raise AssertionError("a choice went on without what it read")
         if any(sequence.num_sealed > len(sequence.keys) for gang in gangs for sequence in gang.sequences) and self._tables.has_prefix_cache:
             raise AssertionError("a sealed block has no key")
@@ -288,7 +284,8 @@ class Scheduler:
             if gang.reader is not None and counts[0] and (read := _make_read(gang.reader, gang, counts[0], indexes)) is not None
         ]
         plan = StepPlan(self._steps, slices, samples, tuple(self._released), encode, tuple(read for _, read in reads))
-        return _Flight(plan, chosen, sampled, [gang for gang in whole if not gang.params.max_tokens], [reader for reader, _ in reads])
+        ending = [gang for gang in whole if not gang.params.max_tokens] if len(sampled) < len(whole) else []
+        return _Flight(plan, chosen, sampled, ending, [reader for reader, _ in reads])
 
     def _choose_encodes(self) -> tuple[Span, ...]:
         """The next pictures that running gangs need, the best rank first; a bounded number, so that a step stays short."""
@@ -341,7 +338,9 @@ class Scheduler:
             return self._end(gang, "length", now, drawn=drawn)
         for sequence in gang.sequences:
             sequence.tokens.append(drawn.token)
-        return Output(gang.request.request_id, gang.choice, drawn.token, drawn)
+        if gang.reader is None:
+            return Output(gang.request.request_id, gang.choice, drawn.token, drawn)
+        return Output(gang.request.request_id, gang.choice, drawn.token, drawn, reading=_tell(gang))
 
     def _conclude(self, gang: Gang, error: GrammarError | None, now: float) -> Output:
         return self._end(gang, "stop" if error is None else "error", now, error=error)
@@ -373,11 +372,11 @@ class Scheduler:
             if live.is_counted:
                 self._intake.leave(live.request)
         token = drawn.token if drawn else None
-        return Output(gang.request.request_id, gang.choice, token, drawn, finish, stop_id, gang.usage(now), error)
+        return Output(gang.request.request_id, gang.choice, token, drawn, finish, stop_id, gang.usage(now), error, _tell(gang))
 
 
 def _is_complete(gang: Gang, counts: tuple[int, ...]) -> bool:
-    return all(tokens == sequence.num_pending for tokens, sequence in zip(counts, gang.sequences, strict=True))
+    return sum(counts) == gang.num_pending
 
 
 def _make_slice(sequence: Sequence, num_tokens: int) -> Slice:
@@ -390,13 +389,13 @@ def _make_read(reader: PromptReader, gang: Gang, num_tokens: int, indexes: dict[
     return reader.next_read(first.sequence_id, indexes[first], first.num_computed, num_tokens)
 
 
-def _with_reading(gang: Gang, output: Output) -> Output:
-    """The first output after the prompt brings what was read of it. Mutates: gang.reader."""
+def _tell(gang: Gang) -> PromptReading | None:
+    """What was read of its prompt, once, as soon as all of it is known. Mutates: gang.reader, which has no more to do."""
     reader = gang.reader
-    if reader is None or reader.is_told:
-        return output
-    reader.is_told = True
-    return replace(output, reading=reader.reading())
+    if reader is None or not reader.is_done:
+        return None
+    gang.reader = None
+    return reader.reading()
 
 
 def _make_sample(gang: Gang, slice_indexes: tuple[int, ...]) -> Sample:

@@ -143,7 +143,8 @@ class Gang:
 
     rank: (priority, order of arrival); smaller goes first and loses its blocks last. params: the request's, with this choice's seed
     and max_tokens held to what fits. awaits: key of the block that another gang computes for it. grammar: takes each id once, also
-    when the gang is preempted and computed again. reader: of choice 0, where the request reads its prompt; for the first sequence.
+    when the gang is preempted and computed again. reader: of choice 0, where the request reads its prompt; for the first sequence, until
+    it has told what it read.
     """
 
     request: Request
@@ -170,6 +171,11 @@ class Gang:
     @property
     def prompt_len(self) -> int:
         return len(self.request.prompts[0])
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens of all its sequences that are still to be computed."""
+        return sum([sequence.num_pending for sequence in self.sequences])
 
     @property
     def tokens_left(self) -> int:

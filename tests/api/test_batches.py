@@ -21,6 +21,7 @@ from openai.types import Batch, BatchError
 
 from service.api.insider import PRIORITY
 from service.errors import OverloadedError, UnavailableError
+from service.jobs import answering as answering_module
 from service.jobs import batch as batch_module
 from service.jobs import batches as batches_module
 from service.jobs import disk as disk_module
@@ -133,6 +134,7 @@ def test_other_endpoints(tmp_path: Path) -> None:
         ({**line("b"), "url": "/v1/completions"}, "mismatched_endpoint"),
         ({**line("b"), "url": "/v1/files"}, "mismatched_endpoint"),
         (line("b", stream=True), "unsupported_parameter"),
+        (line("b", background=True), "unsupported_parameter"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, bad: object, code: str) -> None:
@@ -171,7 +173,7 @@ def test_limits_of_lines(tmp_path: Path) -> None:
 
 
 def test_requests_that_are_refused_come_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches_module, "_LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr(answering_module, "_LONGEST_WAIT_S", 0.02)
     with office(tmp_path) as found, found.client() as client:
         for refusal in (OverloadedError("full", retry_after_s=1), UnavailableError("loading")):
             found.server.engine.refusal = refusal

@@ -35,6 +35,14 @@ def test_a_message_is_continued(server: Running, stream: bool, by_prefix: bool) 
     assert (server.codec.asked["continue_final_message"], server.codec.asked["add_generation_prompt"]) == (True, False)
 
 
+def test_an_answer_that_was_cut_while_it_reasoned_can_be_sent_back(server: Running) -> None:
+    for name in ("reasoning_content", "reasoning"):
+        messages = [*HI, {"role": "assistant", "content": None, name: "Hm."}, *HI]
+        assert server.post(CHAT, messages=messages).status_code == 200
+        assert server.codec.asked["messages"][1] == {"role": "assistant", "content": "", "reasoning_content": "Hm."}
+    assert check(server.post(CHAT, messages=[*HI, {"role": "assistant"}, *HI]))["param"] == "messages[1].content"
+
+
 def test_the_template_gets_what_is_for_it(server: Running) -> None:
     server.chat()
     assert (server.codec.asked["template_kwargs"], server.codec.asked["reasoning_effort"]) == ({}, None)
@@ -149,11 +157,11 @@ def test_parts_that_the_model_can_not_read_are_named(server: Running, part: dict
 
 def test_very_many_parts_cost_nothing(server: Running) -> None:
     parts = [{"type": "text", "text": ""}] * 1000
-    messages = [{"role": "user", "content": parts}] * 200
+    messages = [{"role": "user", "content": parts}] * 100
     start = time.monotonic()
     error = check(server.post(CHAT, messages=messages))
     assert error["param"] == "messages"
-    assert "at most 16384 content parts together, not 200000" in error["message"]
+    assert "at most 16384 content parts together, not 100000" in error["message"]
     assert time.monotonic() - start < 2
     assert server.post(CHAT, messages=[{"role": "user", "content": parts}]).status_code == 200
 
@@ -179,6 +187,13 @@ def test_what_has_no_effect_is_told_or_refused(server: Running) -> None:
             assert check(strict.chat(**{param: value}))["param"] == param
         assert strict.engine.requests == []
         assert strict.chat(verbosity="medium", store=False).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_moderation_and_the_modes_of_the_cache_are_taken_alike(server: Running, path: str) -> None:
+    told = {"messages": HI} if "chat" in path else {"input": "hi"}
+    answer = server.post(path, **told, moderation={"model": "omni"}, prompt_cache_options={"mode": "auto"})
+    assert (answer.status_code, answer.json()["warnings"]) == (200, ["moderation has no effect: no model here judges texts"])
 
 
 def test_models_that_make_no_text(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,6 +203,25 @@ def test_a_call_that_is_cut_short_ends_with_length(server: Running, stream: bool
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("text", "num_whole"), [(CALL[:-30], 0), (TICK + CALL[:-30], 1)])
+def test_a_call_that_the_model_leaves_is_cut_short_too(server: Running, text: str, num_whole: int, stream: bool) -> None:
+    """Nobody may take it for one that can be run."""
+    server.engine.script = Script(text=text)
+    answer = server.chat(tools=[WEATHER, CLOCK], stream=stream)
+    found = assemble(events(answer)) if stream else plain(answer.json()["choices"][0])
+    assert (found["finish_reason"], len(found["tool_calls"])) == ("length", num_whole + 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_in_a_call_ends_it(server: Running, stream: bool) -> None:
+    for text, reason in ((CALL, "stop"), (TICK + "The city.", "tool_calls")):
+        server.engine.script = Script(text=text)
+        answer = server.chat(tools=[WEATHER, CLOCK], stop=["city"], stream=stream)
+        choice = events(answer)[-1]["choices"][0] if stream else answer.json()["choices"][0]
+        assert (choice["finish_reason"], choice["stop_reason"]) == (reason, "city")
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_call_that_must_come_and_has_hardly_begun_is_no_text(server: Running, stream: bool) -> None:
     server.engine.script = Script(text=CALL)
     for choice, expected in (("required", ""), ("auto", '<tool_call>{"name": "g')):

@@ -67,6 +67,33 @@ def test_a_files_life(desk: Office, tmp_path: Path) -> None:
         assert not list((tmp_path / "data" / "files").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("asked", "status", "got"),
+    [
+        ("bytes=0-3", 206, DATA[:4]),
+        ("bytes=-4", 206, DATA[-4:]),
+        ("bytes=600-", 206, DATA[600:]),
+        (f"bytes={len(DATA)}-", 416, b""),
+        *((odd, 200, DATA) for odd in ("bytes=abc", "bytes=5-2", "bytes=-", "bytes=0-0,0-0", "lines=1-2", "bytes=\u0663-", "")),
+    ],
+)
+def test_a_stretch_of_a_file(common: Office, asked: str, status: int, got: bytes) -> None:
+    with common.client() as client:
+        file_id = bring(client)
+        answer = httpx.get(f"{common.server.url}/v1/files/{file_id}/content", headers={"range": asked.encode()})  # type: ignore[arg-type]
+        assert (answer.status_code, answer.content) == (status, got)
+        client.files.delete(file_id)
+
+
+def test_fields_of_a_form_that_are_ignored_are_told(common: Office) -> None:
+    data = {"purpose": "batch", "expires_after": '{"anchor": "created_at", "seconds": 3600}', "col our": "1"}
+    answer = httpx.post(f"{common.server.url}/v1/files", files={"file": ("a", b"x")}, data=data)
+    assert answer.json()["warnings"] == ["unknown field 'expires_after' was ignored", "unknown field 'col?our' was ignored"]
+    assert "expires_after" in answer.headers["x-braid-warnings"]
+    with common.client() as client:
+        client.files.delete(answer.json()["id"])
+
+
 def test_pages(desk: Office) -> None:
     with desk.client() as client:
         ids = [bring(client) for _ in range(5)]

@@ -18,9 +18,10 @@ from service.api.app import Limits
 from service.api.body import BodyLimits, BodyRoom, checked
 from service.api.connection import TimedConnection
 from service.api.envelope import MAX_HEADERS
-from service.api.json_bounds import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES
+from service.api.json_bounds import MAX_CONTAINERS, MAX_DEPTH, MAX_KEYS, MAX_VALUES
+from service.api.schema import MAX_FIELDS
 from service.api.schema_chat import ChatRequest
-from service.api.strict import MAX_WARNINGS, warn
+from service.api.strict import MAX_WARNINGS, Warnings
 from service.errors import RequestError
 from tests.api.conftest import eventually
 from tests.api.fakes import MODEL, Running, running
@@ -87,6 +88,14 @@ def test_junk_is_answered_and_cut(hasty: Running, junk: bytes) -> None:
     assert time.monotonic() - begin < 3
 
 
+def test_a_body_with_two_lengths_is_refused_and_nothing_behind_it_is_read(hasty: Running) -> None:
+    lengths = b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    data = talk(hasty, HEAD + KEY + lengths + b"0\r\n\r\n" + GET + b"\r\n")
+    assert data.startswith(b"HTTP/1.1 400 ")
+    assert "not both" in error_in(data)["message"]
+    assert data.count(b"HTTP/1.1") == 1
+
+
 def test_half_a_header_is_told_so(hasty: Running) -> None:
     data = talk(hasty, b"GET /live HTTP/1.1\r\nHo")
     assert data.startswith(b"HTTP/1.1 408 ")
@@ -135,6 +144,7 @@ def test_structure_is_bounded_before_it_is_built(server: Running) -> None:
         b'{"prompt":[' + b"[]," * MAX_CONTAINERS + b"[1]]}",
         b'{"prompt":[' + b"1," * (MAX_VALUES + 1) + b"1]}",
         b'{"x":{' + b'"a":{},' * MAX_CONTAINERS + b'"b":1}}',
+        b'{"x":{' + b'"a" : 1,' * MAX_KEYS + b'"b":1}}',
     ):
         assert check(send(server, body, "/v1/completions"))["code"] == "too_many_values"
     assert time.monotonic() - begin < 2
@@ -143,6 +153,21 @@ def test_structure_is_bounded_before_it_is_built(server: Running) -> None:
     assert server.engine.requests == []
     brackets = json.dumps({"messages": [{"role": "user", "content": "[" * (MAX_DEPTH + 1)}]}).encode()
     assert send(server, brackets).status_code == 200, "inside of a string they are text"
+
+
+@pytest.mark.parametrize(("start", "end", "param"), [(b"{", b"}", None), (b'{"messages":[{', b"}]}", "messages[0]")])
+def test_a_flood_of_unknown_fields_is_refused_soon(server: Running, start: bytes, end: bytes, param: str | None) -> None:
+    fields = b",".join(b'"field %d":1' % index for index in range(MAX_KEYS // 2))
+    begin = time.monotonic()
+    error = check(send(server, start + fields + end))
+    assert time.monotonic() - begin < 1
+    assert (error["param"], f"at most {MAX_FIELDS} fields" in error["message"]) == (param, True)
+
+
+def test_of_many_unknown_fields_only_some_are_told(server: Running) -> None:
+    fields = b",".join(b'"field %d":1' % index for index in range(MAX_FIELDS - 1))
+    answer = send(server, b'{"messages":[{"role":"user","content":"a"}],' + fields + b"}")
+    assert (answer.status_code, len(answer.json()["warnings"])) == (200, MAX_WARNINGS)
 
 
 def test_bodies_share_their_room() -> None:
@@ -185,12 +210,12 @@ def test_strict_servers_refuse_what_others_warn_about(server: Running) -> None:
 
 
 def test_one_mechanism_for_all_warnings() -> None:
-    warnings: list[str] = []
+    warnings = Warnings()
     for number in range(MAX_WARNINGS + 5):
-        warn(warnings, "a", str(number), is_strict=False)
+        warnings.note("a", str(number))
     assert warnings == [str(number) for number in range(MAX_WARNINGS)]
     with pytest.raises(RequestError) as refused:
-        warn(warnings, "input[3]", "it was cut", is_strict=True)
+        Warnings(is_strict=True).note("input[3]", "it was cut")
     assert (refused.value.param, refused.value.code) == ("input[3]", "strict_mode")
     data = {"messages": HI, **{f"no_{number}": 1 for number in range(100)}}
     assert len(checked(data, ChatRequest)[1]) == MAX_WARNINGS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import httpx
 import pytest
 
 from service.api.app import Limits
-from service.api.body import BodyLimits
+from service.api.body import BodyLimits, checked
 from service.api.messages_input import chat_request
 from service.api.messages_schema import MessagesRequest
 from service.errors import OverloadedError, RequestError, UnavailableError
@@ -136,6 +137,15 @@ def test_tools(server: Running, claude: anthropic.Anthropic, per_event: int) -> 
         ("content_block_start", 1),
         ("content_block_stop", 1),
     ]
+
+
+def test_a_call_that_breaks_off_is_not_to_be_run(server: Running) -> None:
+    for text, more, reason in ((CALL[:-16], {}, "max_tokens"), (CALL, {"stop_sequences": ["Paris"]}, "stop_sequence")):
+        server.engine.script = Script(text)
+        whole = ask(server, tools=[WEATHER], **more).json()
+        *_, delta, _ = events(ask(server, tools=[WEATHER], **more, stream=True))
+        assert whole["stop_reason"] == delta["delta"]["stop_reason"] == reason
+        assert [block["type"] for block in whole["content"]] == ["tool_use"]
 
 
 def test_a_call_that_was_cut_short(server: Running) -> None:
@@ -386,3 +396,12 @@ def test_a_strict_server_refuses_what_would_be_a_warning() -> None:
             answer = ask(strict, **more)
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
         assert ask(strict).status_code == 200
+
+
+def test_many_blocks_in_a_row_cost_no_more_each() -> None:
+    blocks = [{"type": "text", "text": "a"}] * 1000
+    wanted, _ = checked({"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": blocks}] * 40}, MessagesRequest)
+    begin = time.monotonic()
+    body, _ = chat_request(wanted)
+    assert time.monotonic() - begin < 1
+    assert body["messages"] == [{"role": "user", "content": blocks * 40}]

@@ -7,10 +7,11 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.api.app import Limits
 from service.errors import OverloadedError
 from service.metrics import Metrics
 from tests.api.conftest import eventually
-from tests.api.fakes import CONTEXT, MODEL, Running, Script
+from tests.api.fakes import CONTEXT, MODEL, Running, Script, running
 from tests.api.test_disconnect import ask
 
 
@@ -43,6 +44,7 @@ def test_probes(server: Running, state: str, health: int, ready: int, chat: int)
     assert refused.status_code == chat
     if chat == 503:
         assert refused.json()["error"]["type"] == "service_unavailable_error"
+        assert refused.json()["error"]["code"] == "server_is_overloaded"
         assert refused.headers["connection"] == "close"
         assert int(refused.headers["retry-after"]) >= 1
         assert server.post("/v1/completions", prompt="a").status_code == 503
@@ -116,6 +118,17 @@ def test_each_choice_is_counted_once_by_its_end(server: Running) -> None:
     assert grown["request_prompt_tokens"] == 8
     assert grown["time_to_first_token_seconds"] >= 6
     assert grown["inter_token_latency_seconds"] > 100
+
+
+def test_rejections_tell_which_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many choices of one request pass the limit of requests though a single one would fit."""
+    with running(limits=Limits(max_requests=4)) as small:
+        monkeypatch.setattr(type(small.engine), "num_in_flight", 2)
+        small.engine.refusal = OverloadedError("full")
+        for fields, reason in (({"n": 3}, "max_num_queued_reqs"), ({"n": 2}, "max_num_queued_tokens")):
+            before = total(small, "admission_rejections_total", reason=reason)
+            assert small.chat(**fields).status_code == 429
+            assert total(small, "admission_rejections_total", reason=reason) == before + 1
 
 
 def test_rejections_are_counted(server: Running) -> None:

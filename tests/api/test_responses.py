@@ -334,10 +334,11 @@ def test_custom_tools(server: Running, client: openai.OpenAI) -> None:
     assert answer.status_code == 200, answer.text
 
 
-def test_a_call_that_is_cut_is_incomplete(server: Running) -> None:
-    server.engine.script = Script(CALL)
+@pytest.mark.parametrize(("text", "most"), [(CALL, 60), (CALL[:-20], None)])
+def test_a_call_that_is_cut_is_incomplete(server: Running, text: str, most: int | None) -> None:
+    server.engine.script = Script(text)
     for stream in (False, True):
-        answer = server.post(ROUTE, input="weather?", tools=[WEATHER], max_output_tokens=60, stream=stream)
+        answer = server.post(ROUTE, input="weather?", tools=[WEATHER], max_output_tokens=most, stream=stream)
         body = check_events(events_of(answer)) if stream else answer.json()
         (call,) = body["output"]
         assert (body["status"], call["status"]) == ("incomplete", "incomplete")
@@ -730,6 +731,11 @@ def test_nothing_is_ignored_silently(server: Running) -> None:
         assert name in told
     assert "reasoning.encrypted_content" in told
     check_response(body)
+
+
+def test_what_has_no_effect_is_told_in_the_words_of_this_api(server: Running) -> None:
+    body = server.post(ROUTE, input="a", reasoning={"effort": "high"}, text={"verbosity": "low"}).json()
+    assert body["warnings"] == [f"{name} has no effect on this model" for name in ("text.verbosity", "reasoning.effort")]
 
 
 def test_strict_refuses_what_would_be_ignored() -> None:

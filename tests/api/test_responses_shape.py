@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.generation import Piece
+from service.api.choice import Piece
 from service.api.responses_schema import ResponsesRequest
 from service.api.responses_shape import ResponseAnswer, head
 from service.codec.reply import CallDelta
@@ -189,7 +189,7 @@ def test_usage_has_every_detail() -> None:
         (EngineError("it broke"), "server_error", "server_error"),
         (OverloadedError("full"), "rate_limit_exceeded", "rate_limit_exceeded"),
         (RequestError("bad", param="messages[3].content"), "invalid_prompt", "invalid_request_error"),
-        (UnavailableError("gone"), "server_error", "service_unavailable_error"),
+        (UnavailableError("gone"), "server_error", "server_is_overloaded"),
     ],
 )
 def test_failures_are_told_twice(error: BraidError, code: str, shown: str) -> None:

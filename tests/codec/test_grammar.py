@@ -22,7 +22,7 @@ from service.codec.grammar import (
     regex_rule,
     schema_rule,
 )
-from service.codec.json_schema import MAX_CHARS, MAX_DEPTH, MAX_PROPERTIES, MAX_VALUES
+from service.codec.json_schema import MAX_CHARS, MAX_DEPTH, MAX_OPTIONAL, MAX_PROPERTIES, MAX_VALUES
 from service.errors import RequestError
 
 
@@ -143,6 +143,7 @@ TOO_MUCH = {
     "enum values": {"enum": list(range(50_000))},
     "values in enum": {"const": [0] * (MAX_VALUES + 1)},
     "properties": {"properties": {f"p{i}": {} for i in range(MAX_PROPERTIES + 1)}},
+    "not required": {"properties": {f"p{i}": {} for i in range(MAX_OPTIONAL + 2)}, "required": ["p0"]},
     "parts": {"anyOf": [{"anyOf": [{}] * 200}] * 200},
     "characters": {"enum": ["x" * (MAX_CHARS + 1)]},
 }
@@ -345,9 +346,10 @@ def test_a_reference_to_what_is_no_schema(pointer: str) -> None:
 
 
 def _chain(order: list[int]) -> dict[str, Any]:
-    """Each but the last refers to the next one, in the order of their names."""
-    defs = {f"d{place}": {"$ref": f"#/$defs/d{order.index(place) and order[order.index(place) - 1]}"} for place in order}
-    return {"$defs": {**defs, f"d{order[0]}": {}}, "$ref": f"#/$defs/d{order[-1]}"}
+    """Definitions 0, 1, ... of which each refers to the one that comes before it in `order`."""
+    before = dict(zip(order[1:], order, strict=False))
+    defs = {f"d{one}": {"$ref": f"#/$defs/d{before[one]}"} if one in before else {} for one in range(len(order))}
+    return {"$defs": defs, "$ref": f"#/$defs/d{order[-1]}"}
 
 
 @pytest.mark.parametrize("count", [2, 700])
@@ -450,6 +452,11 @@ def test_a_choice_is_its_text_and_nothing_else(text: str) -> None:
     assert admits(rule, text)
     assert admits(rule, "other")
     assert not admits(rule, "othe")
+
+
+def test_a_choice_may_begin_with_another() -> None:
+    rule = choice_rule(["a", "abc", "ab d"], "c")
+    assert [text for text in ("", "a", "ab", "abc", "ab d", "abcd") if admits(rule, text)] == ["a", "abc", "ab d"]
 
 
 @pytest.mark.parametrize(

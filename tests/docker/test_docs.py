@@ -107,8 +107,12 @@ def test_ports_of_the_compose_file_are_the_documented_ones() -> None:
     [
         ("request body", [Settings().max_body_bytes >> 20]),
         ("bodies that are being read, together", [MAX_TOTAL_BYTES >> 20]),
-        ("commas in a body; brackets that open a list or an object", [json_bounds.MAX_VALUES, json_bounds.MAX_CONTAINERS]),
+        (
+            "commas in a body; colons; brackets that open a list or an object",
+            [json_bounds.MAX_VALUES, json_bounds.MAX_KEYS, json_bounds.MAX_CONTAINERS],
+        ),
         ("nesting of a body", [json_bounds.MAX_DEPTH]),
+        ("fields of one object", [schema.MAX_FIELDS]),
         ("bytes of a header; its fields", [MAX_HEADER_BYTES, MAX_HEADERS]),
         ("rest of a body that has been answered", [TimedConnection.linger_s]),
         ("parts of all messages together", [schema_chat.MAX_TOTAL_PARTS]),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,11 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.codec.grammar import choice_rule, grammar, lark_rule, object_rule, regex_rule, schema_rule
+from service.codec.grammar import MAX_CHOICES, choice_rule, grammar, lark_rule, object_rule, regex_rule, schema_rule
 from service.engine import constraint
 from service.engine.constraint import Constraints, compile_grammar, make_tokenizer
 from service.engine.engine import Engine
-from service.engine.messages import Abort, Generate
+from service.engine.messages import Abort, Generate, Shutdown
 from service.errors import RequestError
 from tests.engine.grammars import EOS, OTHER_EOS, PIECES, VOCABULARY, WIDTH, RandomRunner, WakingMailbox, random_lane, serve, text_of
 from tests.fakes import generate
@@ -262,6 +264,37 @@ def test_choices_are_exact() -> None:
     assert len(found) > 1
 
 
+def test_as_many_choices_as_are_allowed() -> None:
+    choices = [f"name {index}" for index in range(MAX_CHOICES)]
+    tokens, ends = serve([wanted("c", grammar(choice_rule(choices, "choice")), n=4)])
+    assert {(end.finish, end.error) for end in ends.values()} == {("stop", None)}
+    assert {text_of(ids).decode() for ids in tokens.values()} <= set(choices)
+
+
+def test_many_properties_that_may_be_left_out() -> None:
+    properties = {f"p{index}": {"type": "integer"} for index in range(1500)}
+    _, ends = serve([wanted("o", grammar(schema_rule({"type": "object", "properties": properties}, "schema")), max_tokens=12)])
+    assert [(end.finish, end.error) for end in ends.values()] == [("length", None)]
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        "start: " + " | ".join(f'"a" /{index}/' for index in range(9_000)),
+        "start: s s s s\ns: " + " | ".join(f'"a" /b{index}/' for index in range(4_000)),
+    ],
+    ids=["items", "work"],
+)
+def test_too_many_ways_to_go_on_are_the_grammars_fault(rules: str) -> None:
+    """Not the server's: a client that is told of a server error tries again."""
+    _, ends = serve([wanted("w", f"{rules}\n", max_tokens=40), generate("b", max_tokens=5)])
+    assert (ends["w", 0].error, ends["w", 0].error_status) == (
+        "the grammar is too complex to be followed at this point of the answer",
+        400,
+    )
+    assert ends["b", 0].finish == "length"
+
+
 def test_an_object_is_one() -> None:
     tokens, ends = serve([wanted("o", grammar(object_rule()), n=8, max_tokens=500)])
     done = [json.loads(text_of(tokens[key])) for key, end in ends.items() if end.finish == "stop"]
@@ -491,6 +524,68 @@ def test_the_deadline_runs_while_compiling(slow_compile: threading.Event) -> Non
     assert events[0].usage.queue_s >= 0.05
 
 
+def test_shutdown_waits_for_no_grammar_but_the_one_that_has_begun(monkeypatch: pytest.MonkeyPatch, slow_compile: threading.Event) -> None:
+    begun: list[str] = []
+    patched = constraint.compile_grammar
+
+    def compile_and_note(tokenizer: Any, text: str) -> Any:
+        begun.append(text)
+        return patched(tokenizer, text)
+
+    monkeypatch.setattr(constraint, "compile_grammar", compile_and_note)
+    lane = random_lane()
+    mailbox = WakingMailbox([[VOCABULARY], [wanted(str(i), f'start: "{i}"\n') for i in range(20)], [Shutdown()]])
+    Engine([lane], mailbox, mailbox.clock).run()
+    slow_compile.set()
+    assert lane.constraints is not None
+    lane.constraints._thread.shutdown(wait=True)
+    assert len(begun) <= 1
+
+
+def test_nothing_of_an_ended_request_is_kept() -> None:
+    lane = random_lane()
+    dead: list[weakref.ref[constraint.Constraint]] = []
+    true_copies = Constraints._copies
+
+    def copies(matcher: Any, num_choices: int) -> list[constraint.Constraint]:
+        made = true_copies(matcher, num_choices)
+        dead.extend(map(weakref.ref, made))
+        return made
+
+    lane.constraints = Constraints(WIDTH, lambda: None)
+    lane.constraints._copies = copies  # type: ignore[method-assign]
+    serve(
+        [wanted("done", SCHEMA, n=3), wanted("short", SCHEMA, max_tokens=1), wanted("again", SCHEMA)],
+        [wanted("gone", SCHEMA, n=2)],
+        [Abort("gone", 0)],
+        [Abort("gone")],
+        lane=lane,
+    )
+    assert len(dead) >= 5
+    gc.collect()
+    assert not [one for one in dead if one() is not None]
+
+
+def test_a_step_that_fails_ends_its_grammars_and_the_next_one_is_as_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    second = wanted("second", SCHEMA, seed=4)
+    alone = serve([second])[0]
+    mailbox = WakingMailbox([[VOCABULARY], [wanted("first", SCHEMA, n=4)]])
+    true_sample = RandomRunner.sample
+
+    def fail_once(self: RandomRunner, handle: Any, masks: Any = None) -> Any:
+        if handle.samples and handle.samples[0].num_generated == 1:
+            monkeypatch.setattr(RandomRunner, "sample", true_sample)
+            mailbox.visits.append([second])
+            raise RuntimeError("the device has gone")
+        return true_sample(self, handle, masks)
+
+    monkeypatch.setattr(RandomRunner, "sample", fail_once)
+    Engine([random_lane()], mailbox, mailbox.clock).run()
+    ends = [(event.request_id, event.finish, event.error_status) for event in mailbox.events if event.finish]
+    assert ends[:4] == [("first", "error", 500)] * 4
+    assert [token for event in mailbox.events if event.request_id == "second" for token in event.tokens] == alone["second", 0]
+
+
 def test_the_same_grammar_compiles_once_for_all_who_wait(monkeypatch: pytest.MonkeyPatch, slow_compile: threading.Event) -> None:
     count = 0
     patched = constraint.compile_grammar
@@ -545,6 +640,19 @@ def test_one_grammar_larger_than_the_cap_is_served_and_not_kept() -> None:
         settled = constraints.settle()
     assert len(settled[0][1]) == 1
     assert constraints.cached == (0, 0)
+    constraints.close()
+
+
+def test_a_grammar_that_is_not_kept_drives_none_out() -> None:
+    constraints = Constraints(WIDTH, lambda: None, max_bytes=1 << 20)
+    constraints.teach(VOCABULARY)
+    constraints.take(wanted("small", SCHEMA), 0.0)
+    settle_all(constraints)
+    kept = constraints.cached
+    assert kept[0] == 1
+    constraints.take(wanted("large", SCHEMA + "// " + "x" * 20_000), 0.0)
+    settle_all(constraints)
+    assert constraints.cached == kept
     constraints.close()
 
 

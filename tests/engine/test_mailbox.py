@@ -75,6 +75,20 @@ def test_receive_takes_all_that_is_there(ends: tuple[Mailbox, socket.socket, thr
     assert mailbox.receive(0.01) == []
 
 
+def test_being_woken_ends_a_wait_and_holds_nothing_back(ends: tuple[Mailbox, socket.socket, threading.Event]) -> None:
+    mailbox, theirs, _ = ends
+    threading.Timer(0.02, mailbox.wake).start()
+    started = time.monotonic()
+    assert mailbox.receive(10) == []
+    assert time.monotonic() - started < 5
+    mailbox.wake()
+    mailbox.wake()
+    theirs.sendall(encode_frame(Abort("a")))
+    time.sleep(0.05)
+    assert mailbox.receive(0) == [Abort("a")]
+    assert mailbox.receive(0) == []
+
+
 def test_a_peer_that_does_not_read_neither_blocks_nor_fills_memory(
     ends: tuple[Mailbox, socket.socket, threading.Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:

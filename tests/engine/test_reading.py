@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from service.engine.engine import MAX_READ_LOGPROBS, check_request, parcels
+from service.engine.checks import MAX_READ_LOGPROBS, check_request
+from service.engine.events import parcels
 from service.engine.mailbox import MAX_FRAME_BYTES, encode_frame
 from service.engine.messages import Delivery, Event, Generate, Reading, TokenLogprob
 from service.errors import RequestError

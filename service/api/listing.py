@@ -17,7 +17,7 @@ def page_limit(query: Mapping[str, str], usual: int, most: int) -> int:
     """Raises: RequestError."""
     given = query.get("limit", str(usual))
     if not given.isascii() or not given.isdecimal() or len(given) > 9 or not 1 <= int(given) <= most:
-        raise RequestError(f"limit must be a whole number from 1 to {most}", param="limit")
+        raise RequestError(f"limit must be a whole number from 1 to {most}", param="limit", code="invalid_value")
     return int(given)
 
 
@@ -25,7 +25,7 @@ def is_descending(query: Mapping[str, str]) -> bool:
     """The newest first is the usual order. Raises: RequestError."""
     order = query.get("order", "desc")
     if order not in ("asc", "desc"):
-        raise RequestError("order must be asc or desc", param="order")
+        raise RequestError("order must be asc or desc", param="order", code="invalid_value")
     return order == "desc"
 
 
@@ -35,7 +35,7 @@ def page(entries: Sequence[dict[str, Any]], after: str | None, limit: int) -> di
     if after is not None:
         ids = [entry["id"] for entry in entries]
         if after not in ids:
-            raise RequestError("after must be the id of an entry of this list", param="after")
+            raise RequestError("after must be the id of an entry of this list", param="after", code="invalid_value")
         start = ids.index(after) + 1
     shown = list(entries[start : start + limit])
     ends = {"first_id": shown[0]["id"] if shown else None, "last_id": shown[-1]["id"] if shown else None}
