@@ -138,7 +138,7 @@ class Backend:
         seed = secrets.randbits(62) if request.seed is None else request.seed
         every = _sampling_of_each(request, codec, info, prompts, seed)
         if terms.grammar:
-            self.engine.teach(model, lambda: _vocabulary(model, codec))
+            self.engine.teach(model, lambda: vocabulary_of(model, codec))
         streams: list[Stream] = []
         try:
             for index, (prompt, sampling) in enumerate(zip(prompts, every, strict=True)):
@@ -210,7 +210,8 @@ def _choices(streams: list[Stream], codec: Codec, request: SamplingFields, terms
     ]
 
 
-def _vocabulary(model: str, codec: Codec) -> Vocabulary:
+def vocabulary_of(model: str, codec: Codec) -> Vocabulary:
+    """What the engine has to know of a model's tokens before the first grammar."""
     return Vocabulary(model, codec.tokenizer.pieces, sorted(codec.tokenizer.special.ids), list(codec.eos_ids))
 
 

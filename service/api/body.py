@@ -154,7 +154,9 @@ def checked(data: dict[str, Any], kind: type[R], is_strict: bool = False) -> tup
     parsed.check()
     warnings = Warnings(is_strict)
     for name in parsed.unknown_fields():
-        if name not in kind.unbuilt and not warnings.is_full:
+        if warnings.is_full:
+            break
+        if name not in kind.unbuilt:
             warnings.note(printable(name), f"unknown field {printable(name)!r} was ignored")
     return parsed, warnings
 

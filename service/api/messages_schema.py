@@ -214,11 +214,6 @@ class ConversationFields(Strict):
         if choice is not None and (choice.type == "tool") != (choice.name is not None):
             raise RequestError("tool_choice.name must be given with type tool, and only then", param="tool_choice.name")
 
-    def unknown_fields(self) -> list[str]:
-        """Also of the messages, as `messages[1].colour`."""
-        nested = [f"messages[{index}].{key}" for index, message in enumerate(self.messages) for key in message.unknown_fields()]
-        return super().unknown_fields() + nested
-
 
 class CountTokensRequest(ConversationFields):
     pass

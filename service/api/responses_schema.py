@@ -6,7 +6,7 @@ Long, because every kind of item, tool and option has its own bounds; there is n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag
@@ -349,21 +349,6 @@ class PromptFields(Strict):
         if self.text is not None and self.text.format is not None:
             _check_format(self.text.format)
 
-    def unknown_fields(self) -> list[str]:
-        """Also of the items, tools and options, as `tools[0].colour`."""
-        return [*super().unknown_fields(), *(name for path, part in self._parts() for name in _unknown(path, part))]
-
-    def _parts(self) -> Iterator[tuple[str, Strict]]:
-        if isinstance(self.input, list):
-            yield from ((f"input[{index}]", item) for index, item in enumerate(self.input))
-        yield from ((f"tools[{index}]", tool) for index, tool in enumerate(self.tools))
-        if self.text is not None:
-            yield "text", self.text
-            if self.text.format is not None:
-                yield "text.format", self.text.format
-        if self.reasoning is not None:
-            yield "reasoning", self.reasoning
-
 
 class ResponsesRequest(PromptFields):
     max_output_tokens: Count | None = None
@@ -414,10 +399,6 @@ class ResponsesRequest(PromptFields):
 
 class InputTokensRequest(PromptFields):
     """POST /v1/responses/input_tokens."""
-
-
-def _unknown(path: str, part: Strict) -> list[str]:
-    return [f"{path}.{name}" for name in part.unknown_fields()]
 
 
 def _check_tool(tool: FlatFunction | FlatCustom, param: str) -> None:

@@ -8,7 +8,7 @@ its route; `body` reads requests into them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
@@ -26,6 +26,8 @@ MAX_BIASES = 4096
 MAX_METADATA = 64
 MAX_FIELDS = 1024
 INT32 = 2**31 - 1
+# Marks of prompt caches that have to be told where to cut. Ours does not, and clients put them everywhere.
+WITHOUT_EFFECT = frozenset({"cache_control"})
 
 # A bound also makes pydantic refuse half a surrogate pair, which a plain str lets pass.
 Text = Annotated[str, StringConstraints(max_length=MAX_CHARS)]
@@ -111,11 +113,22 @@ class Strict(BaseModel):
             raise ValueError(f"must have at most {MAX_FIELDS} fields, not {len(data)}")
         return {key: value for key, value in data.items() if value is not None}
 
-    def unknown_fields(self) -> list[str]:
-        return list(self.model_extra or ())
+    def unknown_fields(self) -> Iterator[str]:
+        """Also of what it holds, as `messages[1].content[0].colour`."""
+        yield from (name for name in self.model_extra or () if name not in WITHOUT_EFFECT)
+        for name, value in self.__dict__.items():
+            if isinstance(value, Strict):
+                yield from _below(type(self).model_fields[name].alias or name, value)
+            elif isinstance(value, list) and value and isinstance(value[0], Strict):
+                for index, part in enumerate(value):
+                    yield from _below(f"{name}[{index}]", part)
 
     def check(self) -> None:
         """What no single field can tell. Raises: RequestError."""
+
+
+def _below(path: str, part: Strict) -> Iterator[str]:
+    return (f"{path}.{name}" for name in part.unknown_fields())
 
 
 class StreamOptions(Strict):

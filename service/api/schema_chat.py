@@ -298,8 +298,3 @@ class ChatRequest(FormatFields):
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
-
-    def unknown_fields(self) -> list[str]:
-        """Also of the messages, as `messages[1].colour`."""
-        nested = [f"messages[{index}].{key}" for index, message in enumerate(self.messages) for key in message.unknown_fields()]
-        return super().unknown_fields() + nested

@@ -129,12 +129,6 @@ class FormatFields(SamplingFields):
     def _of_older_names(self) -> list[Constraint]:
         return [(kind, value, name) for name, kind in _OLDER_NAMES.items() if (value := getattr(self, name)) is not None]
 
-    def unknown_fields(self) -> list[str]:
-        """Also of the formats, as `response_format.colour`."""
-        parts = {"response_format": self.response_format, "structured_outputs": self.structured_outputs}
-        nested = [f"{name}.{key}" for name, part in parts.items() if part is not None for key in part.unknown_fields()]
-        return super().unknown_fields() + nested
-
 
 def _check_part(part: ResponseFormat | StructuredOutputs, name: str) -> None:
     for key in part.model_extra or ():

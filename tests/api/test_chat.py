@@ -168,6 +168,16 @@ def test_logprobs(server: Running, stream: bool) -> None:
     assert server.chat(logprobs=True).json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
+def test_unknown_fields_are_reported_wherever_they_stand(server: Running) -> None:
+    part = {"type": "text", "text": "hi", "colour": 1, "cache_control": {"type": "ephemeral"}}
+    tool = {"type": "function", "function": {"name": "f", "shape": 1}, "cache_control": {"type": "ephemeral"}}
+    answer = server.post("/v1/chat/completions", messages=[{"role": "user", "content": [part]}], tools=[tool], tool_choice="none")
+    assert answer.json()["warnings"] == [
+        "unknown field 'messages[0].content[0].colour' was ignored",
+        "unknown field 'tools[0].function.shape' was ignored",
+    ]
+
+
 def test_unknown_fields_are_reported(server: Running) -> None:
     body = {"messages": [{"role": "user", "content": "a", "colour": 1}], "foo\nbar": 1, "store": False, "user": None}
     whole = server.post("/v1/chat/completions", **body)
