@@ -5,11 +5,13 @@ CHROMIUM names the browser; otherwise `chromium` is looked for. BRAID_SCREENSHOT
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -59,9 +61,17 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+@contextlib.contextmanager
+def chatting(**options: Any) -> Iterator[Running]:
+    """A server whose model says that it can chat."""
+    with running(**options) as server:
+        server.codec.template = object()  # type: ignore[assignment]
+        yield server
+
+
 @pytest.fixture
 def server() -> Iterator[Running]:
-    with running() as server:
+    with chatting() as server:
         yield server
 
 
@@ -217,7 +227,7 @@ def test_the_policy_stops_what_gets_in_all_the_same(server: Running, open_page: 
 
 
 def test_asks_for_a_key(open_page: OpenPage) -> None:
-    with running(api_keys=["secret-key"]) as server:
+    with chatting(api_keys=["secret-key"]) as server:
         page = open_page(server, expected_error="401")
         expect(page.locator("#ask")).to_be_visible()
         page.fill("#secret", "secret-key")
@@ -275,6 +285,13 @@ def test_the_keyboard_is_enough(server: Running, open_page: OpenPage) -> None:
     expect(page.locator(".message.assistant .stats")).to_contain_text("prefill")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "send"
+
+
+def test_models_that_do_not_chat_are_not_offered(server: Running, open_page: OpenPage) -> None:
+    server.codec.template = None
+    page = open_page(server)
+    expect(page.locator("#served")).to_have_text("No model that chats is served here.")
+    expect(page.locator("#send")).to_be_disabled()
 
 
 def test_a_server_that_is_not_ready_is_waited_for(server: Running, open_page: OpenPage) -> None:

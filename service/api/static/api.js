@@ -23,7 +23,7 @@ async function call(path, options = {}) {
 
 export async function models() {
   const list = (await (await call("v1/models")).json()).data;
-  return list.filter((model) => model.capabilities?.chat ?? true);
+  return list.filter((model) => model.meta?.capabilities?.chat ?? true);
 }
 
 export const seesPictures = (model) => model?.modalities?.input?.includes("image") ?? false;
