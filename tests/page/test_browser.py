@@ -11,6 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -65,7 +66,7 @@ def browser() -> Iterator[Browser]:
 def chatting(**options: Any) -> Iterator[Running]:
     """A server whose model says that it can chat."""
     with running(**options) as server:
-        server.codec.template = object()  # type: ignore[assignment]
+        server.codec.template = SimpleNamespace(variables=frozenset())  # type: ignore[assignment]
         yield server
 
 
