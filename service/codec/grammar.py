@@ -16,6 +16,9 @@ from service.errors import RequestError
 
 MAX_REGEX_CHARS = 20_000
 MAX_LARK_CHARS = 100_000
+# The library compiles a rule by recursion into those that it names: so many may stand one behind another.
+MAX_RULES = 1_000
+_TOO_MANY_RULES = f"the grammar has more than {MAX_RULES} rules"
 MAX_CHOICES = 10_000
 MAX_CHOICE_CHARS = 200_000
 
@@ -110,6 +113,8 @@ def _checked_lark(text: str, param: str) -> str:
         raise _refused(param, f"the grammar has {len(text)} characters; at most {MAX_LARK_CHARS} are allowed")
     _check_text(text, param)
     if "::=" in text:
+        if text.count("::=") > MAX_RULES:
+            raise _refused(param, _TOO_MANY_RULES)
         text = _lark_of_gbnf(text, param)
     _check_lark(text, param)
     return text
@@ -142,7 +147,7 @@ _LARK_PIECE = re.compile(
 
 def _check_lark(text: str, param: str) -> None:
     """Raises: RequestError for whatever could reach outside of the text's own rules."""
-    at, braces, brackets, rules = 0, 0, 0, set()
+    at, braces, brackets, num_rules, rules = 0, 0, 0, 0, set()
     before = ""
     while at < len(text):
         piece = _LARK_PIECE.match(text, at)
@@ -163,6 +168,9 @@ def _check_lark(text: str, param: str) -> None:
             raise _refused(param, "the grammar has a } without a {")
         if word == ":":
             rules.add(before)
+            num_rules += 1
+            if num_rules > MAX_RULES:
+                raise _refused(param, _TOO_MANY_RULES)
         elif word == "[" and kind == "mark":
             brackets = _is_attribute_list(text, at)
         if brackets and kind == "name" and word not in _ATTRIBUTES and not before.endswith("="):

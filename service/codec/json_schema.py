@@ -24,6 +24,8 @@ MAX_PROPERTIES = 5_000
 MAX_OPTIONAL = 1_500
 MAX_VALUES = 5_000
 MAX_CHARS = 500_000
+# The library compiles a reference by recursion into what it points to: so many may stand one behind another.
+MAX_REFERENCES = 200
 # A repetition is unrolled into the automaton.
 MAX_COUNT = 100_000
 
@@ -272,6 +274,8 @@ class _Logic:
         for schema in self._schemas:
             if "$ref" in schema:
                 self._targets.setdefault(schema["$ref"], self._resolve(schema["$ref"]))
+                if len(self._targets) > MAX_REFERENCES:
+                    raise self._refuse("$ref", f"the schema refers to more than {MAX_REFERENCES} different places")
         self._check_ends()
         for schema in self._schemas:
             if "oneOf" in schema and self._excludes(schema["oneOf"]):

@@ -1,6 +1,7 @@
 """Grammars at work: compiled in a thread of their own under limits, cached by their text, one matcher a choice, masks for the sampler.
 
-The only place that knows the grammar library. No text of a request but its grammar, no device, no scheduler. Called by the engine loop.
+The only place that compiles a grammar. No text of a request but its grammar, no device, no scheduler. Called by the engine loop.
+Long, because compilation, cache, matchers and masks share one wall against the library's faults.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,6 +45,9 @@ _LIMITS = LLParserLimits(
     max_grammar_size=500_000,
     verbose_errors=False,
 )
+# The library follows rules and references by recursion, and a stack that overflows ends the process. What `service/codec` lets pass
+# (200 references of 48 levels, 1,000 rules) stays far below this; pages that are not touched cost nothing.
+COMPILE_STACK_BYTES = 256 * 2**20
 _TOO_MUCH = "the grammar is too complex to be followed at this point of the answer"
 _UNSPELLABLE = "no token of the model fits the grammar here"
 _MAX_ERROR = 400
@@ -255,7 +260,11 @@ class Constraints:
     def teach(self, vocabulary: Vocabulary) -> None:
         """Raises: nothing; a vocabulary that the library does not take makes every grammar an error."""
         self._is_taught = True
-        self._thread.submit(self._learn, vocabulary)
+        usual = threading.stack_size(COMPILE_STACK_BYTES)
+        try:
+            self._thread.submit(self._learn, vocabulary)  # the first piece of work starts the thread
+        finally:
+            threading.stack_size(usual)
 
     def take(self, request: Generate, now: float) -> list[Constraint] | None:
         """A constraint per choice when the grammar is at hand; None when the request waits now, to come out of `settle`.

@@ -2,6 +2,7 @@
 from being anybody else's.
 
 It owns no device and no socket: lanes (scheduler + runner) and the mailbox are given to it by `service/worker.py`. No text, no HTTP.
+Long, because every way a request can come in or end leads through one loop and one list of events; see also `checks` and `events`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 `plan` and `commit` (or `fail`) alternate strictly: a second plan before the first one's commit is refused, so that a block that a step
 writes can't be given away meanwhile. `add` and `abort` may come at any time. Who runs is `roster`'s affair, blocks are `tables`'s;
 here are requests, their ends, and the making of plans. No clock (time is the argument `now`, in seconds), no thread, no I/O.
+Long, because add, abort, plan, commit and fail are the transitions of one table of live requests.
 """
 
 from __future__ import annotations

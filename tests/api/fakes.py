@@ -1,4 +1,7 @@
-"""Stand-ins for the API's tests: an engine that plays a script into real streams, and a codec whose tokens are bytes."""
+"""Stand-ins for the API's tests: an engine that plays a script into real streams, and a codec whose tokens are bytes.
+
+Long, because one engine and one codec stand in for all that the routes ask of them.
+"""
 
 from __future__ import annotations
 

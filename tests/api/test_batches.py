@@ -1,4 +1,7 @@
-"""Batches by the official SDK: run to every end, counted right, kept through sudden deaths, and never in the way of who waits."""
+"""Batches by the official SDK: run to every end, counted right, kept through sudden deaths, and never in the way of who waits.
+
+Long, because every end of a batch has its own course.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Tools and reasoning in chat: the choice among tools, calls and reasoning streamed and whole, the older form, custom tools."""
+"""Tools and reasoning in chat: the choice among tools, calls and reasoning streamed and whole, the older form, custom tools.
+
+Long: one test a rule of the contract.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Anthropic's Messages API, asked by the official SDK: what is understood, what comes back, whole and streamed, and errors in its form."""
+"""Anthropic's Messages API, asked by the official SDK: what is understood, what comes back, whole and streamed, and errors in its form.
+
+Long: one test a rule of the contract.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from service.api.body import BodyLimits, checked
 from service.api.messages_input import chat_request
 from service.api.messages_schema import MessagesRequest
 from service.errors import OverloadedError, RequestError, UnavailableError
+from tests.api.conftest import eventually
 from tests.api.fakes import CONTEXT, MODEL, TEXT, Running, Script, running
 from tests.api.test_openapi import check as check_form
 
@@ -387,7 +391,8 @@ def test_leaving_ends_the_work(server: Running) -> None:
         "POST", f"{server.url}{MESSAGES}", json={"model": MODEL, "max_tokens": 400, "messages": HI, "stream": True}
     ) as answer:
         next(answer.iter_lines())
-    # The fixture waits until nothing is left running.
+    eventually(server.is_idle)
+    assert [event.finish for event in server.engine.ended] == ["abort"]
 
 
 def test_a_strict_server_refuses_what_would_be_a_warning() -> None:

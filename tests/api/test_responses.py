@@ -1,4 +1,7 @@
-"""The Responses routes as OpenAI's own client sees them: whole, streamed, in the background, stored, chained, cancelled, listed."""
+"""The Responses routes as OpenAI's own client sees them: whole, streamed, in the background, stored, chained, cancelled, listed.
+
+Long: one test a rule of the contract, for each of the six routes.
+"""
 
 from __future__ import annotations
 

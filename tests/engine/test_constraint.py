@@ -16,7 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.codec.grammar import MAX_CHOICES, choice_rule, grammar, lark_rule, object_rule, regex_rule, schema_rule
+from service.codec.grammar import MAX_CHOICES, MAX_RULES, choice_rule, grammar, lark_rule, object_rule, regex_rule, schema_rule
+from service.codec.json_schema import MAX_DEPTH, MAX_REFERENCES
 from service.engine import constraint
 from service.engine.constraint import Constraints, compile_grammar, make_tokenizer
 from service.engine.engine import Engine
@@ -610,6 +611,47 @@ def settle_all(constraints: Constraints) -> None:
         constraints.settle()
         time.sleep(0.0005)
     assert not constraints.num_waiting
+
+
+def deep_objects(levels: int, inner: Any) -> Any:
+    for _ in range(levels):
+        inner = {"type": "object", "properties": {"a": inner}, "required": ["a"]}
+    return inner
+
+
+DEEP = {
+    "references": schema_rule(
+        {
+            "$defs": {
+                **{f"d{i}": deep_objects(MAX_DEPTH // 2 - 2, {"$ref": f"#/$defs/d{i + 1}"}) for i in range(MAX_REFERENCES - 1)},
+                f"d{MAX_REFERENCES - 1}": {"type": "null"},
+            },
+            "$ref": "#/$defs/d0",
+        },
+        "s",
+    ),
+    "rules": lark_rule(
+        "start: r0\n" + "".join(f'r{i}: {"(" * 20}"a" r{i + 1}{")?" * 20}\n' for i in range(MAX_RULES - 2)) + f'r{MAX_RULES - 2}: "z"\n',
+        "g",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_the_deepest_that_may_be_asked_for_is_compiled(name: str) -> None:
+    """The library recurses: on a usual stack a few times the depth ended the whole process."""
+    constraints = Constraints(WIDTH, lambda: None)
+    constraints.teach(VOCABULARY)
+    try:
+        assert constraints.take(wanted("deep", grammar(DEEP[name])), 0.0) is None
+        results = []
+        end = time.monotonic() + 30
+        while not results and time.monotonic() < end:
+            results = list(constraints.settle())
+            time.sleep(0.001)
+        assert isinstance(results[0][1], list), results
+    finally:
+        constraints.close()
 
 
 def test_two_thousand_schemas_stay_under_the_cap() -> None:
