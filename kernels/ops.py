@@ -20,9 +20,23 @@ Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True, slots=True)
+class Neighbourhood:
+    """Which codes of its own picture a code sees: those near the code that comes next, because that is the one it predicts.
+
+    Codes lie in rows of `columns`. The query that is code i of its picture sees code k <= i of it when k == i, or when
+    row(i + 1) - row(k) <= row_radius and |column(i + 1) - column(k)| <= column_radius.
+    """
+
+    columns: int
+    row_radius: int
+    column_radius: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """Which keys a query may see, as data. A query at position p sees a key at position j when j <= p and
-    (window is None or p - j < window or j < sink).
+    (window is None or p - j < window or j < sink), and, with a neighbourhood, when besides j is not a code of the query's own
+    picture or is one that the neighbourhood holds. `PagedBatch.grid_start` says which tokens are codes.
 
     window: tokens a query sees, itself included; None sees all. sink: first positions that stay visible behind the window.
     scale: factor on q.k. softcap: c > 0 replaces a score s by c * tanh(s / c); 0 is off.
@@ -32,6 +46,7 @@ class AttentionSpec:
     window: int | None = None
     sink: int = 0
     softcap: float = 0.0
+    neighbourhood: Neighbourhood | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +111,8 @@ class PagedBatch:
     context_len int32 [S]: tokens of the sequence once this step is written, its query tokens included; 0 for a padded row.
     num_decodes: how many leading sequences have one query token. max_query_len: the longest of the others, 0 with none.
     max_context_len: an upper bound of context_len known on the host (for a graph: the captured maximum).
+    grid_start int32 [T]: where the picture that a token is a code of begins (the position of its first code), -1 for other tokens;
+    None when no token is a code.
     """
 
     slots: Tensor
@@ -105,6 +122,7 @@ class PagedBatch:
     num_decodes: int
     max_query_len: int
     max_context_len: int
+    grid_start: Tensor | None = None
 
 
 @dataclass(eq=False, slots=True)

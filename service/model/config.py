@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, replace
 
 from service.errors import WeightsError
+from service.vocabulary import PictureIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,18 +24,21 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """One layer's attention: window in tokens (None: all), sink positions, rotary base and its scaling, softcap (0: off)."""
+    """One layer's attention: window in tokens (None: all), sink positions, rotary base and its scaling, softcap (0: off), and, in a model
+    with pictures, the rows and columns around a code that it sees of its own picture (None: all)."""
 
     window: int | None = None
     sink: int = 0
     rope_base: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     softcap: float = 0.0
+    radius: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """layers holds one `LayerAttention` per decoder layer, so a hybrid local/global model is data. scale None: 1 / sqrt(head_width)."""
+    """layers holds one `LayerAttention` per decoder layer, so a hybrid local/global model is data. scale None: 1 / sqrt(head_width).
+    pictures: which ids are codes; such a model adds a row's and a column's vector to the embedding of every code."""
 
     vocab_size: int
     width: int
@@ -52,6 +56,7 @@ class ModelConfig:
     scale: float | None = None
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
+    pictures: PictureIds | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "feed_forward_width", "num_heads", "num_kv_heads", "head_width", "max_context"):
@@ -81,7 +86,8 @@ class ModelConfig:
         per_layer += heads if self.has_qkv_bias else 0
         per_layer += 2 * self.head_width if self.has_qk_norm else 0
         tables = 1 if self.has_tied_head else 2
-        return len(self.layers) * per_layer + tables * self.vocab_size * self.width + self.width
+        grid = self.width * (self.pictures.rows + self.pictures.columns) if self.pictures else 0
+        return len(self.layers) * per_layer + tables * self.vocab_size * self.width + self.width + grid
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -106,6 +112,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocab_size, width)}
     for index in range(len(config.layers)):
         shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
+    if config.pictures:
+        shapes |= {"grid_rows": (config.pictures.rows, width), "grid_columns": (config.pictures.columns, width)}
     shapes["final_norm"] = (width,)
     if not config.has_tied_head:
         shapes["head"] = (config.vocab_size, width)
