@@ -1,0 +1,72 @@
+"""Processes that train together: how they start, and the two sums they share. torch.distributed and nothing else.
+
+gloo between CPU processes of one thread each (measured: two of them beat one process of two threads), NCCL between GPUs. Called by the
+loop and by the stages.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One of `count` processes that hold equal weights and see different batches."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Adds up over all processes. Mutates: the tensors, which are equal everywhere after."""
+        if self.count == 1:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Mutates: the gradients, which are the mean of all processes' after."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self.count > 1:
+            self.sum(gradients)
+            torch._foreach_div_(gradients, self.count)
+
+
+def run_ranks(count: int, work: Callable[[Rank], None]) -> None:
+    """Runs `work` once per rank and waits. One rank runs here, more in processes of their own, so `work` must be picklable.
+
+    Raises: what a rank raised.
+    """
+    if count == 1:
+        work(Rank())
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn(_run_rank, (count, port, work), nprocs=count)  # type: ignore[no-untyped-call]
+
+
+def _run_rank(index: int, count: int, port: int, work: Callable[[Rank], None]) -> None:
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(index)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+    dist.init_process_group("nccl" if on_gpu else "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=index, world_size=count)
+    try:
+        work(Rank(index, count))
+    finally:
+        dist.destroy_process_group()
