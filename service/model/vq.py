@@ -64,7 +64,8 @@ class PositionNorm(nn.Module):
 
     def forward(self, x_NCYX: Tensor) -> Tensor:
         last = x_NCYX.permute(0, 2, 3, 1)
-        return F.layer_norm(last, (last.shape[-1],), self.weight, self.bias, _EPS).permute(0, 3, 1, 2)
+        normed = F.layer_norm(last, (last.shape[-1],), self.weight, self.bias, _EPS)
+        return normed.permute(0, 3, 1, 2)
 
 
 def _norm(kind: Norm, channels: int) -> nn.Module:
@@ -85,7 +86,7 @@ class _ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        return cast(Tensor, h + (x if self.nin_shortcut is None else self.nin_shortcut(x)))
 
 
 class _Attention(nn.Module):

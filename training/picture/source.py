@@ -50,7 +50,7 @@ def augment(pictures: Pixels, random: np.random.Generator, *, has_flips: bool = 
     if has_flips:
         flipped = random.random(count) < 0.5
         out[flipped] = out[flipped, :, ::-1]
-    chosen = random.random(count) < 0.5
+    chosen = np.asarray(random.random(count) < 0.5)
     return _recolour(out, chosen, random)
 
 

@@ -165,7 +165,7 @@ class AdversarialStage(_PictureStage):
             wanted = self.judge(real)[1]
         shape = reconstruction(drawn, real, settings.edge_share)
         fooled, matched = hinge_draw(scores), feature_matching(features, wanted)
-        (shape + growth * (settings.adversary_share * fooled + settings.match_share * matched)).backward()
+        (shape + growth * (settings.adversary_share * fooled + settings.match_share * matched)).backward()  # type: ignore[no-untyped-call]
         self.rank.average_gradients(self.learned)
         clip_grad_norm_(self.learned, MOST_NORM)
         self.optimizers[0].step()

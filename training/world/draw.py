@@ -147,7 +147,7 @@ class Brush:
     def _score(self, pictures: Pixels, background: str) -> NDArray[np.float32]:
         cells, stamps = self._distances(pictures, background)
         apart = _by_quadrant(cells.min(-1)).sum(-1)
-        return np.minimum(apart, stamps.min(-1, initial=np.inf)).sum(-1)
+        return np.asarray(np.minimum(apart, stamps.min(-1, initial=np.inf)).sum(-1))
 
     def _read_one(self, picture: Pixels, background: str) -> Scene:
         cells, stamps = (each[0] for each in self._distances(picture[None], background))

@@ -1,0 +1,159 @@
+"""How the decoder learns: one stage for pre-training and for many tasks at once, which differ in their mix of documents alone.
+
+Called by the recipes and by fine-tuning. The mix is a function; nothing here knows emoji, worlds or texts.
+Shape suffixes: U documents, L places of a document, M targets, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW, Muon, Optimizer
+
+from service.model.transformer import Transformer
+from service.vocabulary import PictureIds
+from training.decoder import hidden
+from training.loop import Precision, products_in
+from training.ranks import Rank
+from training.stream.batch import Batch, batches
+from training.stream.document import Document
+
+Mix = Callable[[np.random.Generator, int], Sequence[Document]]
+"""Throws documents of about so many tokens in all."""
+
+MATRICES = ("qkv", "out", "gate_up", "down")
+MOST_NORM = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageSettings:
+    """tokens: of a rank and step, about. optimizer: of the layers' matrices; "muon" orthogonalises their updates and takes the same
+    learning rate, all else learns by AdamW. noise: share of an answer's codes that the model reads disturbed (the target stays clean).
+    text_weight: of a text target's loss, a code's is 1. Source: Jordan et al. 2024 (Muon); Liu et al. 2025, section 2.2, for its scale."""
+
+    tokens: int = 3072
+    learning_rate: float = 2e-3
+    optimizer: Literal["adamw", "muon"] = "muon"
+    weight_decay: float = 0.05
+    noise: float = 0.05
+    text_weight: float = 1.0
+    precision: Precision = "auto"
+
+
+class LanguageStage:
+    """near int64 [codes, k]: the codes most like each, itself left out; disturbed codes are drawn from them."""
+
+    def __init__(
+        self,
+        name: str,
+        model: Transformer,
+        mix: Mix,
+        held_out: Mapping[str, Sequence[Document]],
+        settings: LanguageSettings,
+        *,
+        near: Tensor | None = None,
+        pad_id: int,
+        rank: Rank,
+        seed: int,
+    ) -> None:
+        """held_out: documents by name; early stopping watches the mean of their losses."""
+        if model.config.pictures is None:
+            raise ValueError("a language stage teaches models that know pictures")
+        self.name, self.model, self.mix, self.settings, self.rank, self.seed = name, model, mix, settings, rank, seed
+        self.module: nn.Module = model
+        self.pictures: PictureIds = model.config.pictures
+        self.near, self.pad_id, self.held_out = near, pad_id, held_out
+        self.device = model.final_norm.device
+        self.learned = list(dict.fromkeys(model.parameters()))
+        self.optimizers = optimizers_of(model, settings)
+
+    def step(self, step: int) -> Mapping[str, float]:
+        random = np.random.default_rng((self.seed, step, self.rank.index))
+        parts = list(batches(self.mix(random, self.settings.tokens), self.pictures, self.pad_id))
+        weight = torch.tensor(sum(float(self._weights(part).sum()) for part in parts))
+        self.rank.sum([weight])
+        figures: dict[str, list[float]] = defaultdict(list)
+        for part in parts:
+            losses, weights, is_code = self.losses(part, self.settings.noise)
+            (losses @ weights * (self.rank.count / weight.item())).backward()  # type: ignore[no-untyped-call]
+            for name, chosen in (("code", is_code), ("text", ~is_code)):
+                figures[name] += losses.detach()[chosen].tolist()
+        self.rank.average_gradients(self.learned)
+        norm = clip_grad_norm_(self.learned, MOST_NORM)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        means = {name: float(np.mean(values)) if values else 0.0 for name, values in figures.items()}
+        return {**means, "norm": float(norm), "tokens": float(sum(part.read.size for part in parts))}
+
+    def losses(self, batch: Batch, noise: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Nats of every target [M], its weight [M], and whether it is a code [M]. noise: share of disturbed codes."""
+        read, say, counts = (torch.from_numpy(array).to(self.device) for array in (batch.read, batch.say, batch.counts))
+        grid = None if batch.grid_start is None else torch.from_numpy(batch.grid_start).to(self.device)
+        if noise and self.near is not None:
+            read = self._disturbed(read, counts, noise)
+        with products_in(self.settings.precision, self.device):
+            x, residual = hidden(self.model, read, grid)
+            logits = self.model.logits(x, residual, counts.flatten().nonzero()[:, 0])
+        targets = say[counts]
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        is_code = targets >= self.pictures.first_code
+        return losses, torch.where(is_code, 1.0, self.settings.text_weight), is_code
+
+    def _weights(self, batch: Batch) -> Tensor:
+        targets = torch.from_numpy(batch.say[batch.counts])
+        return torch.where(targets >= self.pictures.first_code, 1.0, self.settings.text_weight)
+
+    def _disturbed(self, read_UL: Tensor, counts_UL: Tensor, share: float) -> Tensor:
+        """The same ids with a share of the answers' codes replaced by codes most like them."""
+        assert self.near is not None
+        first = self.pictures.first_code
+        is_own = torch.zeros_like(counts_UL)
+        is_own[:, 1:] = counts_UL[:, :-1]  # what was said a place before is read here
+        chosen = is_own & (read_UL >= first) & (torch.rand(read_UL.shape, device=read_UL.device) < share)
+        which = torch.randint(self.near.shape[1], read_UL.shape, device=read_UL.device)
+        other = self.near[(read_UL - first).clamp(min=0), which] + first
+        return torch.where(chosen, other, read_UL)
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Mean nats of each held-out set's targets, and their mean in front."""
+        found = {name: float(self.nats(documents).mean()) for name, documents in self.held_out.items()}
+        return {"held_out": float(np.mean(list(found.values()))), **found}
+
+    @torch.no_grad()
+    def nats(self, documents: Sequence[Document]) -> Tensor:
+        """Nats of every target of the documents, those of like length together."""
+        found = []
+        for part in batches(documents, self.pictures, self.pad_id):
+            found.append(self.losses(part)[0])
+        return torch.cat(found)
+
+    def picture(self, folder: Path) -> None:
+        """A language stage's pictures are drawn by evaluation, which costs more than a moment."""
+
+
+def optimizers_of(model: Transformer, settings: LanguageSettings) -> list[Optimizer]:
+    """One optimiser, or with Muon two."""
+    named = dict(model.named_parameters())
+    matrices = [each for name, each in named.items() if name.rsplit(".", 1)[-1] in MATRICES]
+    rest = [each for name, each in named.items() if name.rsplit(".", 1)[-1] not in MATRICES]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "adamw":
+        groups = [{"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
+        return [AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)]
+    others = AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return [Muon(matrices, lr=rate, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"), others]
+
+
+def nearest_codes(codebook_KE: Tensor, count: int = 8) -> Tensor:
+    """int64 [codes, count]: the codes most like each one, itself left out."""
+    return (codebook_KE @ codebook_KE.T).topk(count + 1, dim=-1).indices[:, 1:].contiguous()
