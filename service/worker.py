@@ -117,6 +117,7 @@ def build_lane(loaded: Loaded, load: Load) -> Lane:
         # An encoder's tokens see those behind them, so it computes a text whole and no two share a beginning.
         has_prefix_cache=load.prefix_cache and info.can_generate,
         whole_prompts=not info.can_generate,
+        pictures=info.pictures,
         max_waiting_requests=_NO_LIMIT,
         max_waiting_tokens=_NO_LIMIT,
     )

@@ -1,4 +1,4 @@
-"""Generation outside the server: many prompts at once on paged K/V, by the kernels of a serving back end. For evaluation and contact sheets.
+"""Generation outside the server: many prompts at once on paged K/V, by a serving back end. For evaluation and contact sheets.
 
 The grammar of pictures holds: after a begin or frame id come exactly rows x columns codes, elsewhere none. One batch lives from its
 prompts to its last end; nothing is scheduled. Called by evaluation and by ablations.
@@ -60,12 +60,12 @@ def generate(
     """The ids after each prompt, without the end. num_frames: of each sequence's answer; a positive number opens a picture at once and
     ends the answer behind its last frame, 0 or None lets the model speak, without pictures.
 
-    Raises: ValueError for a model without pictures.
+    Raises: ValueError for pictures of a model that knows none.
     """
-    pictures = model.config.pictures
-    if pictures is None:
-        raise ValueError("generate speaks to models that know pictures")
     frames = list(num_frames) if num_frames is not None else [0] * len(prompts)
+    pictures = model.config.pictures or _no_pictures(model.config.vocab_size)
+    if model.config.pictures is None and any(frames):
+        raise ValueError("pictures can be asked of models that know pictures only")
     order = sorted(range(len(prompts)), key=lambda index: (frames[index], len(prompts[index])))
     found: dict[int, list[int]] = {}
     for at in range(0, len(order), batch):
@@ -83,7 +83,7 @@ class _Run:
         is_code = torch.zeros(config.vocab_size, dtype=torch.bool)
         is_code[pictures.first_code : pictures.first_code + pictures.num_codes] = True
         is_text = ~is_code
-        is_text[[pictures.begin_id, pictures.frame_id, pictures.end_id]] = False
+        is_text[[each for each in (pictures.begin_id, pictures.frame_id, pictures.end_id) if each < config.vocab_size]] = False
         self.masks = {"code": _packed(is_code), "text": _packed(is_text)}
         self.device = model.final_norm.device
 
@@ -116,11 +116,14 @@ class _Run:
     def _cache(self, sequences: Sequence[_Sequence]) -> list[PagedKV]:
         config = self.model.config
         num_blocks = max(each.blocks[-1] for each in sequences) + 1
-        shape = (2, num_blocks, config.num_kv_heads, config.head_width, BLOCK)
+        shape = (num_blocks, config.num_kv_heads, config.head_width, BLOCK)
         nothing = PagedBatch(*(torch.empty(0),) * 4, 0, 0, 0)
-        pools = [torch.zeros(shape, dtype=self.model.dtype, device=self.device) for _ in config.layers]
-        # Keys as columns: the order that the CPU kernel's loads want.
-        return [PagedKV(pool[0].transpose(2, 3), pool[1].view(num_blocks, config.num_kv_heads, BLOCK, config.head_width), nothing) for pool in pools]
+        layers = []
+        for _ in config.layers:
+            # Keys as columns: the order that the CPU kernel's loads want.
+            keys, values = (torch.zeros(shape, dtype=self.model.dtype, device=self.device) for _ in range(2))
+            layers.append(PagedKV(keys.transpose(2, 3), values.view(num_blocks, config.num_kv_heads, BLOCK, -1), nothing))
+        return layers
 
     def _forward(self, live: Sequence[_Sequence], pending: Sequence[Sequence[int]], kv: list[PagedKV]) -> Tensor:
         """float32 logits [S, V] behind each sequence's last pending id."""
@@ -193,6 +196,11 @@ class _Run:
         if not each.is_open and len(each.ids) - each.prompt_len >= self.sampling.max_tokens:
             each.is_done = True
         return fresh
+
+
+def _no_pictures(vocab_size: int) -> PictureIds:
+    """Of a model of text alone: no codes, and marks that are no ids."""
+    return PictureIds(vocab_size, 0, 1, 1, vocab_size, vocab_size, vocab_size)
 
 
 def _packed(allowed_V: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class LanguageStage:
     def step(self, step: int) -> Mapping[str, float]:
         random = np.random.default_rng((self.seed, step, self.rank.index))
         parts = list(batches(self.mix(random, self.settings.tokens), self.pictures, self.pad_id))
-        weight = torch.tensor(sum(float(self._weights(part).sum()) for part in parts))
+        weight = torch.tensor(sum(float(self._weights(part).sum()) for part in parts), device=self.device)
         self.rank.sum([weight])
         figures: dict[str, list[float]] = defaultdict(list)
         for part in parts:

@@ -51,8 +51,12 @@ class Stage(Protocol):
     """One thing to train. module: all that is saved and restored, buffers included; optimizers: so are their states."""
 
     name: str
-    module: nn.Module
-    optimizers: Sequence[Optimizer]
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]: ...
 
     def step(self, step: int) -> Mapping[str, float]:
         """One update from this rank's batch of that step; figures for the log."""
@@ -84,7 +88,7 @@ def run(stage: Stage, schedule: Schedule, folder: Path, rank: Rank, seed: int = 
     progress = _restore(stage, folder / "checkpoint.pt")
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in _fresh_rates(stage)]
     with RunLog(folder, stage.name, schedule.steps, progress.step, is_silent=not rank.is_first) as log:
-        while progress.step < schedule.steps:
+        while progress.step < schedule.steps and not _is_over(progress, schedule):
             begun = time.perf_counter()
             _set_rates(stage, peaks, schedule.factor(progress.step))
             torch.manual_seed(step_seed(seed, progress.step, rank.index))
@@ -93,11 +97,11 @@ def run(stage: Stage, schedule: Schedule, folder: Path, rank: Rank, seed: int = 
             progress.seconds += time.perf_counter() - begun
             log.step(progress.step, progress.seconds, figures)
             is_last = progress.step == schedule.steps
-            is_over = (progress.step % schedule.evaluate_every == 0 or is_last) and _evaluate(stage, schedule, progress, folder, rank, log)
-            if rank.is_first and (progress.step % schedule.save_every == 0 or is_last or is_over):
+            if progress.step % schedule.evaluate_every == 0 or is_last:
+                _evaluate(stage, schedule, progress, folder, rank, log)
+            is_last = is_last or _is_over(progress, schedule)
+            if rank.is_first and (progress.step % schedule.save_every == 0 or is_last):
                 _save(stage, progress, folder / "checkpoint.pt")
-            if is_over:
-                break
     if schedule.patience and (folder / "best.pt").exists():
         stage.module.load_state_dict(torch.load(folder / "best.pt", weights_only=True))
     return progress.seconds
@@ -108,8 +112,13 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return ((seed * 1_000_003 + step) * 1_009 + rank) % 2**63
 
 
-def _evaluate(stage: Stage, schedule: Schedule, progress: _Progress, folder: Path, rank: Rank, log: RunLog) -> bool:
-    """Is training over? Every rank comes to the same answer, because every rank computes the same figures."""
+def _is_over(progress: _Progress, schedule: Schedule) -> bool:
+    """Has it not improved for too long? Every rank comes to the same answer."""
+    return bool(schedule.patience) and progress.idle_evaluations >= schedule.patience
+
+
+def _evaluate(stage: Stage, schedule: Schedule, progress: _Progress, folder: Path, rank: Rank, log: RunLog) -> None:
+    """Mutates: progress, and the best weights on disk."""
     stage.module.eval()
     with torch.no_grad():
         figures = stage.evaluate()
@@ -117,14 +126,13 @@ def _evaluate(stage: Stage, schedule: Schedule, progress: _Progress, folder: Pat
             stage.picture(folder)
     stage.module.train()
     log.evaluation(progress.step, progress.seconds, figures)
-    watched = next(iter(figures.values()))
+    watched = rank.agreed(next(iter(figures.values())))
     if watched < progress.best:
         progress.best, progress.idle_evaluations = watched, 0
         if rank.is_first and schedule.patience:
             _replace(folder / "best.pt", stage.module.state_dict())
     else:
         progress.idle_evaluations += 1
-    return bool(schedule.patience) and progress.idle_evaluations >= schedule.patience
 
 
 def _fresh_rates(stage: Stage) -> Iterator[Optimizer]:

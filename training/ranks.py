@@ -37,6 +37,14 @@ class Rank:
         for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def agreed(self, figure: float) -> float:
+        """The first process's figure, in all of them: what they decide by must not differ in a last bit."""
+        if self.count == 1:
+            return figure
+        box = [figure]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Mutates: the gradients, which are the mean of all processes' after."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

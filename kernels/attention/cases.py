@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionSpec, PagedBatch, PagedKV
+from kernels.attention.reference import visible
+from kernels.ops import AttentionSpec, Neighbourhood, PagedBatch, PagedKV
 
 Size = Literal["tiny", "small", "bench", "huge"]
 """tiny: fit for Triton's interpreter. small: for plain PyTorch and a GPU. bench: worth timing. huge: several GiB, GPU only."""
@@ -22,6 +23,7 @@ Size = Literal["tiny", "small", "bench", "huge"]
 class AttentionCase:
     """sequences: (query tokens, context) of each, those with one query token first; (1, 0) is a padded row.
 
+    pictures: of each sequence, (position of the first code, codes so far) of its pictures; empty where no sequence has any.
     block_gap: blocks skipped in the pool between two that are used, which makes offsets large at no cost in data.
     """
 
@@ -35,12 +37,21 @@ class AttentionCase:
     window: int | None = None
     sink: int = 0
     softcap: float = 0.0
+    near: Neighbourhood | None = None
+    pictures: tuple[tuple[tuple[int, int], ...], ...] = ()
     block_gap: int = 0
     size: Size = "tiny"
 
     @property
     def spec(self) -> AttentionSpec:
-        return AttentionSpec(self.head_width**-0.5, self.window, self.sink, self.softcap)
+        return AttentionSpec(self.head_width**-0.5, self.window, self.sink, self.softcap, self.near)
+
+    def grid_starts(self, index: int) -> list[int]:
+        """Of every position of a sequence: where the picture that it is a code of begins, -1 for the others."""
+        starts = [-1] * self.sequences[index][1]
+        for first, count in self.pictures[index] if self.pictures else ():
+            starts[first : first + count] = [first] * count
+        return starts
 
 
 CASES = (
@@ -69,6 +80,56 @@ CASES = (
     AttentionCase("window_splits", "a window of more than one split: only the first may count the sink", ((1, 600),), window=300, sink=4),
     AttentionCase("window_one", "every query sees itself alone", ((1, 9), (5, 20)), window=1),
     AttentionCase("softcap", "scores beyond the cap, where its tanh bends", ((1, 100), (20, 60)), softcap=2.0),
+    AttentionCase(
+        "near_decodes",
+        "the first, a middle and the last code of a picture, then text behind one, a padded row, and text without pictures",
+        ((1, 11), (1, 60), (1, 74), (1, 80), (1, 0), (1, 30)),
+        near=Neighbourhood(8, 2, 1),
+        pictures=(((10, 1),), ((20, 40),), ((10, 64),), ((5, 64),), (), ()),
+    ),
+    AttentionCase(
+        "near_prompts",
+        "text, a picture and text at once; a film of two frames; a chunk that begins inside a picture whose head no query sees any more",
+        ((100, 100), (70, 150), (9, 190)),
+        near=Neighbourhood(8, 1, 2),
+        pictures=(((17, 64),), ((10, 64), (75, 64)), ((130, 60),)),
+        num_heads=2,
+    ),
+    AttentionCase(
+        "near_window",
+        "both bounds at once: window and sink cut a picture that the neighbourhood cuts too",
+        ((1, 160), (1, 140), (40, 150)),
+        window=21,
+        sink=12,
+        near=Neighbourhood(6, 3, 1),
+        pictures=(((4, 36), (120, 36)), ((90, 36),), ((8, 36), (100, 36))),
+    ),
+    AttentionCase(
+        "near_all",
+        "radii beyond the picture hide nothing",
+        ((1, 50), (20, 60)),
+        near=Neighbourhood(5, 9, 9),
+        pictures=(((30, 20),), ((38, 22),)),
+    ),
+    AttentionCase(
+        "near_itself",
+        "one row, no column: of its picture a code sees itself and those straight above the next code",
+        ((1, 40), (30, 36)),
+        near=Neighbourhood(5, 1, 0),
+        pictures=(((20, 20),), ((6, 25),)),
+        softcap=3.0,
+    ),
+    AttentionCase("near_text", "a neighbourhood without a picture", ((1, 40), (30, 36)), near=Neighbourhood(5, 1, 0)),
+    AttentionCase(
+        "near_splits",
+        "a picture of 24 x 24 codes over three splits and many tiles, most of them hidden",
+        ((1, 600), (1, 350), (90, 500)),
+        size="small",
+        num_heads=6,
+        num_kv_heads=2,
+        near=Neighbourhood(24, 4, 4),
+        pictures=(((20, 576),), ((20, 330),), ((3, 490),)),
+    ),
     AttentionCase(
         "grouped_prefill",
         "group 3 leaves idle rows in each tile of queries",
@@ -108,7 +169,8 @@ CASES = (
 def build(case: AttentionCase, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> tuple[Tensor, PagedKV]:
     """(q [T, N, H], kv) of a case. Blocks lie in random order in one pool that holds keys beside values, so both are strided.
 
-    Everything that the masks hide is NaN: blocks nobody owns, places past a context, and blocks behind every query's window.
+    Everything that no query sees is NaN: blocks nobody owns, places past a context, positions behind every query's window, and codes
+    outside every query's neighbourhood.
     """
     generator = torch.Generator().manual_seed(seed)
     block_size, stride = case.block_size, case.block_gap + 1
@@ -119,8 +181,8 @@ def build(case: AttentionCase, dtype: torch.dtype, device: torch.device | str = 
     pool[::stride] = float("nan")
     kv = PagedKV(pool[:, 0], pool[:, 1], _batch(case, table.to(device), device))
     for index, (num_queries, context) in enumerate(case.sequences):
-        low = 0 if case.window is None else max(0, context - num_queries - case.window + 1)
-        positions = torch.tensor([p for p in range(context) if p >= low or p < case.sink], dtype=torch.int64)
+        starts = torch.tensor(case.grid_starts(index)[context - num_queries :], dtype=torch.int32) if case.pictures and context else None
+        positions, _ = visible(num_queries, context, case.spec, starts, "cpu")
         block, place = table[index, positions // block_size].long(), positions % block_size
         for side in (kv.keys, kv.values):
             rows = torch.randn((len(positions), case.num_kv_heads, case.head_width), generator=generator)
@@ -134,6 +196,11 @@ def _batch(case: AttentionCase, table: Tensor, device: torch.device | str) -> Pa
     queries = [num_queries for num_queries, _ in case.sequences]
     contexts = [context for _, context in case.sequences]
     starts = torch.tensor([0, *queries]).cumsum(0).int()
+    grid = [
+        start
+        for index, (count, context) in enumerate(case.sequences)
+        for start in (case.grid_starts(index)[context - count :] if context else [-1] * count)
+    ]
     return PagedBatch(
         slots=torch.full((sum(queries),), -1, dtype=torch.int64, device=device),
         block_table=table,
@@ -142,4 +209,5 @@ def _batch(case: AttentionCase, table: Tensor, device: torch.device | str) -> Pa
         num_decodes=sum(1 for num_queries in queries if num_queries == 1),
         max_query_len=max((n for n in queries if n > 1), default=0),
         max_context_len=max(contexts),
+        grid_start=torch.tensor(grid, dtype=torch.int32, device=device) if case.pictures else None,
     )

@@ -1,6 +1,6 @@
-"""Paged attention in plain PyTorch: sequence by sequence, any query length, grouped heads, window, sink and softcap.
+"""Paged attention in plain PyTorch: sequence by sequence, any query length, grouped heads, window, sink, neighbourhood and softcap.
 
-No Triton here and no model. Called by `reference_ops`, by back ends without a kernel of their own, and by tests.
+No Triton here and no model. Called by `reference_ops`, by back ends without a kernel of their own, by `cases`, and by tests.
 Shape suffixes: T tokens, S sequences, N query heads, K key/value heads, G = N / K, H head width, Q queries and C keys of one sequence.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionSpec, PagedKV
+from kernels.ops import AttentionSpec, Neighbourhood, PagedKV
 
 
 def attend(q_TNH: Tensor, kv: PagedKV, spec: AttentionSpec) -> Tensor:
@@ -26,17 +26,39 @@ def attend(q_TNH: Tensor, kv: PagedKV, spec: AttentionSpec) -> Tensor:
         if context == 0 or len(q_QNH) == 0:
             outputs.append(torch.zeros_like(q_QNH))
             continue
-        seen = _visible(len(q_QNH), context, spec, q_TNH.device)
-        outputs.append(_attend_one(q_QNH, _gather(kv.keys, kv, index, seen), _gather(kv.values, kv, index, seen), seen, context, spec))
+        grid_start_Q = None if batch.grid_start is None else batch.grid_start[starts[index] : starts[index + 1]]
+        seen_C, mask_QC = visible(len(q_QNH), context, spec, grid_start_Q, q_TNH.device)
+        outputs.append(_attend_one(q_QNH, _gather(kv.keys, kv, index, seen_C), _gather(kv.values, kv, index, seen_C), mask_QC, spec))
     rest = q_TNH[starts[-1] :]  # padding behind the last sequence
     return torch.cat([*outputs, torch.zeros_like(rest)]).flatten(1)
 
 
-def _visible(num_queries: int, context: int, spec: AttentionSpec, device: torch.device) -> Tensor:
-    """The positions that at least one of the last `num_queries` positions sees, int64 [C], ascending."""
+def visible(
+    num_queries: int, context: int, spec: AttentionSpec, grid_start_Q: Tensor | None, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Of a sequence whose last `num_queries` positions are queries: (the positions that at least one query sees, int64 [C], ascending;
+    which of them each query sees, bool [Q, C])."""
     low = 0 if spec.window is None else max(0, context - num_queries - spec.window + 1)
-    positions = torch.arange(context, device=device)
-    return positions if low <= spec.sink else torch.cat((positions[: spec.sink], positions[low:]))
+    keys = torch.arange(context, device=device)
+    keys = keys if low <= spec.sink else torch.cat((keys[: spec.sink], keys[low:]))
+    at = torch.arange(context - num_queries, context, device=device)[:, None]
+    seen = keys <= at
+    if spec.window is not None:
+        seen &= (at - keys < spec.window) | (keys < spec.sink)
+    if spec.neighbourhood is None or grid_start_Q is None:
+        return keys, seen
+    seen &= _is_near(at, keys, grid_start_Q[:, None].long(), spec.neighbourhood)
+    is_used = seen.any(0)
+    return keys[is_used], seen[:, is_used]
+
+
+def _is_near(at_Q1: Tensor, keys_C: Tensor, start_Q1: Tensor, near: Neighbourhood) -> Tensor:
+    """bool [Q, C]: what the neighbourhood leaves of a causal mask. Source: the rule in `kernels.ops.Neighbourhood`."""
+    code, following = keys_C - start_Q1, at_Q1 - start_Q1 + 1
+    rows = following // near.columns - code // near.columns
+    columns = (following % near.columns - code % near.columns).abs()
+    is_other = (start_Q1 < 0) | (code < 0)
+    return is_other | (keys_C == at_Q1) | ((rows <= near.row_radius) & (columns <= near.column_radius))
 
 
 def _gather(pool: Tensor, kv: PagedKV, index: int, seen_C: Tensor) -> Tensor:
@@ -46,7 +68,7 @@ def _gather(pool: Tensor, kv: PagedKV, index: int, seen_C: Tensor) -> Tensor:
     return pool[blocks, :, seen_C % block_size].transpose(0, 1)
 
 
-def _attend_one(q_QNH: Tensor, k_KCH: Tensor, v_KCH: Tensor, seen_C: Tensor, context: int, spec: AttentionSpec) -> Tensor:
+def _attend_one(q_QNH: Tensor, k_KCH: Tensor, v_KCH: Tensor, mask_QC: Tensor, spec: AttentionSpec) -> Tensor:
     num_queries, num_heads, width = q_QNH.shape
     num_kv_heads = k_KCH.shape[0]
     wide = torch.promote_types(q_QNH.dtype, torch.float32)
@@ -54,10 +76,6 @@ def _attend_one(q_QNH: Tensor, k_KCH: Tensor, v_KCH: Tensor, seen_C: Tensor, con
     scores = (q.flatten(1, 2) @ k_KCH.to(wide).transpose(1, 2)) * spec.scale  # [K, G * Q, C]
     if spec.softcap:
         scores = torch.tanh(scores / spec.softcap) * spec.softcap
-    at = torch.arange(context - num_queries, context, device=q_QNH.device)[:, None]
-    is_seen = seen_C <= at
-    if spec.window is not None:
-        is_seen &= (at - seen_C < spec.window) | (seen_C < spec.sink)
-    scores = scores.view(num_kv_heads, -1, num_queries, len(seen_C)).masked_fill(~is_seen, float("-inf"))
+    scores = scores.view(num_kv_heads, -1, num_queries, mask_QC.shape[1]).masked_fill(~mask_QC, float("-inf"))
     y = torch.softmax(scores, dim=-1).flatten(1, 2) @ v_KCH.to(wide)  # [K, G * Q, H]
     return y.view(num_kv_heads, -1, num_queries, width).permute(2, 0, 1, 3).reshape(num_queries, num_heads, width).to(q_QNH.dtype)

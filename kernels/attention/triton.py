@@ -1,6 +1,7 @@
 """Paged attention in Triton: a decode kernel (split over keys, then a reduction) and a prefill kernel behind one `attend`.
 
-No mask is a flag here: window, sink and causality are loop bounds, with a mask on the edge tiles only. Called by `triton_ops`.
+No mask is a flag here: window, sink and causality are loop bounds, with a mask on the edge tiles only; a neighbourhood is arithmetic on
+the tiles from a picture's first code on. Called by `triton_ops`.
 Longer than most files because both kernels share one tile body and one way of bounding it, which must not drift apart.
 Shape suffixes: T tokens, S sequences, N query heads, K key/value heads, G = N / K, H head width, P places in a block.
 """
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ops import AttentionSpec, PagedKV
+from kernels.ops import AttentionSpec, PagedBatch, PagedKV
 
 SPLIT = 256
 """Keys one decode program reads. Fixed in tokens, so that a row's sum never depends on its neighbours or on the batch's size."""
@@ -23,6 +24,16 @@ MAX_SPLITS = 32
 the grid and the scratch of a graph captured for long contexts."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 """Scores are kept in units of log 2, because exp2 is the exponential that the hardware has."""
+
+
+Near = tuple[int, int, int]
+"""A neighbourhood as the kernels take it: columns, row radius, column radius."""
+
+
+def near_of(batch: PagedBatch, spec: AttentionSpec) -> Near | None:
+    """None where no code can be hidden: the kernel is then the one without a neighbourhood."""
+    near = spec.neighbourhood
+    return None if near is None or batch.grid_start is None else (near.columns, near.row_radius, near.column_radius)
 
 
 class Tiling(NamedTuple):
@@ -43,12 +54,16 @@ def decode_tiling(group: int, head_width: int, itemsize: int) -> Tiling:
     return Tiling(rows, 64 if head_width <= 128 else 32, 4, 5)
 
 
-def prefill_tiling(group: int, head_width: int, itemsize: int) -> Tiling:
-    """128 rows where the accumulator fits in registers; float32 takes small tiles, since its exact product has no tensor core."""
+def prefill_tiling(group: int, head_width: int, itemsize: int, has_near: bool = False) -> Tiling:
+    """128 rows where the accumulator fits in registers; float32 takes small tiles, since its exact product has no tensor core.
+
+    has_near: of the layer, not of the step, so that a row's order of summing never depends on its neighbours. A neighbourhood's mask is
+    known before keys are read and held until they are multiplied: with 64 keys a tile it would spill.
+    """
     least = max(16, triton.next_power_of_2(group))
     if itemsize > 2:
         return Tiling(max(32, least), 32 if head_width <= 64 else 16, 8, 2)
-    return Tiling(max(128, least), 64, 8, 3) if head_width <= 128 else Tiling(max(64, least), 32, 8, 2)
+    return Tiling(max(128, least), 32 if has_near else 64, 8, 3) if head_width <= 128 else Tiling(max(64, least), 32, 8, 2)
 
 
 def attend(q_TNH: Tensor, kv: PagedKV, spec: AttentionSpec) -> Tensor:
@@ -81,6 +96,7 @@ def _decode(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
     _, num_heads, width = q.shape
     num_kv_heads = kv.keys.shape[1]
     tiling = decode_tiling(num_heads // num_kv_heads, width, q.element_size())
+    near = near_of(batch, spec)
     num_splits = num_splits_of(batch.max_context_len, spec.window, tiling.keys)
     sums = torch.empty((batch.num_decodes, num_heads, num_splits, width), dtype=torch.float32, device=q.device)
     stats = torch.empty((batch.num_decodes, num_heads, num_splits, 2), dtype=torch.float32, device=q.device)
@@ -91,6 +107,7 @@ def _decode(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
         kv.values,
         batch.block_table,
         batch.context_len,
+        batch.context_len if near is None else batch.grid_start,
         sums,
         stats,
         batch.block_table.stride(0),
@@ -102,6 +119,7 @@ def _decode(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
         P=kv.keys.shape[2],
         SINK=spec.sink,
         SOFTCAP=spec.softcap,
+        NEAR=near,
         MAX_SPLITS=MAX_SPLITS,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
@@ -116,7 +134,8 @@ def _prefill(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
     num_tokens, num_heads, width = q.shape
     num_kv_heads = kv.keys.shape[1]
     group = num_heads // num_kv_heads
-    tiling = prefill_tiling(group, width, q.element_size())
+    tiling = prefill_tiling(group, width, q.element_size(), spec.neighbourhood is not None)
+    near = near_of(batch, spec)
     num_prefills = batch.context_len.shape[0] - batch.num_decodes
     num_query_blocks = (num_tokens - batch.num_decodes) // (tiling.rows // group) + num_prefills
     prefill_kernel[(num_query_blocks, num_kv_heads)](
@@ -126,6 +145,7 @@ def _prefill(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
         batch.block_table,
         batch.query_start,
         batch.context_len,
+        batch.context_len if near is None else batch.grid_start,
         out,
         batch.num_decodes,
         num_prefills,
@@ -141,6 +161,7 @@ def _prefill(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
         WINDOW=spec.window or 0,
         SINK=spec.sink,
         SOFTCAP=spec.softcap,
+        NEAR=near,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )
@@ -157,20 +178,45 @@ def _tanh(x):
 
 
 @triton.jit
+def _is_near(position, grid_start, at, NEAR: tl.constexpr):
+    """Does the neighbourhood leave the key at `at` to the query at `position`? Broadcasts; grid_start: of the query."""
+    following = position - grid_start + 1  # of a text query: any numbers
+    code = at - grid_start
+    kept = (grid_start < 0) | (code < 0)
+    code = tl.where(kept, 0, code)  # division of a negative number rounds in ways of its own
+    rows = following // NEAR[0] - code // NEAR[0]
+    columns = tl.abs(following % NEAR[0] - code % NEAR[0])
+    return kept | (at == position) | ((rows <= NEAR[1]) & (columns <= NEAR[2]))
+
+
+@triton.jit
+def _in_bounds(live, at, position, WINDOW: tl.constexpr, SINK: tl.constexpr):
+    """bool [M, TILE]: which live keys the window and the order of positions leave to each row."""
+    seen = live[None, :] & (at[None, :] <= position[:, None])
+    if WINDOW > 0:
+        seen = seen & ((position[:, None] - at[None, :] < WINDOW) | (at < SINK)[None, :])
+    return seen
+
+
+@triton.jit
 def _attend_tile(
-    q, peak, total, acc, start, limit, low, position, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
+    q, peak, total, acc, start, limit, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
     H: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
-    WINDOW: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys into the running softmax (peak [M], total [M], acc [M, WIDTH]); scores are in units of log 2.
 
-    With MASKED, keys at or past limit, and those below low that no sink keeps, are neither read nor counted: their block may be another
-    sequence's, or never written.
+    With MASKED, keys at or past limit, those below low that no sink keeps, and those that a neighbourhood leaves to no row are neither
+    read nor counted: their block may be another sequence's, or never written.
     """
     columns = tl.arange(0, WIDTH)
     at = start + tl.arange(0, TILE)
     if MASKED:
         live = (at < limit) & ((at >= low) | (at < SINK))
+        if NEAR is not None:
+            seen = _in_bounds(live, at, position, WINDOW, SINK)
+            seen = seen & _is_near(position[:, None], grid_start[:, None], at[None, :], NEAR)
+            live = tl.max(seen.to(tl.int32), 0) > 0
         block = tl.load(table_ptr + at // P, mask=live, other=0).to(tl.int64)
         readable = live[:, None] & (columns < H)[None, :]
     else:
@@ -185,9 +231,8 @@ def _attend_tile(
     else:
         scores = scores * (scale * LOG2_E)
     if MASKED:
-        seen = live[None, :] & (at[None, :] <= position[:, None])
-        if WINDOW > 0:
-            seen = seen & ((position[:, None] - at[None, :] < WINDOW) | (at < SINK)[None, :])
+        if NEAR is None:
+            seen = _in_bounds(live, at, position, WINDOW, SINK)
         scores = tl.where(seen, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen nothing yet must not make inf - inf
@@ -210,9 +255,10 @@ def _split_bounds(context, WINDOW: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.c
 
 @triton.jit(do_not_specialize=["table_stride"])
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, context_ptr, sums_ptr, stats_ptr, table_stride, stride_block, stride_head, stride_place, scale,
+    q_ptr, k_ptr, v_ptr, table_ptr, context_ptr, grid_ptr, sums_ptr, stats_ptr, table_stride,
+    stride_block, stride_head, stride_place, scale,
     G: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
-    WINDOW: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One (sequence, key/value head, split): all G query heads of the group share each key that is read.
 
@@ -236,6 +282,9 @@ def decode_kernel(
     v_ptr += kv_head.to(tl.int64) * stride_head
     table_ptr += sequence.to(tl.int64) * table_stride
     position = tl.zeros([ROWS], dtype=tl.int32) + (context - 1)
+    grid_start = position
+    if NEAR is not None:
+        grid_start = tl.zeros([ROWS], dtype=tl.int32) + tl.load(grid_ptr + sequence)  # a decode's token is its sequence's row
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     acc = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
@@ -243,13 +292,13 @@ def decode_kernel(
         sink_end = tl.where(split == 0, tl.minimum(base, SINK), 0)
         for start in range(0, sink_end, TILE):
             peak, total, acc = _attend_tile(
-                q, peak, total, acc, start, sink_end, low, position, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
-                H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, True,
+                q, peak, total, acc, start, sink_end, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
+                H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True,
             )  # fmt: skip
     for start in range(begin, end, TILE):  # masked throughout: a decode waits for memory, not for comparisons
         peak, total, acc = _attend_tile(
-            q, peak, total, acc, start, end, low, position, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
-            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, True,
+            q, peak, total, acc, start, end, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
+            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True,
         )  # fmt: skip
     partial = head_row * tl.num_programs(2) + split
     tl.store(sums_ptr + partial[:, None] * H + columns[None, :], acc, mask=stored)
@@ -299,10 +348,10 @@ def _find_sequence(query_start_ptr, num_decodes, num_prefills, block_index, BLOC
 
 @triton.jit(do_not_specialize=["num_decodes", "num_prefills", "table_stride"])
 def prefill_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, query_start_ptr, context_ptr, out_ptr, num_decodes, num_prefills, table_stride,
+    q_ptr, k_ptr, v_ptr, table_ptr, query_start_ptr, context_ptr, grid_ptr, out_ptr, num_decodes, num_prefills, table_stride,
     stride_block, stride_head, stride_place, scale,
     G: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
-    WINDOW: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """One (block of queries of one sequence, key/value head). Row r is query r // G of head r % G of the group."""
     BLOCK_Q: tl.constexpr = ROWS // G
@@ -337,6 +386,12 @@ def prefill_kernel(
         full_begin = tl.cdiv(tl.maximum(end - WINDOW, 0), TILE) * TILE
     base = low // TILE * TILE
     full_end = tl.maximum((first_position + 1) // TILE * TILE, full_begin)
+    grid_start = position
+    if NEAR is not None:  # before the first picture that a query is in, nothing is hidden; idle rows must keep no key alive
+        position = tl.where(is_row, position, -1)
+        grid_start = tl.load(grid_ptr + row_start + query, mask=is_row, other=-1)
+        first_code = tl.min(tl.where(grid_start < 0, end, grid_start), 0)
+        full_end = tl.maximum(tl.minimum(full_end, first_code // TILE * TILE), full_begin)
 
     peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
@@ -346,23 +401,23 @@ def prefill_kernel(
             sink_end = tl.minimum(base, SINK)
             for start in range(0, sink_end, TILE):
                 peak, total, acc = _attend_tile(
-                    q, peak, total, acc, start, sink_end, low, position, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
-                    H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, True,
+                    q, peak, total, acc, start, sink_end, low, position, grid_start, k_ptr, v_ptr, table_ptr,
+                    stride_block, stride_place, scale, H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True,
                 )  # fmt: skip
         for start in range(base, tl.minimum(full_begin, end), TILE):
             peak, total, acc = _attend_tile(
-                q, peak, total, acc, start, end, low, position, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
-                H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, True,
+                q, peak, total, acc, start, end, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
+                H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True,
             )  # fmt: skip
     for start in range(full_begin, full_end, TILE):
         peak, total, acc = _attend_tile(
-            q, peak, total, acc, start, end, low, position, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
-            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, False,
+            q, peak, total, acc, start, end, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
+            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, False,
         )  # fmt: skip
     for start in range(full_end, end, TILE):
         peak, total, acc = _attend_tile(
-            q, peak, total, acc, start, end, low, position, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
-            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, True,
+            q, peak, total, acc, start, end, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
+            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True,
         )  # fmt: skip
     y = acc / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out_ptr + head_row[:, None] * H + columns[None, :], y.to(out_ptr.dtype.element_ty), mask=stored)

@@ -28,9 +28,11 @@ INLINE void finish(float* y, const float* total, float weight, int64_t width) {
 }
 
 INLINE Sight sight_of(const AttentionCall& call, const Item& item) {
-    const int64_t length = call.batch.query_start[item.sequence + 1] - call.batch.query_start[item.sequence];
+    const int64_t start = call.batch.query_start[item.sequence], length = call.batch.query_start[item.sequence + 1] - start;
     const int64_t first = call.batch.context_len[item.sequence] - length + item.first_query;
-    return Sight{first, first + item.num_queries - 1, call.spec.window, call.spec.sink};
+    const bool has_grid = call.spec.near.columns > 0 && call.batch.grid_start != nullptr;
+    const int32_t* grid_start = has_grid ? call.batch.grid_start + start + item.first_query : nullptr;
+    return Sight{first, first + item.num_queries - 1, call.spec.window, call.spec.sink, grid_start, call.spec.near};
 }
 
 // The sums, maxima and weights of one split, in the desk. While a tile is worked on, the one after it is fetched: of this item, or
@@ -41,7 +43,7 @@ void attend_split(const AttentionCall& call, const Item& item, const Item* next,
     const int64_t end = least((split + 1) * kSplit, sight.last + 1), item_end = least(item.last_split * kSplit, sight.last + 1);
     for (int64_t base = split * kSplit; base < end; base += kTile) {
         const int64_t count = least(kTile, end - base), columns = ceil_div(count, W) * W, after = base + kTile;
-        if (!sight.any(base) && !sight.any(base + count - 1)) continue;  // behind the window and past the sink
+        if ((sight.any_bits(base) & below(count)) == 0) continue;  // behind the window and past the sink, or codes far from all queries
         Ahead ahead{desk.lines};
         if (after < item_end) {
             list_tile<T>(call, item, sight, after, least(kTile, item_end - after), ahead);

@@ -34,17 +34,25 @@ struct KV {
     int64_t key_number;  // between two numbers of a key: 1, or block_size where a block holds its keys as columns
 };
 
+// grid_start: null when no token is a code.
 struct Batch {
     const int64_t* slots;
     const int32_t* block_table;
     int64_t table_stride;
     const int32_t *query_start, *context_len;
     int64_t num_sequences;
+    const int32_t* grid_start;
+};
+
+// Which codes of its own picture a code sees; columns 0: all of them.
+struct Near {
+    int64_t columns, row_radius, column_radius;
 };
 
 struct Spec {
     float scale, softcap;
     int64_t window, sink;  // window: INT64_MAX sees everything
+    Near near;
 };
 
 // What one row of logits is drawn with; see kernels/sample/reference.py. mask: null, or a bit per token in words of 32 for each row.

@@ -73,8 +73,9 @@ BRAID_API int braid_qkv(Context* c, const Layer* layer, const KV* kv, const Batc
 }
 
 BRAID_API int braid_attend(Context* c, const KV* kv, const Batch* batch, float scale, float softcap, int64_t window, int64_t sink,
-                           const float* q, float* y, int64_t num_heads, int64_t num_tokens) {
-    const Spec spec{scale, softcap, window, sink};
+                           int64_t columns, int64_t row_radius, int64_t column_radius, const float* q, float* y, int64_t num_heads,
+                           int64_t num_tokens) {
+    const Spec spec{scale, softcap, window, sink, Near{columns, row_radius, column_radius}};
     return guarded(num_tokens, [&] { c->table->attend(*c, *kv, *batch, spec, q, y, num_heads, num_tokens); });
 }
 

@@ -43,6 +43,7 @@ class Batch(ctypes.Structure):
         ("query_start", c_void_p),
         ("context_len", c_void_p),
         ("num_sequences", c_int64),
+        ("grid_start", c_void_p),
     )
 
 
@@ -53,7 +54,7 @@ class Draw(ctypes.Structure):
 _P, _N = c_void_p, c_int64
 _ARGUMENTS = {
     "braid_qkv": (_P, _P, _P, _P, _P, _P, c_int32, _P, _P, _N),
-    "braid_attend": (_P, _P, _P, c_float, c_float, _N, _N, _P, _P, _N, _N),
+    "braid_attend": (_P, _P, _P, c_float, c_float, _N, _N, _N, _N, _N, _P, _P, _N, _N),
     "braid_out_mlp": (_P, _P, _P, _P, _P, _N),
     "braid_linear": (_P, _P, _P, _P, _N),
     "braid_embed": (_P, _P, _P, _P, _N),

@@ -82,7 +82,7 @@ class _Native:
         self.composed = reference_ops()
         self._layers: dict[int, tuple[int, bool, tuple[LayerWeights, Layer]]] = {}
         self._pools: dict[int, tuple[Tensor, Tensor, KV | None]] = {}
-        self._batch: tuple[Tensor, Tensor, Tensor, Tensor, Batch] | None = None
+        self._batch: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Batch] | None = None
 
     # --- coarse -------------------------------------------------------------------------------------------------------------------
 
@@ -122,10 +122,12 @@ class _Native:
         q = q.contiguous()
         num_tokens, num_heads, width = q.shape
         y = q.new_empty((num_tokens, num_heads * width))
+        near = spec.neighbourhood
+        radii = (0, 0, 0) if near is None else (near.columns, near.row_radius, near.column_radius)
         self._check(
             self._library.braid_attend(
                 self._context, *places, spec.scale, spec.softcap, _UNSEEN if spec.window is None else spec.window, spec.sink,
-                q.data_ptr(), y.data_ptr(), num_heads, num_tokens,
+                *radii, q.data_ptr(), y.data_ptr(), num_heads, num_tokens,
             )
         )  # fmt: skip
         return y
@@ -240,9 +242,10 @@ class _Native:
             or batch[1] is not new.block_table
             or batch[2] is not new.query_start
             or batch[3] is not new.context_len
+            or batch[4] is not new.grid_start
         ):
-            batch = self._batch = (new.slots, new.block_table, new.query_start, new.context_len, _batch_struct(new))
-        return addressof(struct), addressof(batch[4])
+            batch = self._batch = (new.slots, new.block_table, new.query_start, new.context_len, new.grid_start, _batch_struct(new))
+        return addressof(struct), addressof(batch[5])
 
 
 def _layer_struct(weights: LayerWeights, matrices: list[Matrix]) -> Layer:
@@ -273,9 +276,9 @@ def _pool_struct(kv: PagedKV) -> KV | None:
 
 def _batch_struct(batch: PagedBatch) -> Batch:
     """A struct that points into the batch's tensors. Raises: ValueError for a dtype or stride that the kernels can't read."""
-    given = (batch.slots, batch.block_table, batch.query_start, batch.context_len)
-    kinds = (torch.int64, torch.int32, torch.int32, torch.int32)
-    if any(x.dtype is not kind or not x.is_contiguous() for x, kind in zip(given, kinds, strict=True)):
-        raise ValueError("slots must be int64, block_table, query_start and context_len int32, and all contiguous")
-    slots, table, query_start, context_len = (x.data_ptr() for x in given)
-    return Batch(slots, table, batch.block_table.shape[1], query_start, context_len, len(batch.context_len))
+    given = (batch.slots, batch.block_table, batch.query_start, batch.context_len, batch.grid_start)
+    kinds = (torch.int64, torch.int32, torch.int32, torch.int32, torch.int32)
+    if any(x is not None and (x.dtype is not kind or not x.is_contiguous()) for x, kind in zip(given, kinds, strict=True)):
+        raise ValueError("slots must be int64, block_table, query_start, context_len and grid_start int32, and all contiguous")
+    slots, table, query_start, context_len, grid_start = map(_pointer, given)
+    return Batch(slots, table, batch.block_table.shape[1], query_start, context_len, len(batch.context_len), grid_start)

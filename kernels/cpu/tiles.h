@@ -117,11 +117,40 @@ void multiply_add(int64_t rows, int64_t columns, const float* a, int64_t lda, co
     for (; j < columns; j += W) accumulate_rows<1>(rows, a, lda, b + j, columns, depth, c + j, columns, ahead);
 }
 
-// What the queries of an item, positions first ... last, may see of a tile's keys.
+// The bits before bit n, for any n; and those from begin to before end.
+INLINE uint64_t below(int64_t n) { return n <= 0 ? 0 : n >= kTile ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
+INLINE uint64_t between(int64_t begin, int64_t end) { return below(end) & ~below(begin); }
+
+// What the queries of an item, positions first ... last, may see of the tile of keys from `base` on: bit i is key base + i.
+// grid_start: of each query; null where no code is hidden.
 struct Sight {
     int64_t first, last, window, sink;
-    bool sees_after(int64_t query, int64_t key) const { return query - key < window || key < sink; }
-    bool any(int64_t key) const { return key <= last && sees_after(first, key); }
+    const int32_t* grid_start;
+    Near near;
+    // The keys up to `end` that are in the window of a query at `query` or of one behind it, or in the sink.
+    uint64_t bound_bits(int64_t query, int64_t end, int64_t base) const {
+        const int64_t low = window > query ? 0 : query - window + 1;
+        return below(end + 1 - base) & (~below(low - base) | below(sink - base));
+    }
+    // What the neighbourhood leaves of the keys up to a query: all before its picture, itself, and a run in each near row of codes.
+    uint64_t near_bits(int64_t query, int64_t base) const {
+        const int64_t start = grid_start != nullptr ? grid_start[query - first] : -1;
+        if (start < 0 || start >= base + kTile) return ~uint64_t{0};
+        const int64_t columns = near.columns, following = query + 1 - start, row = following / columns, column = following % columns;
+        const int64_t left = most(0, column - near.column_radius), right = least(columns, column + near.column_radius + 1);
+        uint64_t bits = below(start - base) | between(query - base, query + 1 - base);
+        const int64_t first_row = most(row - near.row_radius, most(0, base - start) / columns);
+        for (int64_t at = start + first_row * columns - base, end = least(kTile, query + 1 - base); at < end; at += columns)
+            bits |= between(at + left, at + right);
+        return bits;
+    }
+    // The keys that some query of the item sees.
+    uint64_t any_bits(int64_t base) const {
+        if (grid_start == nullptr) return bound_bits(first, last, base);
+        uint64_t bits = 0;
+        for (int64_t query = first; query <= last; ++query) bits |= bound_bits(query, query, base) & near_bits(query, base);
+        return bits;
+    }
 };
 
 INLINE V load_number(const float* p) { return load(p); }
@@ -162,8 +191,9 @@ INLINE void find_rows(const AttentionCall& call, const Item& item, const Sight& 
     const int32_t* table = call.batch.block_table + item.sequence * call.batch.table_stride;
     const T *first_key = static_cast<const T*>(kv.keys) + item.head * kv.key_head, *first_value = static_cast<const T*>(kv.values) + item.head * kv.value_head;
     int64_t at = base / kv.block_size, place = base % kv.block_size;
+    const uint64_t seen = sight.any_bits(base) & below(count);
     for (int64_t i = 0; i < ceil_div(count, W) * W; ++i) {
-        const bool is_seen = i < count && sight.any(base + i);
+        const bool is_seen = (seen >> i & 1) != 0;
         const int64_t block = is_seen ? table[at] : 0;
         keys[i] = is_seen ? first_key + block * kv.key_block + place * kv.key_place : nullptr;
         values[i] = is_seen ? first_value + block * kv.value_block + place * kv.value_place : nullptr;
@@ -175,7 +205,7 @@ INLINE void find_rows(const AttentionCall& call, const Item& item, const Sight& 
 // tile is hidden from it, so that nothing which was never written, or is another's by now, is multiplied.
 INLINE bool is_direct(const AttentionCall& call, const Item& item, const Sight& sight, int64_t base, int64_t count) {
     return item.num_queries == 1 && call.kv.key_place == 1 && call.kv.key_number != 1 && call.kv.block_size % W == 0 && kTile % call.kv.block_size == 0 &&
-           (sight.last - base < sight.window || base + count <= sight.sink);
+           (sight.last - base < sight.window || base + count <= sight.sink) && (~sight.near_bits(sight.last, base) & below(count)) == 0;
 }
 
 // Lists a tile's keys and values, to be fetched before they are needed: the blocks of a sequence lie apart, which hardware can't foresee.
@@ -235,7 +265,9 @@ INLINE V capped(V score, const Spec& spec) {
 // Scores of one row become weights against the running maximum; sums so far are scaled to a new maximum. columns: a multiple of W.
 INLINE void soften(const AttentionCall& call, const Sight& sight, int64_t position, int64_t base, int64_t columns, int64_t row, Desk& desk) {
     float* scores = desk.scores + row * kTile;
-    const bool is_open = base + columns - 1 <= position && (position - base < sight.window || base + columns <= sight.sink);
+    const uint64_t near = sight.near_bits(position, base);
+    const bool has_far = near != ~uint64_t{0};
+    const bool is_open = base + columns - 1 <= position && (position - base < sight.window || base + columns <= sight.sink) && !has_far;
     const V hidden = splat(kNothing);
     V top = hidden;
     for (int64_t j = 0; j < columns; j += W) {
@@ -244,6 +276,10 @@ INLINE void soften(const AttentionCall& call, const Sight& sight, int64_t positi
             const VI key = lane_index() + static_cast<int32_t>(base + j), last = VI{} + static_cast<int32_t>(position);
             const VI is_near = last - key < VI{} + static_cast<int32_t>(least(sight.window, INT32_MAX)), is_sink = key < VI{} + static_cast<int32_t>(sight.sink);
             s = ((key <= last) & (is_near | is_sink)) != 0 ? s : hidden;
+            if (has_far) {
+                const VI bits = VI{} + static_cast<int32_t>(near >> j), of_lane = (VI{} + 1) << lane_index();
+                s = (bits & of_lane) != 0 ? s : hidden;
+            }
         }
         store(scores + j, s);
         top = max(top, s);

@@ -11,6 +11,7 @@ import msgspec
 
 from service.scheduling.reading import Pool, Read
 from service.scheduling.sampling import SamplingParams
+from service.vocabulary import PictureIds
 
 FinishReason = Literal["stop", "length", "abort", "error", "deadline"]
 MAX_CHOICES = 128
@@ -102,7 +103,7 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 class ModelInfo(msgspec.Struct, frozen=True):
     """What a loaded model can do. weight_bytes: that a decode step reads. kv_tokens: how many tokens its K/V pool
     holds. num_kv_blocks counts blocks of block_size. can_generate: an encoder can't. pool: how its hidden states become a vector
-    unless a request says otherwise, and vector_width numbers of it."""
+    unless a request says otherwise, and vector_width numbers of it. pictures: which ids are codes, where it has any."""
 
     name: str
     max_context: int
@@ -115,6 +116,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     can_generate: bool = True
     pool: Pool = "last"
     vector_width: int = 0
+    pictures: PictureIds | None = None
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ import numpy as np
 from service.checkpoint import GGUFFile, GGUFTensor, find_checkpoint, open_gguf, read_json
 from service.errors import WeightsError
 from service.model.config import LayerAttention, ModelConfig, RopeScaling
+from service.vocabulary import PictureIds
 
 HF_NAMES = {
     "embedding": "model.embed_tokens.weight",
+    "grid_rows": "model.grid_rows.weight",
+    "grid_columns": "model.grid_columns.weight",
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
     "layers.{}.attention_norm": "model.layers.{}.input_layernorm.weight",
@@ -155,16 +159,19 @@ HF_FAMILIES: dict[str, tuple[Windows, bool, bool]] = {  # windows, has_qkv_bias,
 
 def _read_folder(path: Path) -> ModelConfig:
     values = read_json(path / "config.json")
+    eos = read_json(path / "generation_config.json", default={}).get("eos_token_id")
+    eos_ids = _ids(eos if eos is not None else values.get("eos_token_id"))
+    if values.get("model_type") == BRAID:
+        return _braid_config(values, eos_ids)
     architectures = values.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     if architecture not in HF_FAMILIES:
-        raise WeightsError(f"the model's architecture is {architecture!r}; supported are {', '.join(HF_FAMILIES)}")
-    eos = read_json(path / "generation_config.json", default={}).get("eos_token_id")
-    return _hf_config(values, architecture, _ids(eos if eos is not None else values.get("eos_token_id")))
+        raise WeightsError(f"the model's architecture is {architecture!r}; supported are {', '.join(HF_FAMILIES)} and {BRAID}")
+    return _hf_config(values, HF_FAMILIES[architecture], eos_ids)
 
 
-def _hf_config(values: Mapping[str, Any], architecture: str, eos_ids: tuple[int, ...]) -> ModelConfig:
-    windows, has_qkv_bias, has_qk_norm = HF_FAMILIES[architecture]
+def _hf_config(values: Mapping[str, Any], family: tuple[Windows, bool, bool], eos_ids: tuple[int, ...]) -> ModelConfig:
+    windows, has_qkv_bias, has_qk_norm = family
     _refuse_unbuilt(values)
     num_heads = whole(values, "num_attention_heads")
     width = whole(values, "hidden_size")
@@ -227,6 +234,87 @@ def _hf_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             original_max_position=whole(rope, "original_max_position_embeddings"),
         )
     raise WeightsError(f"the model's rotary scaling is of kind {kind!r}; supported are linear and llama3")
+
+
+# --- Braid's own family: text and pictures in one stream, local and global layers ------------------------------------------------
+
+BRAID = "braid"
+_MOST_RADIUS = 2**15
+_LAYER_TYPES = ("local_attention", "full_attention")
+
+
+def braid_config(config: ModelConfig) -> dict[str, Any]:
+    """What config.json says of a model of this family; `read_config` reads it back. Raises: ValueError for a model that is not of it."""
+    plain = LayerAttention(rope_base=config.layers[0].rope_base)
+    local = next((layer for layer in config.layers if layer != plain), None)
+    values = {
+        "model_type": BRAID,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.feed_forward_width,
+        "num_hidden_layers": len(config.layers),
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_width,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": next((name for name, ours in _ACTIVATIONS.items() if ours == config.activation), None),
+        "tie_word_embeddings": config.has_tied_head,
+        "max_position_embeddings": config.max_context,
+        "rope_theta": plain.rope_base,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": list(config.eos_ids),
+        "layer_types": [_LAYER_TYPES[layer == plain] for layer in config.layers],
+        "sliding_window": local.window if local else None,
+        "attention_sink": local.sink if local else 0,
+        "neighbourhood_radius": list(local.radius) if local and local.radius else None,
+        "image": asdict(config.pictures) if config.pictures else None,
+    }
+    if _braid_config(values, config.eos_ids) != config:
+        raise ValueError("this model has parts that the family has no words for")
+    return values
+
+
+def _braid_config(values: Mapping[str, Any], eos_ids: tuple[int, ...]) -> ModelConfig:
+    whole(values, "head_dim")  # nothing is usual here
+    plain = _hf_config(values, (_no_windows, False, True), eos_ids)
+    pictures = _pictures(values.get("image"), plain)
+    kinds = values.get("layer_types")
+    if not isinstance(kinds, list) or len(kinds) != len(plain.layers) or any(kind not in _LAYER_TYPES for kind in kinds):
+        raise WeightsError(f"the model's config has layer_types that are not one of {' and '.join(_LAYER_TYPES)} for each layer")
+    local = _local_attention(values, plain.layers[0], has_pictures=pictures is not None)
+    layers = tuple(local if kind == "local_attention" else layer for kind, layer in zip(kinds, plain.layers, strict=True))
+    return replace(plain, layers=layers, pictures=pictures)
+
+
+def _local_attention(values: Mapping[str, Any], plain: LayerAttention, *, has_pictures: bool) -> LayerAttention:
+    window = None if values.get("sliding_window") is None else whole(values, "sliding_window")
+    sink, radius = whole(values, "attention_sink", 0), values.get("neighbourhood_radius")
+    if not (window is None or 0 < window < 2**31) or not 0 <= sink < 2**31:
+        raise WeightsError(f"the model's config has sliding_window = {window} and attention_sink = {sink}, which no layer can have")
+    if radius is None:
+        return replace(plain, window=window, sink=sink)
+    if not isinstance(radius, list) or len(radius) != 2 or any(type(each) is not int or not 0 <= each < _MOST_RADIUS for each in radius):
+        raise WeightsError(f"the model's config has neighbourhood_radius = {radius!r}; it must be two whole numbers, of rows and columns")
+    if not has_pictures:
+        raise WeightsError("the model's config has a neighbourhood_radius and no image")
+    return replace(plain, window=window, sink=sink, radius=(radius[0], radius[1]))
+
+
+def _pictures(image: object, config: ModelConfig) -> PictureIds | None:
+    """The ids and the grid of its pictures; None for a model of text alone."""
+    if image is None:
+        return None
+    if not isinstance(image, dict):
+        raise WeightsError("the model's config has an image that is not an object")
+    ids = PictureIds(**{field.name: whole(image, field.name) for field in fields(PictureIds)})
+    if ids.rows < 1 or ids.columns < 1 or ids.num_places > config.max_context:
+        raise WeightsError(f"a picture of {ids.rows} x {ids.columns} codes does not fit into a context of {config.max_context}")
+    if ids.num_codes < 1 or ids.first_code < 0 or ids.first_code + ids.num_codes > config.vocab_size:
+        raise WeightsError(f"image codes {ids.first_code} ... lie outside the vocabulary of {config.vocab_size}")
+    marks = {ids.begin_id, ids.frame_id, ids.end_id}
+    if len(marks) < 3 or any(ids.is_code(each) or not 0 <= each < config.vocab_size for each in marks):
+        raise WeightsError("begin_id, frame_id and end_id of the model's image must be three ids of the vocabulary that are no codes")
+    return ids
 
 
 # --- GGUF files -------------------------------------------------------------------------------------------------------------------

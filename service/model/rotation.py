@@ -70,6 +70,8 @@ class RotatedSource:
     def _embedding(self, layer: str, table: Tensor) -> Tensor:
         return table @ self.residual
 
+    _grid_rows = _grid_columns = _embedding  # added to it
+
     def _head(self, layer: str, weight: Tensor) -> Tensor:
         return self._reader("final_norm", weight)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.linear.reference import quantize_int8
-from kernels.ops import Activation, AttentionSpec, Int8Weight, LayerSpec, LayerWeights, Ops, PagedKV, Weight
+from kernels.ops import Activation, AttentionSpec, Int8Weight, LayerSpec, LayerWeights, Neighbourhood, Ops, PagedKV, Weight
 from service.model.config import LayerAttention, ModelConfig
 from service.model.layers import DecoderLayer, rotary_table
 from service.model.rotation import RotatedSource, TensorSource
@@ -25,8 +25,9 @@ R = TypeVar("R")
 
 
 class Transformer(nn.Module):
-    """layers, final_norm [D], embedding and head [V, D] (the same object when tied and dense). basis float32 [D, D]: what brings the last
-    norm's output back where the weights were rotated, None where they were not."""
+    """layers, final_norm [D], embedding and head [V, D] (the same object when tied and dense). grid: the vectors [rows, D] and [columns, D]
+    that tell a code's place, None without pictures. basis float32 [D, D]: what brings the last norm's output back where the weights were
+    rotated, None where they were not."""
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class Transformer(nn.Module):
         final_norm: Tensor,
         tables: tuple[Weight, Weight],
         basis: Tensor | None = None,
+        grid: tuple[Tensor, Tensor] | None = None,
     ):
         super().__init__()
         self.config = config
@@ -44,6 +46,8 @@ class Transformer(nn.Module):
         self.final_norm = final_norm
         self.basis = basis
         self.embedding, self.head = tables
+        self.grid_rows: Tensor | None = None if grid is None else grid[0]
+        self.grid_columns: Tensor | None = None if grid is None else grid[1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,19 +64,29 @@ class Transformer(nn.Module):
     @property
     def held_bytes(self) -> int:
         """Bytes of weights in memory."""
-        basis = 0 if self.basis is None else _bytes_of(self.basis)
-        return self.read_bytes + basis + (0 if self.embedding is self.head else _bytes_of(self.embedding))
+        rest = sum(_bytes_of(x) for x in (self.basis, self.grid_rows, self.grid_columns) if x is not None)
+        return self.read_bytes + rest + (0 if self.embedding is self.head else _bytes_of(self.embedding))
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, kv: Sequence[PagedKV]) -> tuple[Tensor, Tensor]:
         """All layers over flat tokens. kv: one per layer. Returns (x [T, D], residual [T, D]), whose sum the head's norm takes.
 
         Mutates: the keys and values of every layer, at this step's slots.
         """
-        x = self.ops.embed(ids_T, self.embedding, self.dtype)
+        x = self._with_places(self.ops.embed(ids_T, self.embedding, self.dtype), positions_T, kv[0].batch.grid_start)
         residual: Tensor | None = None
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             x, residual = layer(x, residual, positions_T, layer_kv)
         return x, cast(Tensor, residual)  # a config has at least one layer
+
+    def _with_places(self, x_TD: Tensor, positions_T: Tensor, grid_start_T: Tensor | None) -> Tensor:
+        """Adds to every code's embedding the vectors of its row and its column."""
+        if self.config.pictures is None or grid_start_T is None:
+            return x_TD
+        is_code = grid_start_T >= 0
+        code = torch.where(is_code, positions_T - grid_start_T, 0)
+        columns = self.config.pictures.columns
+        place = self.ops.embed(code // columns, self.grid_rows, self.dtype) + self.ops.embed(code % columns, self.grid_columns, self.dtype)
+        return x_TD + torch.where(is_code[:, None], place, 0)
 
     def logits(self, x_TD: Tensor, residual_TD: Tensor, rows_R: Tensor) -> Tensor:
         """float32 [R, V] for the chosen rows."""
@@ -96,7 +110,10 @@ def _bytes_of(weight: Weight) -> int:
 
 
 def layer_spec(config: ModelConfig, attention: LayerAttention) -> LayerSpec:
-    spec = AttentionSpec(config.attention_scale, attention.window, attention.sink, attention.softcap)
+    near = None
+    if attention.radius is not None and config.pictures is not None:
+        near = Neighbourhood(config.pictures.columns, *attention.radius)
+    spec = AttentionSpec(config.attention_scale, attention.window, attention.sink, attention.softcap, near)
     activation: Activation = "gelu_tanh" if config.activation == "gelu_tanh" else "silu"
     return LayerSpec(config.num_heads, config.num_kv_heads, config.head_width, spec, config.norm_eps, activation)
 
@@ -137,6 +154,9 @@ class _Builder:
             return self.source.get("embedding").to(device=self.device, dtype=torch.bfloat16), self.matrix("head")
         embedding = self.matrix("embedding")
         return embedding, embedding if self.config.has_tied_head else self.matrix("head")
+
+    def grid(self) -> tuple[Tensor, Tensor] | None:
+        return (self.vector("grid_rows"), self.vector("grid_columns")) if self.config.pictures is not None else None
 
     def basis(self) -> Tensor | None:
         return self.source.basis().to(self.device) if isinstance(self.source, RotatedSource) else None
@@ -179,7 +199,8 @@ def build_transformer(
             for weights in pool.map(_inferring(builder.layer), range(len(config.layers))):
                 layers.append(weights)
                 progress(len(layers) / (len(config.layers) + 1))
-            model = Transformer(config, ops, layers, builder.vector("final_norm"), tables.result(), builder.basis())
+            final_norm, basis, grid = builder.vector("final_norm"), builder.basis(), builder.grid()
+            model = Transformer(config, ops, layers, final_norm, tables.result(), basis, grid)
     finally:
         torch.set_num_threads(threads)
     progress(1.0)

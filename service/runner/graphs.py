@@ -30,11 +30,22 @@ class DecodeGraphs:
     """Every captured batch size shares one memory pool; the largest is captured first, so that the others fit in its memory.
 
     forward: inputs -> logits float32 [S, V], launching kernels only. Grids come from max_context, so a graph captured on short
-    contexts is right for long ones.
+    contexts is right for long ones. has_pictures: steps may hold codes, so a graph looks where their pictures begin, with or without any.
     """
 
-    def __init__(self, forward: Forward, *, num_groups: int, max_context: int, block_size: int, max_sequences: int, device: torch.device):
+    def __init__(
+        self,
+        forward: Forward,
+        *,
+        num_groups: int,
+        has_pictures: bool = False,
+        max_context: int,
+        block_size: int,
+        max_sequences: int,
+        device: torch.device,
+    ):
         self.forward = forward
+        self.has_pictures = has_pictures
         self.num_groups = num_groups
         self.max_context = max_context
         self.table_width = -(-max_context // block_size)
@@ -79,6 +90,7 @@ class DecodeGraphs:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         context_len = zeros(size)
+        grid_start = zeros(size) - 1 if self.has_pictures else None
         query_start = torch.arange(size + 1, dtype=torch.int32, device=self.device)
         batches = [
             PagedBatch(
@@ -89,6 +101,7 @@ class DecodeGraphs:
                 num_decodes=size,
                 max_query_len=0,
                 max_context_len=self.max_context,
+                grid_start=grid_start,
             )
             for _ in range(self.num_groups)
         ]
@@ -102,4 +115,8 @@ def _fill(target: PagedBatch, source: PagedBatch, count: int) -> None:
     target.slots[count:].fill_(-1)
     target.context_len[:count].copy_(source.context_len, non_blocking=True)
     target.context_len[count:].zero_()
+    if target.grid_start is not None:
+        target.grid_start.fill_(-1)
+        if source.grid_start is not None:
+            target.grid_start[:count].copy_(source.grid_start, non_blocking=True)
     target.block_table[:count, : source.block_table.shape[1]].copy_(source.block_table, non_blocking=True)

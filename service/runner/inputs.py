@@ -48,6 +48,8 @@ def build_inputs(plan: StepPlan, num_groups: int, block_size: int, device: torch
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     query_start_t, context_len_t = on_device(query_start), on_device(context_len)
+    grid_start = _grid_start(plan, query_start)
+    grid_start_t = None if grid_start is None else on_device(grid_start)
     batches = []
     for group in range(num_groups):
         tables = [piece.tables[group] for piece in slices]
@@ -65,6 +67,17 @@ def build_inputs(plan: StepPlan, num_groups: int, block_size: int, device: torch
                 num_decodes=num_decodes,
                 max_query_len=max((n for n in lengths if n > 1), default=0),
                 max_context_len=int(context_len.max()),
+                grid_start=grid_start_t,
             )
         )
     return StepInputs(on_device(ids), on_device(positions), batches, on_device(rows))
+
+
+def _grid_start(plan: StepPlan, query_start: np.ndarray) -> np.ndarray | None:
+    """int32 [T], None when no slice has a code."""
+    if not any(piece.grid_starts for piece in plan.slices):
+        return None
+    found = np.full(query_start[-1], -1, dtype=np.int32)
+    for piece, first in zip(plan.slices, query_start, strict=False):
+        found[first : first + len(piece.grid_starts)] = piece.grid_starts
+    return found

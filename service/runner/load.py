@@ -157,6 +157,7 @@ def _equip(name: str, model: Transformer, load: Load, storage: Storage, kv_bytes
         num_kv_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         vector_width=config.width,
+        pictures=config.pictures,
     )
     return Loaded(info, Runner(model, cache, num_groups=len(layout.groups), device=device), layout.groups)
 
@@ -198,7 +199,8 @@ def _num_blocks(config: ModelConfig, layout: KVLayout, load: Load, dtype: torch.
 
 
 def _warm_up(loaded: Loaded, load: Load, device: torch.device) -> None:
-    """One prefill and one decode step, so that the first request meets warm code; on a GPU also the graphs.
+    """One prefill and one decode step, and a prefill of codes where there are any, so that the first request meets warm code; on a GPU
+    also the graphs.
 
     Writes block 0, which no sequence owns yet: what it holds is never read before it is written again.
     """
@@ -207,8 +209,12 @@ def _warm_up(loaded: Loaded, load: Load, device: torch.device) -> None:
         loaded.runner.forward(StepPlan(step_id=-1, slices=(text,), samples=()))
         return
     tables = tuple((0,) for _ in loaded.groups)
-    for step, count in enumerate((min(BLOCK_SIZE, load.max_batch_tokens), 1)):
-        piece = Slice(sequence_id=-1, start=0, tokens=tuple([0] * count), tables=tables)
+    count, pictures = min(BLOCK_SIZE, load.max_batch_tokens), loaded.info.pictures
+    pieces = [Slice(sequence_id=-1, start=0, tokens=(0,) * length, tables=tables) for length in (count, 1)]
+    if pictures is not None:
+        codes = (pictures.first_code,) * min(count, pictures.num_places)
+        pieces.append(Slice(sequence_id=-1, start=0, tokens=codes, tables=tables, grid_starts=(0,) * len(codes)))
+    for step, piece in enumerate(pieces):
         loaded.runner.forward(StepPlan(step_id=-1 - step, slices=(piece,), samples=()))
     if device.type == "cuda":
         loaded.runner.capture_graphs(load.max_sequences)

@@ -48,6 +48,7 @@ class Runner:
             self.graphs = DecodeGraphs(
                 self._compute,
                 num_groups=self.num_groups,
+                has_pictures=self.model.config.pictures is not None,
                 max_context=self.model.config.max_context,
                 block_size=self.cache.block_size,
                 max_sequences=max_sequences,

@@ -24,6 +24,7 @@ from service.scheduling.roster import Choice, Roster
 from service.scheduling.sequence import Finish, Gang, Output, Request, Sequence, State, Stats
 from service.scheduling.spans import SpanEncodings
 from service.scheduling.tables import BlockTables
+from service.vocabulary import PictureIds
 
 MAX_STEP_ENCODES = 4
 
@@ -62,11 +63,13 @@ class Scheduler:
         max_context: int,
         has_prefix_cache: bool = True,
         whole_prompts: bool = False,
+        pictures: PictureIds | None = None,
         max_waiting_requests: int = 1024,
         max_waiting_tokens: int = 2**20,
     ) -> None:
         """max_batch_tokens: of a step. max_sequences: running at once. max_context: prompt and output of one sequence, in tokens.
         whole_prompts: what a sequence has to compute goes into one step or waits, so none may be longer than max_batch_tokens.
+        pictures: which ids are codes, of a model that must be told where their pictures begin.
         max_waiting_*: of requests without a slice so far. Raises: ValueError for a size below 1 or no group."""
         queue = (max_waiting_requests, max_waiting_tokens)
         if min(num_blocks, block_size, len(groups), max_batch_tokens, max_sequences, max_context, *queue) < 1:
@@ -85,6 +88,7 @@ class Scheduler:
             max_requests=max_waiting_requests,
             max_tokens=max_waiting_tokens,
         )
+        self._pictures = pictures
         self._live: dict[str, _Live] = {}
         self._flight: _Flight | None = None
         self._earliest_deadline = math.inf
@@ -275,7 +279,7 @@ class Scheduler:
         ]
         pieces.sort(key=lambda piece: piece[1] > 1)  # stable: one token each first, as attention wants it
         indexes = {sequence: index for index, (sequence, _) in enumerate(pieces)}
-        slices = tuple(_make_slice(sequence, tokens) for sequence, tokens in pieces)
+        slices = tuple(_make_slice(sequence, tokens, self._pictures) for sequence, tokens in pieces)
         whole = [gang for gang, counts in chosen.items() if _is_complete(gang, counts)]
         sampled = [gang for gang in whole if gang.params.max_tokens]
         samples = tuple(_make_sample(gang, tuple(indexes[sequence] for sequence in gang.sequences)) for gang in sampled)
@@ -380,9 +384,10 @@ def _is_complete(gang: Gang, counts: tuple[int, ...]) -> bool:
     return sum(counts) == gang.num_pending
 
 
-def _make_slice(sequence: Sequence, num_tokens: int) -> Slice:
-    start = sequence.num_computed
-    return Slice(sequence.sequence_id, start, tuple(sequence.tokens[start : start + num_tokens]), sequence.freeze_tables())
+def _make_slice(sequence: Sequence, num_tokens: int, pictures: PictureIds | None) -> Slice:
+    start, end = sequence.num_computed, sequence.num_computed + num_tokens
+    grid_starts = sequence.find_grid_starts(pictures, start, end) if pictures is not None else ()
+    return Slice(sequence.sequence_id, start, tuple(sequence.tokens[start:end]), sequence.freeze_tables(), grid_starts)
 
 
 def _make_read(reader: PromptReader, gang: Gang, num_tokens: int, indexes: dict[Sequence, int]) -> PromptRead | None:

@@ -16,6 +16,7 @@ from service.scheduling.plan import Drawn, PromptReading, Span
 from service.scheduling.reader import PromptReader
 from service.scheduling.reading import Read
 from service.scheduling.sampling import SamplingParams
+from service.vocabulary import PictureIds
 
 Finish = Literal["stop", "length", "abort", "error", "deadline"]
 
@@ -111,7 +112,8 @@ class Sequence:
     """One stream of ids and where its K/V lives. `tables` has a list of block ids per K/V group, all equally long; -1: given back.
 
     num_computed: tokens whose K/V is in the pool. num_sealed: leading blocks that are full and computed, or were found. num_trimmed:
-    per group, leading entries already looked at by the window. keys: of leading full blocks, made when first asked for.
+    per group, leading entries already looked at by the window. keys: of leading full blocks, made when first asked for; so is grid_starts,
+    of leading tokens.
     """
 
     sequence_id: int
@@ -123,12 +125,24 @@ class Sequence:
     num_computed: int = 0
     num_sealed: int = 0
     keys: list[BlockKey] = field(default_factory=list)
+    grid_starts: list[int] = field(default_factory=list)
     frozen_tables: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def num_pending(self) -> int:
         """Tokens that are known and not computed; at least 1 while the sequence lives."""
         return len(self.tokens) - self.num_computed
+
+    def find_grid_starts(self, pictures: PictureIds, start: int, end: int) -> tuple[int, ...]:
+        """Of its tokens start ... end - 1: where the picture that each is a code of begins, -1 for others; empty when none is a code.
+
+        Mutates: grid_starts. Tokens never change, so what was found stays right, also when they are computed again.
+        """
+        found = self.grid_starts
+        if len(found) < end:
+            found += pictures.grid_starts(self.tokens[len(found) : end], len(found), found[-1] if found else -1)
+        wanted = found[start:end]
+        return tuple(wanted) if max(wanted) >= 0 else ()
 
     def freeze_tables(self) -> tuple[tuple[int, ...], ...]:
         """The tables as tuples, made anew only after a block came or went. Mutates: frozen_tables."""

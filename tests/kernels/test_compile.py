@@ -25,7 +25,7 @@ from kernels.linear import cases as linear_cases
 from kernels.linear import triton as linear
 from kernels.norm import cases as norm_cases
 from kernels.norm import triton as norm
-from kernels.ops import Activation
+from kernels.ops import Activation, Neighbourhood
 from kernels.sample import cases as sample_cases
 from kernels.sample import triton as sample
 from tests.kernels.launches import Launch, compile_launch, record
@@ -40,8 +40,12 @@ STEP = ((1, 20), (3, 20))
 ATTENTION = (
     AttentionCase("64", "a small model", STEP, 3, 1, 64),
     AttentionCase("64_window", "with local layers", STEP, 3, 1, 64, window=512, sink=4),
+    AttentionCase(
+        "64_near", "and pictures", STEP, 3, 1, 64, window=512, sink=4, near=Neighbourhood(8, 2, 2), pictures=(((1, 19),), ((1, 19),))
+    ),
     AttentionCase("128", "a large model, group of eight", STEP, 8, 1, 128),
     AttentionCase("128_window", "with local layers", STEP, 4, 1, 128, window=1024, sink=4),
+    AttentionCase("128_near", "a neighbourhood alone", STEP, 4, 1, 128, near=Neighbourhood(16, 4, 3), pictures=(((1, 19),), ((1, 19),))),
     AttentionCase("256", "the widest heads", STEP, 4, 1, 256),
     AttentionCase("256_window", "with local layers", STEP, 4, 1, 256, window=512),
     AttentionCase("256_softcap", "with capped scores", STEP, 2, 1, 256, softcap=50.0),

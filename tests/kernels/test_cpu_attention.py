@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernels.attention.cases import CASES, AttentionCase, build
 from kernels.cpu.ops import cpu_ops
-from kernels.ops import AttentionSpec, Ops, PagedBatch, PagedKV
+from kernels.ops import AttentionSpec, Neighbourhood, Ops, PagedBatch, PagedKV
 from kernels.reference_ops import reference_ops
 from tests.kernels.cpu_inputs import ISAS, needs_library, paged_batch, random_kv, random_layer
 
@@ -87,6 +89,7 @@ def rows_of(ops: Ops, q: Tensor, kv: PagedKV, spec: AttentionSpec, cuts: list[in
             num_decodes=int(high - low == 1),
             max_query_len=high - low,
             max_context_len=high,
+            grid_start=None if kv.batch.grid_start is None else kv.batch.grid_start[low:high].clone(),
         )
         results.append(ops.attend(q[low:high], PagedKV(kv.keys, kv.values, batch), spec))
     return torch.cat(results)
@@ -102,6 +105,46 @@ def test_chunks_of_any_length_are_bit_equal(ops: Ops, generator: torch.Generator
     whole = rows_of(ops, q, kv, spec, [length])
     for cuts in ([1, 64, 65, 200, length], [*range(7, length, 7), length], list(range(1, length + 1))):
         assert torch.equal(rows_of(ops, q, kv, spec, cuts), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_columns", [False, True])
+@pytest.mark.parametrize("case", [case for case in CASES if case.near is not None], ids=lambda case: case.name)
+def test_codes_see_their_neighbourhood(ops: Ops, dtype: torch.dtype, case: AttentionCase, has_columns: bool) -> None:
+    """What no query sees is NaN."""
+    q, kv = build(case, dtype)
+    q, kv = q.float(), with_columns(kv) if has_columns else kv
+    y = ops.attend(q, kv, case.spec)
+    assert y.isfinite().all()
+    torch.testing.assert_close(y, REFERENCE.attend(q, kv, case.spec), rtol=1e-4, atol=5e-6)
+
+
+@pytest.mark.parametrize("has_columns", [False, True])
+@pytest.mark.parametrize("window", [None, 40])
+def test_chunks_of_pictures_are_bit_equal(ops: Ops, generator: torch.Generator, window: int | None, has_columns: bool) -> None:
+    """Text, a picture of 9 x 9 codes, text, and a long other one, of which whole tiles are hidden from many a chunk."""
+    length, starts = 310, [-1] * 50 + [50] * 81 + [-1] * 30 + [161] * 149
+    spec = AttentionSpec(0.125, window, sink=4, neighbourhood=Neighbourhood(9, 2, 1))
+    batch, _ = paged_batch([(0, length)], 16, 30, generator)
+    kv = random_kv(replace(batch, grid_start=torch.tensor(starts, dtype=torch.int32)), (30, 1, 16, 64), torch.bfloat16, generator)
+    kv = with_columns(kv) if has_columns else kv
+    q = torch.randn(length, 3, 64, generator=generator)
+    whole = rows_of(ops, q, kv, spec, [length])
+    for cuts in ([1, 64, 65, 200, length], [*range(7, length, 7), length], list(range(1, length + 1))):
+        assert torch.equal(rows_of(ops, q, kv, spec, cuts), whole)
+
+
+def test_a_neighbourhood_without_pictures_changes_no_bit(ops: Ops, generator: torch.Generator) -> None:
+    batch, positions = paged_batch([(99, 1), (600, 1), (0, 70), (130, 9)], 16, 100, generator)
+    kv = with_columns(random_kv(batch, (100, 2, 16, 32), torch.bfloat16, generator))
+    q = torch.randn(len(positions), 6, 32, generator=generator)
+    near = replace(SPECS["all"], neighbourhood=Neighbourhood(4, 1, 1))
+    plain = ops.attend(q, kv, SPECS["all"])
+    assert torch.equal(ops.attend(q, kv, near), plain)
+    no_codes = replace(batch, grid_start=torch.full((len(positions),), -1, dtype=torch.int32))
+    assert torch.equal(ops.attend(q, PagedKV(kv.keys, kv.values, no_codes), near), plain)
+    codes = replace(batch, grid_start=torch.where(positions >= 90, 90, -1).int())
+    assert not torch.equal(ops.attend(q, PagedKV(kv.keys, kv.values, codes), near), plain)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -21,9 +21,15 @@ def contiguous(pool: Tensor, kv: PagedKV, index: int, context: int) -> Tensor:
     return torch.stack(rows, dim=1).nan_to_num(nan=0.0)
 
 
-def sees(position: int, key: int, case: AttentionCase) -> bool:
-    """The contract's own words."""
-    return key <= position and (case.window is None or position - key < case.window or key < case.sink)
+def sees(position: int, key: int, case: AttentionCase, start: int) -> bool:
+    """The contract's own words. start: where the picture begins that the query is a code of, -1 without one."""
+    if key > position or not (case.window is None or position - key < case.window or key < case.sink):
+        return False
+    if case.near is None or start < 0 or key < start or key == position:
+        return True
+    next_row, next_column = divmod(position - start + 1, case.near.columns)
+    row, column = divmod(key - start, case.near.columns)
+    return next_row - row <= case.near.row_radius and abs(next_column - column) <= case.near.column_radius
 
 
 def naive(case: AttentionCase, q: Tensor, kv: PagedKV) -> Tensor:
@@ -36,7 +42,9 @@ def naive(case: AttentionCase, q: Tensor, kv: PagedKV) -> Tensor:
             continue
         keys, values = (contiguous(pool, kv, index, context).double() for pool in (kv.keys, kv.values))
         keys, values = (x.repeat_interleave(case.num_heads // case.num_kv_heads, dim=0) for x in (keys, values))
-        mask = torch.tensor([[sees(context - num_queries + i, key, case) for key in range(context)] for i in range(num_queries)])
+        starts = case.grid_starts(index)
+        queries = range(context - num_queries, context)
+        mask = torch.tensor([[sees(query, key, case, starts[query]) for key in range(context)] for query in queries])
         if case.softcap:
             scores = case.softcap * torch.tanh(rows @ keys.transpose(1, 2) * case.spec.scale / case.softcap)
             outputs.append(scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values)

@@ -45,6 +45,7 @@ def generate(
         max_batch_tokens=max_batch_tokens,
         max_sequences=64,
         max_context=model.config.max_context,
+        pictures=model.config.pictures,
     )
     result = Generated([[] for _ in prompts], cached_tokens=[0] * len(prompts))
     for number, prompt in enumerate(prompts):

@@ -25,19 +25,21 @@ class Steps:
         self.free = list(range(num_blocks))[::-2] + list(range(num_blocks))[num_blocks % 2 :: 2]
         self.tables: dict[int, list[list[int]]] = {}
         self.lengths: dict[int, int] = {}
+        self.grid_starts: dict[int, list[int]] = {}
 
     def share(self, source: int, target: int, num_tokens: int) -> None:
         """Lets target start with source's first blocks: a prefix hit."""
         count = num_tokens // self.cache.block_size
         self.tables[target] = [table[:count] for table in self.tables[source]]
         self.lengths[target] = count * self.cache.block_size
+        self.grid_starts[target] = self.grid_starts[source][: self.lengths[target]]
 
     def forget(self, sequence: int) -> None:
         """Gives the blocks back as preemption does; their content is overwritten with rubbish."""
         for table in self.tables.pop(sequence):
             self.cache.pool[:, :, table] = 1e3
             self.free.extend(table)
-        del self.lengths[sequence]
+        del self.lengths[sequence], self.grid_starts[sequence]
 
     def run(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
         """One step over (sequence, its next tokens) pairs; logits float32 [tokens, V] of each pair, in the order given."""
@@ -58,4 +60,11 @@ class Steps:
             while len(table) * self.cache.block_size < end:
                 table.append(self.free.pop())
         self.lengths[sequence] = end
-        return Slice(sequence, start, tuple(tokens), tuple(map(tuple, tables)))
+        return Slice(sequence, start, tuple(tokens), tuple(map(tuple, tables)), self._grid_starts(sequence, start, tokens))
+
+    def _grid_starts(self, sequence: int, start: int, tokens: Sequence[int]) -> tuple[int, ...]:
+        found = self.grid_starts.setdefault(sequence, [])
+        if (pictures := self.model.config.pictures) is None:
+            return ()
+        found += pictures.grid_starts(tokens, start, found[-1] if found else -1)
+        return tuple(found[start:]) if max(found[start:]) >= 0 else ()

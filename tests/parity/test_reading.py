@@ -71,6 +71,7 @@ class Reading:
             max_batch_tokens=self.max_batch_tokens,
             max_sequences=16,
             max_context=self.model.config.max_context,
+            pictures=self.model.config.pictures,
         )
 
     def add(self, request_id: str, prompt: Sequence[int], read: Read | None, *, max_tokens: int = 0, priority: int = 0) -> None:

@@ -15,6 +15,7 @@ from service.scheduling.plan import Drawn, KVGroup, PromptRead, PromptReading, S
 from service.scheduling.sampling import SamplingParams
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.sequence import Output, Request
+from service.vocabulary import PictureIds
 
 VOCAB = 11
 START = b"start"
@@ -29,6 +30,16 @@ def fold(tokens: Sequence[int]) -> bytes:
     for token in tokens:
         state = chain(state, token)
     return state
+
+
+def grid_starts_of(tokens: Sequence[int], pictures: PictureIds) -> tuple[int, ...]:
+    """Where the picture of each code begins, -1 for other ids: a run of codes is cut into whole pictures from its front."""
+    starts, run = [], 0
+    for position, token in enumerate(tokens):
+        is_code = pictures.first_code <= token < pictures.first_code + pictures.num_codes
+        starts.append(position - run % (pictures.rows * pictures.columns) if is_code else -1)
+        run = run + 1 if is_code else 0
+    return tuple(starts)
 
 
 def draw(states: Sequence[bytes], params: SamplingParams, banned: Sequence[int]) -> int:
@@ -100,16 +111,18 @@ def solo(request: Request, choice: int, max_tokens: int) -> tuple[list[int], str
 @dataclass
 class FakeRunner:
     """places: (block, offset) -> (group, position, token, state after that token). rows: of the newest step, per slice, the state after
-    each of its tokens. sums: of sequences whose vector is under way, all states so far."""
+    each of its tokens. sums: of sequences whose vector is under way, all states so far. histories: the ids that led to each state."""
 
     groups: tuple[KVGroup, ...]
     block_size: int
     max_batch_tokens: int
     max_sequences: int
+    pictures: PictureIds | None = None
     places: dict[tuple[int, int], tuple[int, int, int, bytes]] = field(default_factory=dict)
     computed: int = 0
     rows: list[list[bytes]] = field(default_factory=list)
     sums: dict[int, list[bytes]] = field(default_factory=dict)
+    histories: dict[bytes, tuple[int, ...]] = field(default_factory=lambda: {START: ()})
 
     def run(self, plan: StepPlan) -> list[Drawn]:
         lengths = [len(piece.tokens) for piece in plan.slices]
@@ -172,6 +185,7 @@ class FakeRunner:
     def _write(self, piece: Slice, states: list[bytes], written: set[tuple[int, int]]) -> list[bytes]:
         assert len(set(states)) == 1, "the groups remember different histories"
         state, rows = states[0], []
+        self._check_grid_starts(piece, state)
         for position, token in enumerate(piece.tokens, piece.start):
             state = chain(state, token)
             rows.append(state)
@@ -182,6 +196,19 @@ class FakeRunner:
                 written.add(place)
                 self.places[place] = (group, position, token, state)
         return rows
+
+    def _check_grid_starts(self, piece: Slice, state: bytes) -> None:
+        """Against the slice's whole history, which its state names. Mutates: histories."""
+        if self.pictures is None:
+            assert piece.grid_starts == (), "nobody asked for them"
+            return
+        history = self.histories[state]
+        assert len(history) == piece.start
+        for token in piece.tokens:
+            state, history = chain(state, token), (*history, token)
+            self.histories[state] = history
+        expected = grid_starts_of(history, self.pictures)[piece.start :]
+        assert piece.grid_starts == (expected if max(expected) >= 0 else ()), "a code's picture begins somewhere else"
 
     def _sample(self, plan: StepPlan, sample: Sample, states: list[bytes]) -> Drawn:
         first = plan.slices[sample.slice_indexes[0]]
@@ -258,6 +285,7 @@ def make_bench(
     max_context: int = 128,
     has_prefix_cache: bool = True,
     whole_prompts: bool = False,
+    pictures: PictureIds | None = None,
     max_waiting_requests: int = 64,
     max_waiting_tokens: int = 2**20,
 ) -> Bench:
@@ -270,10 +298,11 @@ def make_bench(
         max_context=max_context,
         has_prefix_cache=has_prefix_cache,
         whole_prompts=whole_prompts,
+        pictures=pictures,
         max_waiting_requests=max_waiting_requests,
         max_waiting_tokens=max_waiting_tokens,
     )
-    return Bench(scheduler, FakeRunner(groups, block_size, max_batch_tokens, max_sequences))
+    return Bench(scheduler, FakeRunner(groups, block_size, max_batch_tokens, max_sequences, pictures))
 
 
 def make_request(request_id: str = "a", prompt: Sequence[int] = (1, 2, 3), max_tokens: int = 4, **rest: object) -> Request:

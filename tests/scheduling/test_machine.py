@@ -17,6 +17,7 @@ from service.scheduling.plan import KVGroup, Span, StepPlan
 from service.scheduling.reading import Read
 from service.scheduling.sampling import SamplingParams
 from service.scheduling.sequence import Request
+from service.vocabulary import PictureIds
 from tests.scheduling.model import VOCAB, Bench, CountingGrammar, make_bench, solo, solo_reading
 
 MAX_CONTEXT = 40
@@ -26,6 +27,8 @@ GROUPS = (
     (KVGroup(), KVGroup(window=5, sink=2)),
     (KVGroup(window=9, sink=5), KVGroup(), KVGroup(window=4)),
 )
+# Text alone; codes among text, so that most pictures are cut short; codes alone, so that one picture follows another.
+PICTURES = (None, PictureIds(3, 6, 2, 2, 9, 10, 0), PictureIds(0, VOCAB, 2, 3, 20, 21, 22))
 # Prompts are cut from few long rows, so that equal beginnings are common.
 ROWS = [tuple((row * 7 + i * i) % VOCAB if i > row * 5 else i % 3 for i in range(MAX_CONTEXT)) for row in range(4)]
 
@@ -42,6 +45,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_sequences=st.sampled_from((8, 4, 8, 2, 1)),
         has_prefix_cache=st.sampled_from((True, True, True, False)),
         whole_prompts=st.sampled_from((False, False, False, True)),
+        pictures=st.sampled_from(PICTURES),
     )
     def build(self, **sizes: object) -> None:
         self.bench = make_bench(max_context=MAX_CONTEXT, max_waiting_requests=6, max_waiting_tokens=120, **sizes)  # type: ignore[arg-type]

@@ -230,7 +230,7 @@ def test_every_style_is_packed_on_white_at_the_size_asked_for(packages: dict[str
         assert pictures.dtype == np.uint8
         sun = pictures[2]
         assert np.abs(sun[: size // 2 - 2].astype(int) - RED[:3]).max() <= 2
-        assert (sun[size // 2 + 2 :] == 255).all()
+        assert (sun[size // 2 + 2 :] >= 254).all()
     assert not found.pictures["fluent3d"][0].any()
 
 
@@ -268,7 +268,8 @@ def test_stamps_keep_their_transparency(tmp_path: Path, monkeypatch: pytest.Monk
     assert found.keys() == stamps.STAMP_NAMES_ZH.keys()
     assert len(found) == len(asked[0]) == 16
     for stamp in found.values():
-        assert (stamp.shape, stamp.dtype) == ((16, 16, 4), np.uint8)
+        assert stamp.shape == (16, 16, 4)
+        assert stamp.dtype == np.uint8
         assert stamp[2, 8, 3] == 255
         assert stamp[13, 8, 3] == 0
     assert found["cat"][2, 8, 0] == 0x1F431 % 256

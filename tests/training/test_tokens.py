@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -134,8 +135,8 @@ def test_the_codec_knows_the_ends_and_the_whole_vocabulary(codec: Codec) -> None
     assert codec.tokenizer.encode("<|code_1|><|eos|>", allow_special=False)[0] not in (SIZE + 1, tokens.EOS_ID)
 
 
-def rendered(codec: Codec, messages: Sequence[dict[str, object]], **options: bool) -> str:
-    return codec.tokenizer.decode(codec.encode_chat(messages, **options), skip_special=False)  # type: ignore[arg-type]
+def rendered(codec: Codec, messages: Sequence[dict[str, str]], **options: Any) -> str:
+    return codec.tokenizer.decode(codec.encode_chat(messages, **options), skip_special=False)
 
 
 def test_the_template_writes_a_conversation(codec: Codec, stock: transformers.PreTrainedTokenizerBase) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from service.errors import StartupError
 from training.data.fetch import Package, fetch
@@ -34,7 +35,7 @@ FLUENT_FLAT = Package(
 )
 NAMES = Package("npm", "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", "MIT")
 
-_LAYOUT = "1"  # raised when what is built below changes
+_LAYOUT = "2"  # raised when what is built below changes
 _SVG_PIXELS = 256  # drawn so large before it is scaled down
 
 
@@ -86,8 +87,8 @@ def load_emoji(size: int = 32, styles: Sequence[str] = ("noto", "twemoji")) -> E
     pictures, present = {}, {}
     for name in styles:
         folder = built(f"emoji-{_LAYOUT}-{name}-{size}", _builder(STYLES[name], entries, size))
-        pictures[name] = np.load(folder / "pictures.npy")
-        present[name] = np.load(folder / "present.npy")
+        arrays = load_file(folder / "pictures.safetensors")
+        pictures[name], present[name] = arrays["pictures"], arrays["present"]
     return EmojiSet(entries, pictures, present)
 
 
@@ -121,8 +122,7 @@ def _builder(style: Style, entries: Sequence[Emoji], size: int) -> Callable[[Pat
         for key, picture in style.read(fetch(style.package), frozenset(index)):
             pictures[index[key]] = on_white(picture, size)
             present[index[key]] = True
-        np.save(folder / "pictures.npy", pictures)
-        np.save(folder / "present.npy", present)
+        save_file({"pictures": pictures, "present": present}, folder / "pictures.safetensors")
 
     return build
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from training.data.emoji import Pixels, read_pictures
 from training.data.store import built
@@ -42,7 +43,7 @@ def load_stamps() -> dict[str, Pixels]:
 
     Raises: StartupError when the package can't be had.
     """
-    pictures = np.load(built("stamps-1", _build) / "stamps.npy")
+    pictures = load_file(built("stamps-2", _build) / "stamps.safetensors")["stamps"]
     return dict(zip(_STAMPS, pictures, strict=True))
 
 
@@ -50,4 +51,5 @@ def _build(folder: Path) -> None:
     keys = [key for _, key in _STAMPS.values()]
     found = read_pictures(_STYLE, frozenset(keys))
     side = (STAMP_PIXELS, STAMP_PIXELS)
-    np.save(folder / "stamps.npy", np.stack([np.asarray(found[key].resize(side, Image.Resampling.LANCZOS)) for key in keys]))
+    stamps = np.stack([np.asarray(found[key].resize(side, Image.Resampling.LANCZOS)) for key in keys])
+    save_file({"stamps": stamps}, folder / "stamps.safetensors")

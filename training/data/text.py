@@ -62,6 +62,12 @@ def load_text(sources: Sequence[str] = ("wikipedia", "wordnet")) -> TextSet:
     return found
 
 
+def wikipedia_entries() -> list[dict[str, str]]:
+    """Every article's title, extract, description and topic, cleaned; what it has not is "". Raises: StartupError."""
+    keys = ("title", "extract", "description", "topic")
+    return [{key: cleaned(str(entry.get(key) or "")) for key in keys} for entry in _summaries(fetch(WIKIPEDIA)).values()]
+
+
 def cleaned(text: str) -> str:
     """In Unicode's composed form, with single spaces, without brackets whose contents are gone."""
     text = unicodedata.normalize("NFC", text)

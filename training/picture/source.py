@@ -13,7 +13,7 @@ from random import Random
 import numpy as np
 from numpy.typing import NDArray
 
-from training.world.draw import Brush, Pixels
+from training.world.draw import SIDE, Brush, Pixels
 from training.world.scene import Scene, World, is_trained
 
 MOST_SHIFT = 2
@@ -21,7 +21,8 @@ MOST_SHIFT = 2
 
 @dataclass(frozen=True, eq=False)
 class PictureMix:
-    """emoji uint8 [N, S, S, 3]: of the styles that may be trained on. scene_share: of a batch. Callable as a `PictureSource`."""
+    """emoji uint8 [N, S, S, 3]: of the styles that may be trained on; S is the scenes' size too. scene_share: of a batch; 1 where there are
+    no emoji. Callable as a `PictureSource`."""
 
     emoji: Pixels
     world: World
@@ -30,10 +31,20 @@ class PictureMix:
 
     def __call__(self, random: np.random.Generator, count: int) -> Pixels:
         num_scenes = int(random.binomial(count, self.scene_share))
-        chosen = self.emoji[random.integers(len(self.emoji), size=count - num_scenes)]
         scenes = throw_scenes(self.world, Random(int(random.integers(2**62))), num_scenes)
-        drawn = [self.brush.draw(scene) for scene in scenes]
-        return np.concatenate([augment(chosen, random), np.stack(drawn)]) if drawn else augment(chosen, random)
+        drawn = draw_scenes(self.brush, scenes, self.emoji.shape[1])
+        if num_scenes == count:
+            return drawn
+        chosen = self.emoji[random.integers(len(self.emoji), size=count - num_scenes)]
+        return np.concatenate([augment(chosen, random), drawn])
+
+
+def draw_scenes(brush: Brush, scenes: Sequence[Scene], size: int = SIDE) -> Pixels:
+    """uint8 [N, size, size, 3]; size is a multiple of the brush's own, and its pixels are repeated."""
+    factor = size // SIDE
+    if not scenes:
+        return np.empty((0, size, size, 3), dtype=np.uint8)
+    return np.stack([brush.draw(scene) for scene in scenes]).repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def throw_scenes(world: World, random: Random, count: int) -> list[Scene]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from service.vocabulary import PictureIds
 from training.stream.document import Document
 
-LENGTHS = (64, 112, 144, 192, 256, 352, 512)
+LENGTHS = (64, 112, 144, 192, 256, 352, 512, 768, 1088, 1408)
 """Documents are padded to the least of these that holds them, and at most to the longest of their group."""
 
 

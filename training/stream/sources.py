@@ -18,7 +18,7 @@ from training.data.memory import held_out_style
 from training.picture.source import augment
 from training.stream.document import Codes, Document, Piece, Pixels, Scribe, Talk
 from training.world.scene import World, is_trained
-from training.world.tasks import Task, make
+from training.world.tasks import Task, TaskName, make
 
 Source = Callable[[np.random.Generator], Talk | Document]
 
@@ -84,7 +84,7 @@ class MemoryDraw:
     pairs: Sequence[tuple[int, str]]
 
     def __call__(self, random: np.random.Generator) -> Talk:
-        place, style = self.pairs[random.integers(len(self.pairs))]
+        place, style = self.pairs[int(random.integers(len(self.pairs)))]
         if random.random() < EMPTY_SHARE:
             return self.memory.drawing(place, style, "")
         is_chinese = random.random() < CHINESE_SHARE
@@ -100,7 +100,7 @@ class MemoryRead:
     pairs: Sequence[tuple[int, str]]
 
     def __call__(self, random: np.random.Generator) -> Talk:
-        place, style = self.pairs[random.integers(len(self.pairs))]
+        place, style = self.pairs[int(random.integers(len(self.pairs)))]
         picture = self.memory.emoji.pictures[style][place]
         if random.random() < AUGMENTED_SHARE:
             picture = augment(picture[None], random)[0]
@@ -114,7 +114,7 @@ class MemoryRead:
 class WorldTask:
     """One kind of task of the world, of combinations that may be trained."""
 
-    name: str
+    name: TaskName
     world: World
 
     def __call__(self, random: np.random.Generator) -> Talk:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.world.scene import BACKGROUNDS, CELLS, COLOURS, DIGITS, Placed, Scene, Thing, all_shapes, scene_of
+from training.world.scene import BACKGROUNDS, CELLS, DIGITS, Placed, Scene, Thing, every_thing, scene_of
 
 Pixels = NDArray[np.uint8]
 
@@ -120,8 +120,7 @@ class Brush:
 
     @cached_property
     def _cell_things(self) -> list[Thing | None]:
-        digits = [Thing("digit", name, colour) for name, colour in product(DIGITS, COLOURS)]
-        return [None, *all_shapes(), *digits]
+        return [None, *every_thing(())]
 
     @cached_property
     def _templates(self) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:

@@ -6,9 +6,10 @@ Plain values and `random.Random`: no pixels (draw.py), no words (grammar.py). Ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product
+from operator import attrgetter
 from random import Random
 from typing import Literal
 
@@ -54,8 +55,12 @@ class Placed:
 
     @property
     def cells(self) -> frozenset[tuple[int, int]]:
-        span = range(self.thing.span)
-        return frozenset((self.row + down, self.column + right) for down in span for right in span)
+        return _cells(self.row, self.column, self.thing.span)
+
+
+@cache
+def _cells(row: int, column: int, span: int) -> frozenset[tuple[int, int]]:
+    return frozenset(product(range(row, row + span), range(column, column + span)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +70,13 @@ class Scene:
     background: str
     things: tuple[Placed, ...]
 
-    @property
-    def free_cells(self) -> list[tuple[int, int]]:
-        taken = frozenset().union(*(each.cells for each in self.things))
-        return [(row, column) for row, column in product(range(CELLS), range(CELLS)) if (row, column) not in taken]
+
+_place = attrgetter("row", "column")
 
 
 def scene_of(background: str, things: Sequence[Placed]) -> Scene:
     """The scene with its things put in reading order."""
-    return Scene(background, tuple(sorted(things)))
+    return Scene(background, tuple(sorted(things, key=_place)))
 
 
 @cache
@@ -144,15 +147,39 @@ def moved(scene: Scene, index: int, direction: Direction) -> Scene:
     """The scene after its index-th thing went one cell that way; it stays where the border or another thing is in its way."""
     down, right = STEPS[direction]
     mover = scene.things[index]
-    target = replace(mover, row=mover.row + down, column=mover.column + right)
+    target = Placed(mover.row + down, mover.column + right, mover.thing)
     others = [other for at, other in enumerate(scene.things) if at != index]
-    is_inside = all(0 <= row < CELLS and 0 <= column < CELLS for row, column in target.cells)
+    is_inside = 0 <= target.row < CELLS and 0 <= target.column < CELLS
     if mover.thing.span > 1 or not is_inside or any(target.cells & other.cells for other in others):
         return scene
     return scene_of(scene.background, [*others, target])
+
+
+def film(scene: Scene, index: int, direction: Direction, num_frames: int) -> tuple[Scene, ...]:
+    """The frames after the scene while its index-th thing goes that way, as `moved` has it."""
+    others = [each for at, each in enumerate(scene.things) if at != index]
+    frames: list[Scene] = []
+    for _ in range(num_frames):
+        scene = moved(scene, index, direction)
+        index = next(at for at, each in enumerate(scene.things) if each not in others)
+        frames.append(scene)
+    return tuple(frames)
+
+
+def free_places(things: Sequence[Placed], span: int) -> list[tuple[int, int]]:
+    """Where a thing of that span can stand beside the others: rows and columns of its upper left cell."""
+    taken = {cell for each in things for cell in each.cells}
+    steps = range(0, CELLS, span)
+    return [place for place in product(steps, steps) if not _cells(*place, span) & taken]
 
 
 def all_shapes() -> Iterator[Thing]:
     """Every shape in every colour and size."""
     for name, colour, size in product(SHAPES, COLOURS, SIZES):
         yield Thing("shape", name, colour, size)
+
+
+def every_thing(stamps: Sequence[str]) -> list[Thing]:
+    """All that a cell or, for a stamp, four cells can hold."""
+    digits = [Thing("digit", name, colour) for name, colour in product(DIGITS, COLOURS)]
+    return [*all_shapes(), *digits, *(Thing("stamp", name) for name in stamps)]
