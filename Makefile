@@ -5,6 +5,7 @@ PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
+RECIPE ?= nano
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,12 +13,12 @@ SOURCES := pyproject.toml $(wildcard setup.py kernels/cpu/*.cpp kernels/cpu/*.h 
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-long lint bench clean
+.PHONY: help serve test test-long lint bench model-report clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 	@echo
-	@echo "Variables: HOST, PORT, ARGS (more flags of braid serve), PYTHON, TORCH (a version), TORCH_INDEX_URL (an index of torch builds)"
+	@echo "Variables: HOST, PORT, ARGS (more flags of braid serve), RECIPE (whose model is measured), PYTHON, TORCH (a version), TORCH_INDEX_URL (an index of torch builds)"
 
 # The pinned torch first: the package itself only asks for a range.
 $(VENV)/.installed: $(SOURCES)
@@ -48,6 +49,10 @@ test-long: $(VENV)/.installed-test ## the tests that `make test` leaves out
 
 bench: $(VENV)/.installed ## start a server, load it over HTTP, report
 	$(BIN)/python -m bench.load $(ARGS)
+
+model-report: $(VENV)/.installed-test ## measure the shipped model (minutes; ARGS=--quick for less) and rewrite docs/model.md and its card
+	$(BIN)/python -m training.evaluate --artefact weights/braid-$(RECIPE) --recipe $(RECIPE) --run runs/$(RECIPE) --out runs/model-report $(ARGS)
+	$(BIN)/python -m training.report --evaluation runs/model-report --run runs/$(RECIPE) --card weights/braid-$(RECIPE)/README.md --name braid-$(RECIPE)
 
 clean: ## the environment, builds and caches; never the model cache
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache kernels/cpu/*.so

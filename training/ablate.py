@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import click
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from service.errors import BraidError
 from service.model.config import ModelConfig
@@ -36,8 +36,11 @@ from training.stages import Course, run_stage
 from training.world.scene import is_trained
 from training.world.tasks import TASK_NAMES
 
+ARM_NAMES = list(dict.fromkeys(arm for arms in ABLATIONS.values() for arm in arms))
 KV_TOKENS, KV_BYTES = 512, 2
 """A sequence of so many ids, kept in bfloat16."""
+SCENES = 6
+"""That a tokenizer arm is measured on, for every task of another."""
 MEASURE_SEED = 1_000_003
 """Of tasks and scenes that arms are measured on: the same for all arms and seeds."""
 
@@ -58,12 +61,18 @@ class Bench:
         recipe = changed(self.recipe, base_changes(self.budget) | dict(arm.changes))
         return Course(replace(recipe, seed=seed), self.folder / name.replace(" ", "-") / str(seed), self.num_ranks)
 
-    def prepare(self) -> None:
-        """The stages that all arms share, unless they have ended. Mutates: the shared folder."""
+    def prepare(self, names: Sequence[str]) -> None:
+        """The stages that these arms share, unless they have ended. Another process that is at it is waited for.
+
+        Mutates: the shared folder.
+        """
         course = Course(changed(self.recipe, base_changes(self.budget)), self.shared, self.num_ranks)
-        for stage in ("data", "tokenizer"):
-            if not course.artefact(stage).is_dir():
-                run_stage(course, stage, say=click.echo)
+        own = [arms_of(self.budget)[name].stages for name in names]
+        self.shared.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.shared / "lock"):
+            for stage in ("data", "tokenizer"):
+                if not course.artefact(stage).is_dir() and any(stage not in stages for stages in own):
+                    run_stage(course, stage, say=click.echo)
 
     def train(self, name: str, seed: int) -> Course:
         """An arm to its end, from where it was. Mutates: its folder."""
@@ -80,29 +89,42 @@ class Bench:
             run_stage(course, stage, say=click.echo)
         return course
 
-    def run(self, name: str, seed: int) -> dict[str, Any]:
-        """Trains and measures an arm unless that was done, and writes it down. Mutates: the results."""
+    def run(self, name: str, seed: int) -> dict[str, Any] | None:
+        """Trains and measures an arm unless that was done, and writes it down; None while another process is at it.
+
+        Mutates: the arm's folder and the results.
+        """
         known = find_result(read_results(self.results), name, seed)
         if known is not None and known["budget"] == asdict(self.budget):
             return known
+        folder = self.course(name, seed).folder
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(folder / "lock", timeout=0):
+                record = self._measured(name, seed)
+        except Timeout:
+            return None
+        write_result(self.results, record)
+        return record
+
+    def _measured(self, name: str, seed: int) -> dict[str, Any]:
+        """An arm, trained to its end, as the record of it. Mutates: its folder."""
         course = self.train(name, seed)
         materials = load_materials(course.recipe.data)
         is_tokenizer = arms_of(self.budget)[name].stages == ("tokenizer",)
-        measure = measure_tokenizer if is_tokenizer else measure_decoder
+        measure, count = (measure_tokenizer, SCENES * self.budget.count) if is_tokenizer else (measure_decoder, self.budget.count)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        record = {
+        return {
             "arm": name,
             "seed": seed,
-            "n": self.budget.count,
+            "n": count,
             "budget": asdict(self.budget),
             "recipe": self.recipe.name,
             "ranks": self.num_ranks,
             **trained(course.folder),
             **circumstances(device),
-            "figures": measure(course, materials, self.budget.count, device),
+            "figures": measure(course, materials, count, device),
         }
-        write_result(self.results, record)
-        return record
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -181,28 +203,36 @@ def write_result(path: Path, record: dict[str, Any]) -> None:
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/ablations"), show_default=True)
 @click.option("--shared", type=click.Path(path_type=Path, file_okay=False), help="A run whose vocabulary and image tokenizer are used.")
 @click.option("--results", type=click.Path(path_type=Path, dir_okay=False), default=Path("docs/results/ablations.json"), show_default=True)
-@click.option("--arm", "arms", multiple=True, help="Only these of the arms.")
+@click.option("--arm", "arms", multiple=True, type=click.Choice(ARM_NAMES), help="Only these of the arms.")
 @click.option("--seeds", default=3, show_default=True, help="How many, from 0.")
 @click.option("--steps", default=700, show_default=True, help="Of the decoder's last stage.")
 @click.option("--pretrain-steps", default=250, show_default=True)
 @click.option("--reconstruction-steps", default=1500, show_default=True)
 @click.option("--adversarial-steps", default=700, show_default=True)
-@click.option("--count", default=100, show_default=True, help="Tasks of a kind, or scenes, that an arm is measured on.")
+@click.option(
+    "--count",
+    default=100,
+    show_default=True,
+    help=f"Tasks of a kind that an arm is measured on; a tokenizer: {SCENES} times as many scenes.",
+)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--ranks", default=1, show_default=True, help="Processes of an arm; more arms side by side are faster.")
 def main(ablations: tuple[str, ...], recipe: str, out: Path, shared: Path | None, results: Path, **values: Any) -> None:
-    """Train and measure the arms of ABLATIONS (all, if none is named); what was done before is not done again."""
+    """Train and measure the arms of ABLATIONS (all, if none is named). What was done before is not done again; started a second time beside
+    the first, the command takes the arms that nobody is at."""
     torch.set_num_threads(values["threads"])
     counts = ("steps", "pretrain_steps", "reconstruction_steps", "adversarial_steps", "count")
     budget = Budget(**{key: values[key] for key in counts})
-    names = list(dict.fromkeys(arm for each in ablations or ABLATIONS for arm in ABLATIONS[each]))
+    wanted = [arm for each in ablations or ABLATIONS for arm in ABLATIONS[each]]
+    names = [each for each in dict.fromkeys(wanted) if not values["arms"] or each in values["arms"]]
     try:
         bench = Bench(read_recipe(recipe), out, shared or out / "shared", results, budget, values["ranks"])
-        bench.prepare()
+        bench.prepare(names)
         for seed in range(values["seeds"]):
-            for name in [each for each in names if not values["arms"] or each in values["arms"]]:
-                figures = bench.run(name, seed)["figures"]
-                click.echo(f"{name}, seed {seed}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+            for name in names:
+                record = bench.run(name, seed)
+                said = ", ".join(f"{key} {value:.4g}" for key, value in record["figures"].items()) if record else "another process is at it"
+                click.echo(f"{name}, seed {seed}: {said}")
     except BraidError as error:
         raise click.ClickException(error.message) from error
 

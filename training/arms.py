@@ -27,8 +27,8 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """steps: of the decoder's last stage; pretrain_steps: of pre-training, where there is any. count: tasks of a kind, or scenes, that an
-    arm is measured on."""
+    """steps: of the decoder's last stage; pretrain_steps: of pre-training, where there is any. count: tasks of a kind that an arm is
+    measured on."""
 
     steps: int
     pretrain_steps: int

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from service.model.transformer import Transformer
 from service.vocabulary import PictureIds
 from training.decoder import hidden
 from training.loop import Precision, products_in
+from training.muon import Muon
 from training.ranks import Rank
 from training.stream.batch import Batch, batches
 from training.stream.document import Document
@@ -36,9 +37,9 @@ MOST_NORM = 1.0
 
 @dataclass(frozen=True, slots=True)
 class LanguageSettings:
-    """tokens: of a rank and step, about. optimizer: of the layers' matrices; "muon" orthogonalises their updates and takes the same
-    learning rate, all else learns by AdamW. noise: share of an answer's codes that the model reads disturbed (the target stays clean).
-    text_weight: of a text target's loss, a code's is 1. Source: Jordan et al. 2024 (Muon); Liu et al. 2025, section 2.2, for its scale."""
+    """tokens: of a rank and step, about. optimizer: of the layers' matrices; "muon" orthogonalises their updates (training/muon.py) and
+    takes the same learning rate, all else learns by AdamW. noise: share of an answer's codes that the model reads disturbed (the target
+    stays clean). text_weight: of a text target's loss, a code's is 1."""
 
     tokens: int = 3072
     learning_rate: float = 2e-3
@@ -74,7 +75,7 @@ class LanguageStage:
         self.near, self.pad_id, self.held_out = near, pad_id, held_out
         self.device = model.final_norm.device
         self.learned = list(dict.fromkeys(model.parameters()))
-        self.optimizers = optimizers_of(model, settings)
+        self.optimizers = optimizers_of(model, settings, rank)
 
     def step(self, step: int) -> Mapping[str, float]:
         random = np.random.default_rng((self.seed, step, self.rank.index))
@@ -141,7 +142,7 @@ class LanguageStage:
         """A language stage's pictures are drawn by evaluation, which costs more than a moment."""
 
 
-def optimizers_of(model: Transformer, settings: LanguageSettings) -> list[Optimizer]:
+def optimizers_of(model: Transformer, settings: LanguageSettings, rank: Rank) -> list[Optimizer]:
     """One optimiser, or with Muon two."""
     named = dict(model.named_parameters())
     matrices = [each for name, each in named.items() if name.rsplit(".", 1)[-1] in MATRICES]
@@ -151,7 +152,7 @@ def optimizers_of(model: Transformer, settings: LanguageSettings) -> list[Optimi
         groups = [{"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
         return [AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)]
     others = AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    return [Muon(matrices, lr=rate, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"), others]
+    return [Muon(matrices, rate, decay, rank), others]
 
 
 def nearest_codes(codebook_KE: Tensor, count: int = 8) -> Tensor:

@@ -157,7 +157,9 @@ class _Encoder(nn.Module):
         for level, outer in enumerate(channels):
             is_last = level == len(channels) - 1
             kernel = config.encoder_kernel if is_last else 3
-            stage = _Level(channels[max(level - 1, 0)], outer, config.num_res_blocks, norm, is_last and config.has_encoder_attention, kernel)
+            stage = _Level(
+                channels[max(level - 1, 0)], outer, config.num_res_blocks, norm, is_last and config.has_encoder_attention, kernel
+            )
             stage.downsample = None if is_last else _Resample(outer, is_up=False)
             self.down.append(stage)
         self.mid = _Mid(channels[-1], norm, config.has_encoder_attention, config.encoder_kernel)

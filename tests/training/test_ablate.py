@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from filelock import FileLock
 
 from service.model.config import LayerAttention
 from training import ablate, materials
@@ -77,18 +79,18 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(materials, "NUM_SENTENCES", 2000)
-        Bench(read_recipe("smoke"), folder / "arms", folder / "shared", folder / "results.json", BUDGET).prepare()
+        Bench(read_recipe("smoke"), folder / "arms", folder / "shared", folder / "results.json", BUDGET).prepare(["base"])
     return folder / "shared"
 
 
 @pytest.fixture
-def bench(shared: Path, tmp_path: Path) -> Bench:
+def bench(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    small = {"data.num_watched": 2, "multitask.schedule.save_every": 1}
+    monkeypatch.setattr(ablate, "base_changes", lambda budget: base_changes(budget) | small)
     return Bench(read_recipe("smoke"), tmp_path / "arms", shared, tmp_path / "results.json", BUDGET)
 
 
 def test_an_interrupted_arm_goes_on_and_ends_as_if_it_had_not_been(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    often = {"multitask.schedule.save_every": 1}
-    monkeypatch.setattr(ablate, "base_changes", lambda budget: base_changes(budget) | often)
     whole = replace(bench, folder=tmp_path / "whole", results=tmp_path / "whole.json").run("pre-trained", 1)
     step, steps = LanguageStage.step, []
 
@@ -121,6 +123,14 @@ def test_a_finished_arm_is_not_trained_again_unless_its_budget_changed(bench: Be
         replace(bench, budget=replace(BUDGET, steps=5)).run("describe only", 0)
 
 
+def test_an_arm_that_another_process_is_at_is_left_to_it(bench: Bench) -> None:
+    folder = bench.course("base", 0).folder
+    folder.mkdir(parents=True)
+    with FileLock(folder / "lock"):
+        assert bench.run("base", 0) is None
+    assert read_results(bench.results) == []
+
+
 def test_the_tokenizer_arms_share_their_first_stage(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablate, "told_apart", partial(told_apart, steps=2))
     at_once = changed(bench.recipe, {"tokenizer.settings.alone_steps": 0, "tokenizer.settings.ramp_steps": 1})
@@ -132,3 +142,14 @@ def test_the_tokenizer_arms_share_their_first_stage(bench: Bench, monkeypatch: p
     assert found["adversary"]["figures"] != found["no adversary"]["figures"]
     assert set(found["adversary"]["figures"]) == {"PSNR in dB", "gradient energy", "told from real", "feature distance"}
     assert 0.0 <= found["adversary"]["figures"]["told from real"] <= 1.0
+
+
+def test_the_command_names_arms_and_keeps_a_finished_one(shared: Path, tmp_path: Path) -> None:
+    numbers = {f"--{key.replace('_', '-')}": str(value) for key, value in asdict(BUDGET).items()}
+    folders = {"--shared": str(shared), "--out": str(tmp_path / "arms"), "--results": str(tmp_path / "results.json")}
+    options = [each for pair in (numbers | folders | {"--recipe": "smoke", "--arm": "draw only", "--seeds": "1"}).items() for each in pair]
+    said = [CliRunner().invoke(ablate.main, ["tasks", *options], catch_exceptions=False) for _ in range(2)]
+    assert [each["arm"] for each in read_results(tmp_path / "results.json")] == ["draw only"]
+    assert "multitask: has ended" in said[0].output
+    assert said[1].output.startswith("draw only, seed 0: draw, right ")
+    assert CliRunner().invoke(ablate.main, ["--arm", "nothing"]).exit_code == 2

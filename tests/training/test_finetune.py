@@ -35,7 +35,7 @@ from training.finetune.measures import Score, class_scores, entities, entity_sco
 from training.finetune.proof import tagged_scene
 from training.finetune.run import Plan, finetune, measure
 from training.finetune.stage import Settings, TaskStage
-from training.finetune.tasks import Split, Task, figures_of
+from training.finetune.tasks import Split, Task, figures_of, read_task
 from training.world.scene import Placed, Thing, scene_of
 
 
@@ -279,6 +279,13 @@ def test_an_answer_is_all_that_is_to_be_predicted(codec: Codec) -> None:
     assert example.targets == example.ids[len(head) :]
     assert codec.tokenizer.decode(example.targets).startswith("hello you")
     assert dialogue_example(Dialogue(messages), codec, len(head)) is None
+
+
+def test_a_dialogue_that_the_template_refuses_is_named(codec: Codec, tmp_path: Path) -> None:
+    rows = [[{"role": "user", "content": text}, {"role": "assistant", "content": "x"}] for text in ("hello", "\ud800")]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows), encoding="utf-8")
+    with pytest.raises(StartupError, match=r"entry 2 of a\.jsonl: messages hold half a surrogate"):
+        read_task("instructions", {"train": tmp_path / "a.jsonl"}, codec, 64)
 
 
 # --- the model -------------------------------------------------------------------------------------------------------------------------

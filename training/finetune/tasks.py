@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from service.codec.prompt import Codec
-from service.errors import StartupError
+from service.errors import RequestError, StartupError
 from training.finetune.examples import Example, dialogue_example, labelled_example, tagging_example
 from training.finetune.files import read_dialogues, read_labelled, read_sentences
 from training.finetune.measures import OUTSIDE, Score, class_scores, entity_scores, has_entities, macro_f1, total
@@ -51,7 +51,7 @@ class Figures:
 def read_task(kind: Kind, files: dict[str, Path], codec: Codec, max_len: int, classes: Sequence[str] | None = None) -> Task:
     """files: by split. classes: those of a model that is only measured; None takes all that the files name.
 
-    Raises: StartupError naming the file or class that is wrong; RequestError when the chat template refuses a dialogue.
+    Raises: StartupError naming the file, its entry or the class that is wrong.
     """
     if kind == "instructions":
         return Task(kind, None, {name: _dialogues(path, codec, max_len) for name, path in files.items()})
@@ -78,7 +78,12 @@ def _classes(true: dict[str, tuple[tuple[str, ...], ...]], given: Sequence[str] 
 
 
 def _dialogues(path: Path, codec: Codec, max_len: int) -> Split:
-    found = [dialogue_example(each, codec, max_len) for each in read_dialogues(path)]
+    found = []
+    for number, each in enumerate(read_dialogues(path), 1):
+        try:
+            found.append(dialogue_example(each, codec, max_len))
+        except RequestError as error:
+            raise StartupError(f"entry {number} of {path.name}: {error.message}") from error
     examples = tuple(each for each in found if each is not None)
     if not examples:
         raise StartupError(f"{path.name} holds no answer that begins within {max_len} ids")
