@@ -172,6 +172,7 @@ def _evaluate(course: Course, quick: bool) -> None:
 def _export(course: Course, target: Path | None) -> None:
     from training.export import publish
 
-    target = target or Path("weights") / f"braid-{course.recipe.name}"
-    files = publish(_final(course), target)
+    shipped = Path("weights") / f"braid-{course.recipe.name}"
+    files = publish(_final(course), shipped) if target is None else publish(_final(course), target, most_bytes=None)
+    target = target or shipped
     click.echo(f"{target}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB")

@@ -23,29 +23,22 @@ from service.model.transformer import Precision, Transformer, build_transformer
 INITIAL_STD = 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class _Fresh:
-    """A source of fresh weights: norms are 1, matrices normal, those that write to the residual stream smaller the more layers there are.
+def fresh_weights(config: ModelConfig, seed: int) -> NamedSource:
+    """Weights that know nothing: norms are 1, matrices normal, those that write to the residual stream smaller the more layers there are.
 
     Source: Radford et al. 2019 (GPT-2), section 2.3.
     """
-
-    config: ModelConfig
-    generator: torch.Generator
-
-    def get(self, name: str) -> Tensor:
-        shape = expected_shapes(self.config)[name]
-        if "norm" in name:
-            return torch.ones(shape)
-        std = INITIAL_STD
-        if name.endswith((".out", ".down")):
-            std /= math.sqrt(2 * len(self.config.layers))
-        return torch.randn(shape, generator=self.generator) * std
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in expected_shapes(config).items():
+        std = INITIAL_STD / (math.sqrt(2 * len(config.layers)) if name.endswith((".out", ".down")) else 1.0)
+        tensors[name] = torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator) * std
+    return NamedSource(tensors)
 
 
 def fresh_decoder(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Transformer:
     """A decoder with random weights, ready to be taught."""
-    return teachable(config, _Fresh(config, torch.Generator().manual_seed(seed)), device)
+    return teachable(config, fresh_weights(config, seed), device)
 
 
 def teachable(config: ModelConfig, source: object, device: torch.device | str = "cpu", ops: Ops | None = None) -> Transformer:

@@ -28,7 +28,9 @@ from training.decoder import named_tensors, teachable
 from training.tokens import BOS_ID, EOS_ID, PAD_ID, export_tokenizer
 
 MOST_BYTES = 14_500_000
-"""Of the tensors in one file; with its header it stays under 15 MB."""
+"""Of the tensors in one file; with its header it stays under SHIPPED_BYTES."""
+SHIPPED_BYTES = 15_000_000
+"""Of a file in this repository."""
 GENERATION = {"do_sample": True, "temperature": 0.9, "min_p": 0.1, "guidance_scale": 1.0}
 
 
@@ -87,14 +89,16 @@ def hf_name(name: str) -> str:
     return HF_NAMES[f"layers.{{}}.{rest}"].format(index)
 
 
-def publish(artefact: Path, target: Path) -> list[Path]:
+def publish(artefact: Path, target: Path, most_bytes: int | None = SHIPPED_BYTES) -> list[Path]:
     """Copies an artefact to where it is shipped from, beside what else lies there (a model card). Returns the files written.
 
-    Mutates: the target's weights and configs. Raises: StartupError when a file is too large for the repository.
+    most_bytes: of a file. Mutates: the target's weights and configs. Raises: StartupError when a file is too large.
     """
     files = [path for path in sorted(artefact.rglob("*")) if path.is_file()]
-    if large := [path.name for path in files if path.stat().st_size >= 15_000_000]:
-        raise StartupError(f"{', '.join(large)} of the artefact is 15 MB or more")
+    if most_bytes and (large := [path.name for path in files if path.stat().st_size >= most_bytes]):
+        raise StartupError(
+            f"{', '.join(large)} of the artefact is {most_bytes // 10**6} MB or more, too large for this repository; choose another folder"
+        )
     for old in [*target.rglob("*.safetensors"), *target.rglob("*.safetensors.index.json")]:
         old.unlink()
     written = [target / path.relative_to(artefact) for path in files]

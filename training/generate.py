@@ -165,12 +165,11 @@ class _Run:
     def _sample(self, live: Sequence[_Sequence], logits: Tensor) -> list[int]:
         count, sampling = len(live), self.sampling
         mask = torch.stack([self.masks["code" if each.wanted else "text"] for each in live]).to(self.device)
-        full = lambda value, dtype: torch.full((count,), value, dtype=dtype, device=self.device)  # noqa: E731
         rows = SampleRows(
-            temperature=full(sampling.temperature, torch.float32),
-            top_k=full(sampling.top_k, torch.int32),
-            top_p=full(1.0, torch.float32),
-            min_p=full(sampling.min_p, torch.float32),
+            temperature=torch.full((count,), sampling.temperature, device=self.device),
+            top_k=torch.full((count,), sampling.top_k, dtype=torch.int32, device=self.device),
+            top_p=torch.ones(count, device=self.device),
+            min_p=torch.full((count,), sampling.min_p, device=self.device),
             seeds=torch.tensor([sampling.seed * 1_000_003 + each.noise_index for each in live], device=self.device),
             positions=torch.tensor([len(each.ids) for each in live], device=self.device),
             mask=mask,

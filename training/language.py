@@ -21,6 +21,7 @@ from torch.optim import AdamW, Optimizer
 
 from service.model.transformer import Transformer
 from service.vocabulary import PictureIds
+from training.adapt import Adapters, learn_only_codes
 from training.decoder import hidden
 from training.loop import Precision, products_in
 from training.muon import Muon
@@ -39,7 +40,8 @@ MOST_NORM = 1.0
 class LanguageSettings:
     """tokens: of a rank and step, about. optimizer: of the layers' matrices; "muon" orthogonalises their updates (training/muon.py) and
     takes the same learning rate, all else learns by AdamW. noise: share of an answer's codes that the model reads disturbed (the target
-    stays clean). text_weight: of a text target's loss, a code's is 1."""
+    stays clean). text_weight: of a text target's loss, a code's is 1. lora_rank: of adapters beside the layers' matrices, which
+    stay as they are, and so do the rows of text in the embedding; 0 trains everything."""
 
     tokens: int = 3072
     learning_rate: float = 2e-3
@@ -47,6 +49,7 @@ class LanguageSettings:
     weight_decay: float = 0.05
     noise: float = 0.05
     text_weight: float = 1.0
+    lora_rank: int = 0
     precision: Precision = "auto"
 
 
@@ -61,21 +64,25 @@ class LanguageStage:
         held_out: Mapping[str, Sequence[Document]],
         settings: LanguageSettings,
         *,
+        adapters: Adapters | None = None,
         near: Tensor | None = None,
         pad_id: int,
         rank: Rank,
         seed: int,
     ) -> None:
-        """held_out: documents by name; early stopping watches the mean of their losses."""
+        """held_out: documents by name; early stopping watches the mean of their losses. adapters: of this model, when they are learned in
+        its matrices' place."""
         if model.config.pictures is None:
             raise ValueError("a language stage teaches models that know pictures")
         self.name, self.model, self.mix, self.settings, self.rank, self.seed = name, model, mix, settings, rank, seed
-        self.module: nn.Module = model
+        self.module: nn.Module = model if adapters is None else nn.ModuleDict({"model": model, "adapters": adapters})
         self.pictures: PictureIds = model.config.pictures
         self.near, self.pad_id, self.held_out = near, pad_id, held_out
         self.device = model.final_norm.device
-        self.learned = list(dict.fromkeys(model.parameters()))
-        self.optimizers = optimizers_of(model, settings, rank)
+        if adapters is not None:
+            learn_only_codes(model)
+        self.learned = [each for each in dict.fromkeys(self.module.parameters()) if each.requires_grad]
+        self.optimizers = optimizers_of(self.module, settings, rank)
 
     def step(self, step: int) -> Mapping[str, float]:
         random = np.random.default_rng((self.seed, step, self.rank.index))
@@ -142,13 +149,13 @@ class LanguageStage:
         """A language stage's pictures are drawn by evaluation, which costs more than a moment."""
 
 
-def optimizers_of(model: Transformer, settings: LanguageSettings, rank: Rank) -> list[Optimizer]:
+def optimizers_of(module: nn.Module, settings: LanguageSettings, rank: Rank) -> list[Optimizer]:
     """One optimiser, or with Muon two."""
-    named = dict(model.named_parameters())
+    named = {name: each for name, each in module.named_parameters() if each.requires_grad}
     matrices = [each for name, each in named.items() if name.rsplit(".", 1)[-1] in MATRICES]
     rest = [each for name, each in named.items() if name.rsplit(".", 1)[-1] not in MATRICES]
     rate, decay = settings.learning_rate, settings.weight_decay
-    if settings.optimizer == "adamw":
+    if settings.optimizer == "adamw" or not matrices:
         groups = [{"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
         return [AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)]
     others = AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

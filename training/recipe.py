@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -59,7 +59,8 @@ class TokenizerRecipe:
 @dataclass(frozen=True, slots=True)
 class DecoderRecipe:
     """Every global_every-th layer sees everything, the last one too; the others see `sink` tokens at the head, `window` behind, and of
-    their own picture only the codes within `radius` (rows, columns)."""
+    their own picture only the codes within `radius` (rows, columns). source: the checkpoint of a text model that it begins as, by what the
+    catalog calls it or where it lies; every size must be that one's. Empty for weights that know nothing."""
 
     text_vocab_size: int
     width: int
@@ -73,6 +74,10 @@ class DecoderRecipe:
     sink: int
     radius: tuple[int, int]
     max_context: int = 512
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
+    has_qk_norm: bool = True
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +108,9 @@ class Recipe:
         """The decoder's. Raises: WeightsError for numbers that make no model."""
         own, codes = self.decoder, self.tokenizer.model
         side = self.data.size // codes.patch
-        local = LayerAttention(window=own.window, sink=own.sink, radius=own.radius)
-        layers = tuple(LayerAttention() if (index + 1) % own.global_every == 0 else local for index in range(own.num_layers))
+        plain = LayerAttention(rope_base=own.rope_base)
+        local = replace(plain, window=own.window, sink=own.sink, radius=own.radius)
+        layers = tuple(plain if (index + 1) % own.global_every == 0 else local for index in range(own.num_layers))
         return ModelConfig(
             vocab_size=own.text_vocab_size + codes.num_codes,
             width=own.width,
@@ -114,8 +120,9 @@ class Recipe:
             head_width=own.head_width,
             layers=layers,
             max_context=own.max_context,
+            norm_eps=own.norm_eps,
             has_tied_head=True,
-            has_qk_norm=True,
+            has_qk_norm=own.has_qk_norm,
             eos_ids=(EOS_ID,),
             bos_id=BOS_ID,
             pictures=picture_ids(own.text_vocab_size, codes.num_codes, side, side),

@@ -14,21 +14,24 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import tokenizers
 import torch
 from torch import Tensor
 
+from service.catalog import resolve
 from service.errors import StartupError
-from service.model.transformer import Transformer
 from service.model.vq import VQTokenizer
 from service.model.vq_files import FOLDER
-from training.decoder import INITIAL_STD, fresh_decoder
-from training.export import load_decoder, load_image_tokenizer, save_decoder, save_image_tokenizer, whole_folder, write_json
+from service.model.weights import open_weights
+from training.adapt import Adapters, adapted_ops
+from training.borrow import borrowed_vocabulary, borrowed_weights
+from training.decoder import INITIAL_STD, NamedSource, fresh_weights, teachable
+from training.export import load_image_tokenizer, save_decoder, save_image_tokenizer, whole_folder, write_json
 from training.language import LanguageStage, nearest_codes
 from training.loop import run
-from training.materials import load_materials, open_streams, vocabulary_texts
+from training.materials import Materials, load_materials, open_streams, vocabulary_texts
 from training.picture.source import PictureMix
 from training.picture.stage import AdversarialStage, ReconstructionStage
 from training.ranks import Rank, run_ranks
@@ -132,7 +135,7 @@ def read_vocabulary(course: Course) -> tokenizers.Tokenizer:
 def _data(course: Course) -> None:
     recipe = course.recipe
     materials = load_materials(recipe.data)
-    vocabulary = train_tokenizer(vocabulary_texts(materials), recipe.decoder.text_vocab_size)
+    vocabulary = _vocabulary(recipe, materials)
     counts = {
         "emoji": {style: int(present.sum()) for style, present in materials.emoji.present.items()},
         "memorised": [materials.emoji.entries[place].key for place in materials.chosen],
@@ -142,6 +145,17 @@ def _data(course: Course) -> None:
     with whole_folder(course.artefact("data")) as folder:
         vocabulary.save(str(folder / VOCABULARY))
         write_json(folder / "counts.json", counts)
+
+
+def _vocabulary(recipe: Recipe, materials: Materials) -> tokenizers.Tokenizer:
+    """Learned from the materials, or that of the checkpoint which the decoder begins as."""
+    size, source = recipe.decoder.text_vocab_size, recipe.decoder.source
+    if not source:
+        return train_tokenizer(vocabulary_texts(materials), size)
+    vocabulary = borrowed_vocabulary(resolve(source).path)
+    if vocabulary.get_vocab_size() != size:
+        raise StartupError(f"decoder.text_vocab_size must be {vocabulary.get_vocab_size()}, as {source} has it")
+    return vocabulary
 
 
 def device_of(rank: Rank) -> torch.device:
@@ -174,13 +188,19 @@ def _language_rank(course: Course, name: str, rank: Rank) -> None:
     vq = load_image_tokenizer(course.artefact("tokenizer"), device)
     vocabulary = read_vocabulary(course)
     streams = open_streams(recipe, load_materials(recipe.data), vocabulary, vq)
-    model = new_decoder(recipe, vq.codebook, device) if name == "pretrain" else load_decoder(course.artefact("pretrain"), device)
+    adapters: list[Adapters] = []
+    source = new_weights(recipe, vq.codebook) if name == "pretrain" else open_weights(course.artefact("pretrain"), recipe.model_config())
+    model = teachable(recipe.model_config(), source, device, adapted_ops(adapters))
+    if own.settings.lora_rank:
+        torch.manual_seed(recipe.seed)
+        adapters.append(Adapters(model, own.settings.lora_rank, 2.0 * own.settings.lora_rank, first_layer=0))
     stage = LanguageStage(
         name,
         model,
         streams.mix(own.mix),
         streams.watched(own.mix),
         own.settings,
+        adapters=adapters[0] if adapters else None,
         near=nearest_codes(vq.codebook),
         pad_id=PAD_ID,
         rank=rank,
@@ -188,20 +208,24 @@ def _language_rank(course: Course, name: str, rank: Rank) -> None:
     )
     run(stage, own.schedule, course.folder / name, rank, recipe.seed)
     if rank.is_first:
+        for each in adapters:
+            each.merge()
         with whole_folder(course.artefact(name)) as artefact:
             save_decoder(model, vocabulary, course.artefact("tokenizer") / FOLDER, artefact)
 
 
-def new_decoder(recipe: Recipe, codebook_KE: Tensor, device: torch.device) -> Transformer:
-    """A decoder that knows nothing but which codes are alike: their rows begin as one random linear map of the codebook."""
+def new_weights(recipe: Recipe, codebook_KE: Tensor) -> NamedSource:
+    """What a decoder begins with: nothing, or a text model, and in any case which codes are alike. Their rows are one random linear map of
+    the codebook. Raises: StartupError when the checkpoint that it begins as can't be had, or is of other sizes."""
     config = recipe.model_config()
-    model = fresh_decoder(config, recipe.seed, device)
     generator = torch.Generator().manual_seed(recipe.seed + 1)
     spread = torch.randn(codebook_KE.shape[1], config.width, generator=generator) * INITIAL_STD  # codes are of length 1
-    if config.pictures is not None:
-        with torch.no_grad():
-            cast(Tensor, model.embedding)[config.pictures.first_code :] = codebook_KE @ spread.to(device)
-    return model
+    codes_KD = codebook_KE.cpu() @ spread
+    if recipe.decoder.source:
+        return borrowed_weights(resolve(recipe.decoder.source).path, config, codes_KD)
+    weights = fresh_weights(config, recipe.seed)
+    weights.tensors["embedding"][-len(codes_KD) :] = codes_KD
+    return weights
 
 
 _WORK: dict[str, Callable[[Course], None]] = {

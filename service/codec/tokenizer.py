@@ -35,7 +35,7 @@ class Tokenizer:
         self.special = special
         self.ends = ends
         self._pieces = tuple(pieces)
-        self._first = first
+        self.first = first
         self._rest = rest
         self._text_of = {token.id: token.text.encode() for token in special.by_text.values()}
 
@@ -59,7 +59,7 @@ class Tokenizer:
 
     def _encode(self, parts: Iterable[str | Special], marker: str) -> list[int]:
         ids: list[int] = []
-        encoder = self._first
+        encoder = self.first
         for part in parts:
             if isinstance(part, Special):
                 ids.append(part.id)

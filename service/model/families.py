@@ -258,6 +258,7 @@ def braid_config(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_width,
         "rms_norm_eps": config.norm_eps,
         "hidden_act": next((name for name, ours in _ACTIVATIONS.items() if ours == config.activation), None),
+        "use_qk_norm": config.has_qk_norm,
         "tie_word_embeddings": config.has_tied_head,
         "max_position_embeddings": config.max_context,
         "rope_theta": plain.rope_base,
@@ -276,7 +277,7 @@ def braid_config(config: ModelConfig) -> dict[str, Any]:
 
 def _braid_config(values: Mapping[str, Any], eos_ids: tuple[int, ...]) -> ModelConfig:
     whole(values, "head_dim")  # nothing is usual here
-    plain = _hf_config(values, (_no_windows, False, True), eos_ids)
+    plain = _hf_config(values, (_no_windows, False, bool(values.get("use_qk_norm", True))), eos_ids)
     pictures = _pictures(values.get("image"), plain)
     kinds = values.get("layer_types")
     if not isinstance(kinds, list) or len(kinds) != len(plain.layers) or any(kind not in _LAYER_TYPES for kind in kinds):

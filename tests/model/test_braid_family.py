@@ -24,6 +24,7 @@ OF_THE_FAMILY = {
     "all_global": replace(CONFIG, layers=(GLOBAL,) * 2),
     "all_local": replace(CONFIG, layers=(LOCAL,) * 2),
     "no_window": replace(CONFIG, layers=(replace(LOCAL, window=None, sink=0), GLOBAL)),
+    "no_qk_norm": replace(CONFIG, has_qk_norm=False),
     "no_radius": replace(CONFIG, layers=(replace(LOCAL, radius=None), GLOBAL)),
     "other_numbers": replace(CONFIG, has_tied_head=False, activation="gelu_tanh", eos_ids=(2, 5), bos_id=None, norm_eps=1e-6),
 }
@@ -44,7 +45,6 @@ def test_what_is_written_is_read_back(tmp_path: Path, config: ModelConfig) -> No
 @pytest.mark.parametrize(
     "config",
     [
-        replace(CONFIG, has_qk_norm=False),
         replace(CONFIG, has_qkv_bias=True),
         replace(CONFIG, scale=0.5),
         replace(CONFIG, layers=(LOCAL, replace(LOCAL, window=9), GLOBAL)),

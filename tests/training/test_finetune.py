@@ -24,8 +24,8 @@ from service.model.families import read_config
 from service.model.weights import half_split_rows, open_weights
 from tests.codec import tiny
 from tests.model import checkpoints
+from training.adapt import BothWays
 from training.export import hf_name
-from training.finetune.adapt import BothWays
 from training.finetune.cli import main
 from training.finetune.examples import Example, dialogue_example, labelled_example, tagging_example
 from training.finetune.export import interleaved_rows, load_exported

@@ -19,8 +19,8 @@ from service.model.families import read_config
 from service.model.layers import DecoderLayer
 from service.model.transformer import Transformer
 from service.model.weights import open_weights
+from training.adapt import Adapters, BothWays, adapted_ops
 from training.decoder import hidden, teachable
-from training.finetune.adapt import Adapters, BothWays, adapted_ops
 from training.finetune.examples import Example
 
 

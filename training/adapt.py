@@ -1,6 +1,7 @@
-"""What fine-tuning changes in a decoder: low-rank adapters beside its matrices, and attention that sees both directions.
+"""What can be put into a decoder that is taught: low-rank adapters beside its matrices, and attention that sees both directions.
 
-Both are fine ops put in the training back end's place, so the model's own code stays as it is. Called by the learner.
+Both are fine ops put in the training back end's place, so the model's own code stays as it is. Called by the language stages, whose
+decoder may begin as somebody else's, and by fine-tuning.
 Shape suffixes: U documents, L places of a document, T = U * L, N query heads, K key/value heads, G = N / K, H head width.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import torch
@@ -19,6 +21,7 @@ from kernels.ops import AttentionSpec, Ops, PagedKV, Weight
 from kernels.training_ops import training_ops
 from service.model.layers import DecoderLayer
 from service.model.transformer import Transformer
+from training.tokens import SPECIALS
 
 MATRICES = ("qkv", "out", "gate_up", "down")
 
@@ -54,6 +57,23 @@ class Adapters(nn.Module):
             up.zero_()
 
 
+def learn_only_codes(model: Transformer) -> None:
+    """Leaves everything as it is but what a picture adds: the rows of codes and of our special tokens, and the grid's vectors.
+
+    Mutates: which parameters want gradients, and a hook on the embedding's (no decay may be put on it: the rows of text would shrink).
+    """
+    if model.config.pictures is None:
+        raise ValueError("a decoder without pictures has nothing to learn of them")
+    model.requires_grad_(False)
+    ids = torch.arange(model.config.vocab_size)
+    is_learned = (ids < len(SPECIALS)) | (ids >= model.config.pictures.first_code)
+    for table in dict.fromkeys(cast(nn.Parameter, each) for each in (model.embedding, model.head)):
+        table.requires_grad_(True)
+        table.register_hook(partial(torch.mul, is_learned[:, None].to(table)))  # type: ignore[no-untyped-call]
+    for grid in (model.grid_rows, model.grid_columns):
+        cast(nn.Parameter, grid).requires_grad_(True)
+
+
 @dataclass(slots=True)
 class BothWays:
     """Attention in which a place sees every place of its document, in layers with a window those less than it away and the sink.
@@ -86,7 +106,7 @@ class BothWays:
         return seen & (near | is_padding)
 
 
-def adapted_ops(adapters: Sequence[Adapters], both_ways: BothWays | None) -> Ops:
+def adapted_ops(adapters: Sequence[Adapters], both_ways: BothWays | None = None) -> Ops:
     """The training back end with adapters' products and, if given, attention in both directions. adapters: a list that is filled once the
     model is there, because adapters are made from its weights."""
     base = training_ops()
