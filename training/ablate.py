@@ -6,6 +6,7 @@ goes on where it was. Figures go to one JSON file, a record an arm and seed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from service.model.vq import VQTokenizer
 from training.arms import ABLATIONS, Budget, arms_of, base_changes, changed
 from training.evaluate.apart import told_apart
 from training.evaluate.nearest import mean_distance
-from training.evaluate.shares import circumstances
+from training.evaluate.shares import circumstances, digest_of
 from training.evaluate.subject import open_subject
 from training.evaluate.world import attempt, figures_of, losses_of, tasks_of
 from training.export import load_image_tokenizer, write_json
@@ -56,17 +57,27 @@ class Bench:
     budget: Budget
     num_ranks: int = 1
 
+    def base(self) -> Recipe:
+        return changed(self.recipe, base_changes(self.budget))
+
+    def setting(self, name: str) -> str:
+        """Everything that an arm has in common with those it is compared with, in a few letters."""
+        is_shared = "tokenizer" not in arms_of(self.budget)[name].stages
+        tokenizer = digest_of(self.shared / "tokenizer" / "artefact") if is_shared else ""
+        values = json.dumps([asdict(self.base()), asdict(self.budget), self.num_ranks, tokenizer])
+        return hashlib.sha256(values.encode()).hexdigest()[:12]
+
     def course(self, name: str, seed: int) -> Course:
-        arm = arms_of(self.budget)[name]
-        recipe = changed(self.recipe, base_changes(self.budget) | dict(arm.changes))
-        return Course(replace(recipe, seed=seed), self.folder / name.replace(" ", "-") / str(seed), self.num_ranks)
+        recipe = changed(self.base(), arms_of(self.budget)[name].changes)
+        folder = self.folder / self.setting(name) / name.replace(" ", "-") / str(seed)
+        return Course(replace(recipe, seed=seed), folder, self.num_ranks)
 
     def prepare(self, names: Sequence[str]) -> None:
         """The stages that these arms share, unless they have ended. Another process that is at it is waited for.
 
         Mutates: the shared folder.
         """
-        course = Course(changed(self.recipe, base_changes(self.budget)), self.shared, self.num_ranks)
+        course = Course(self.base(), self.shared, self.num_ranks)
         own = [arms_of(self.budget)[name].stages for name in names]
         self.shared.mkdir(parents=True, exist_ok=True)
         with FileLock(self.shared / "lock"):
@@ -95,7 +106,7 @@ class Bench:
         Mutates: the arm's folder and the results.
         """
         known = find_result(read_results(self.results), name, seed)
-        if known is not None and known["budget"] == asdict(self.budget):
+        if known is not None and known["setting"] == self.setting(name):
             return known
         folder = self.course(name, seed).folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,6 +129,7 @@ class Bench:
             "arm": name,
             "seed": seed,
             "n": count,
+            "setting": self.setting(name),
             "budget": asdict(self.budget),
             "recipe": self.recipe.name,
             "ranks": self.num_ranks,
@@ -164,8 +176,7 @@ def measure_decoder(course: Course, materials: Materials, count: int, device: to
     for name in TASK_NAMES:
         if f"world_{name}" not in course.recipe.multitask.mix:
             continue
-        tasks = [tasks_of(subject, name, kind, -(-count // 2)) for kind in ("triple", "pair")]
-        both = [task for kind in tasks for task in kind]
+        both = [*tasks_of(subject, name, "triple", count - count // 2), *tasks_of(subject, name, "pair", count // 2)]
         found[f"{name}, right"] = figures_of(attempt(subject, both))["right"]["share"]
         losses = losses_of(subject, both)
         key = "nats_per_code" if "nats_per_code" in losses else "nats"

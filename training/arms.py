@@ -44,7 +44,9 @@ def arms_of(budget: Budget) -> dict[str, Arm]:
         "all-global": Arm({"decoder.global_every": 1}),
         "draw only": Arm({"multitask.mix": {"world_draw": 1.0}}),
         "describe only": Arm({"multitask.mix": {"world_describe": 1.0}}),
-        "pre-trained": Arm({"pretrain.schedule.steps": budget.pretrain_steps}),
+        "pre-trained": Arm(
+            {"pretrain.schedule.steps": budget.pretrain_steps, "pretrain.schedule.evaluate_every": max(1, budget.pretrain_steps)}
+        ),
         "longer": Arm({"multitask.schedule.steps": budget.steps + budget.pretrain_steps}),
         "adversary": Arm(stages=("tokenizer",)),
         "no adversary": Arm(
@@ -59,7 +61,7 @@ ABLATIONS = {
     "tasks": ("base", "draw only", "describe only"),
     "pretraining": ("base", "pre-trained", "longer"),
 }
-"""The arms that are compared; the first is what the model does. "base" is trained once for all of them."""
+"""The arms that are compared. "base" is trained once for all of them."""
 
 
 def base_changes(budget: Budget) -> dict[str, Any]:

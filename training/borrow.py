@@ -8,8 +8,7 @@ Shape suffixes: V vocabulary, D width, K codes.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import fields, replace
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,16 @@ from torch import Tensor
 from service.checkpoint import find_checkpoint, open_gguf, read_json
 from service.codec.tokenizer_files import tokenizer_from_gguf
 from service.errors import StartupError
-from service.model.config import ModelConfig, expected_shapes
+from service.model.config import LayerAttention, ModelConfig, expected_shapes
 from service.model.families import read_config
 from service.model.weights import open_weights
 from training.decoder import NamedSource
 from training.tokens import SPECIALS
 
-_OWN = ("vocab_size", "layers", "max_context", "eos_ids", "bos_id", "pictures")
-"""What a recipe decides, whatever the checkpoint says."""
+_SIZES = ("width", "feed_forward_width", "num_heads", "num_kv_heads", "head_width", "norm_eps", "has_qk_norm")
+"""What a recipe can say, under these names, and must say as the checkpoint has it."""
+_FIXED = ("has_tied_head", "has_qkv_bias", "activation", "scale")
+"""What all recipes' decoders have alike."""
 
 
 def borrowed_vocabulary(checkpoint: Path) -> tokenizers.Tokenizer:
@@ -63,33 +64,32 @@ def borrowed_weights(checkpoint: Path, config: ModelConfig, codes_KD: Tensor) ->
     """The checkpoint's tensors as those of a decoder of ours. codes: directions in which the codes' rows lie; they get the length that the
     text's have. A code's place says nothing at first.
 
-    Raises: StartupError naming what the recipe's decoder has that the checkpoint has not; WeightsError.
+    Raises: StartupError as `check_borrowed` does; WeightsError.
     """
+    check_borrowed(checkpoint, config)
     theirs = read_config(checkpoint)
-    _check_same(config, theirs, checkpoint.name)
     source = open_weights(checkpoint, theirs)
     tensors = {name: source.get(name).float() for name in expected_shapes(theirs)}
     text_VD = tensors["embedding"]
     rows_KD = codes_KD * (text_VD.norm(dim=-1).mean() / codes_KD.norm(dim=-1).mean())
     tensors["embedding"] = torch.cat([text_VD, rows_KD])
-    if not config.has_tied_head:
-        tensors["head"] = torch.cat([tensors["head"], rows_KD])
     empty = {name: torch.zeros(shape) for name, shape in expected_shapes(config).items() if name not in tensors}
     return NamedSource(tensors | empty)
 
 
-def _check_same(config: ModelConfig, theirs: ModelConfig, name: str) -> None:
-    wanted = theirs.vocab_size + (config.pictures.num_codes if config.pictures else 0)
-    if config.vocab_size != wanted:
-        raise StartupError(f"decoder.text_vocab_size must be {theirs.vocab_size}, as {name} has it")
-    if len(config.layers) != len(theirs.layers):
-        raise StartupError(f"decoder.num_layers must be {len(theirs.layers)}, as {name} has it")
-    if any(replace(layer, window=None, sink=0, radius=None) != other for layer, other in zip(config.layers, theirs.layers, strict=True)):
-        raise StartupError(f"decoder.rope_base must be {theirs.layers[0].rope_base:g} and nothing else may differ, as {name} has it")
-    differing: Sequence[str] = [
-        f"decoder.{field.name} must be {getattr(theirs, field.name)}"
-        for field in fields(ModelConfig)
-        if field.name not in _OWN and getattr(config, field.name) != getattr(theirs, field.name)
-    ]
-    if differing:
-        raise StartupError(f"{', '.join(differing)}, as {name} has it")
+def check_borrowed(checkpoint: Path, config: ModelConfig) -> None:
+    """Raises: StartupError naming every size that the recipe must have as the checkpoint has it, or what no recipe can have."""
+    theirs, name = read_config(checkpoint), checkpoint.name
+    if strange := [key for key in _FIXED if getattr(theirs, key) != getattr(config, key)]:
+        raise StartupError(f"{name} can't be borrowed: its {', '.join(f'{key} is {getattr(theirs, key)!r}' for key in strange)}")
+    rope = theirs.layers[0]
+    if any(layer != LayerAttention(rope_base=rope.rope_base) for layer in theirs.layers):
+        raise StartupError(f"{name} can't be borrowed: it has windows, or a scaled rotary embedding")
+    wanted = {key: getattr(theirs, key) for key in _SIZES} | {"num_layers": len(theirs.layers), "rope_base": rope.rope_base}
+    wanted["text_vocab_size"] = theirs.vocab_size
+    own = {key: getattr(config, key) for key in _SIZES} | {"num_layers": len(config.layers), "rope_base": config.layers[0].rope_base}
+    own["text_vocab_size"] = config.vocab_size - (config.pictures.num_codes if config.pictures else 0)
+    if differing := [key for key, value in wanted.items() if not math.isclose(value, own[key], rel_tol=1e-6)]:  # a GGUF file has float32
+        raise StartupError(f"{', '.join(f'decoder.{key} must be {wanted[key]:g}' for key in differing)}, as {name} has it")
+    if (size := borrowed_vocabulary(checkpoint).get_vocab_size()) != theirs.vocab_size:
+        raise StartupError(f"{name} can't be borrowed: its vocabulary has {size} tokens, its embedding {theirs.vocab_size} rows")

@@ -8,7 +8,7 @@ Shape suffixes: S sequences, V vocabulary, R sampled rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from service.model.transformer import Transformer
 from service.vocabulary import PictureIds
 
 BLOCK = 16
+FREE = -1
+"""In place of a number of frames: the model begins and ends pictures, and chooses between them and words, by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +35,29 @@ class Sampling:
 
 @dataclass(slots=True)
 class _Sequence:
-    """What a sequence has, and where in a picture it stands: codes that its open picture still wants, and whether it may begin another."""
+    """What a sequence has, and where in a picture it stands: codes that its open picture still wants, and whether it may begin another.
+
+    is_free: is that the model's choice? is_between: of a free one, has a picture just become full?
+    """
 
     ids: list[int]
     prompt_len: int
     blocks: list[int]
     wanted: int = 0
     is_open: bool = False
+    is_free: bool = False
+    is_between: bool = False
     frames_left: int = 0
     grid_start: int = -1
     is_done: bool = False
     noise_index: int = 0
-    last_grid: list[int] = field(default_factory=list)
+
+    @property
+    def mask(self) -> str:
+        """Which ids may come next."""
+        if self.wanted:
+            return "code"
+        return "between" if self.is_between else "any" if self.is_free else "text"
 
 
 @torch.inference_mode()
@@ -58,7 +71,7 @@ def generate(
     batch: int = 64,
 ) -> list[list[int]]:
     """The ids after each prompt, without the end. num_frames: of each sequence's answer; a positive number opens a picture at once and
-    ends the answer behind its last frame, 0 or None lets the model speak, without pictures.
+    ends the answer behind its last frame, 0 (or None for all) lets the model speak, without pictures, FREE leaves all that to the model.
 
     Raises: ValueError for pictures of a model that knows none.
     """
@@ -83,8 +96,13 @@ class _Run:
         is_code = torch.zeros(config.vocab_size, dtype=torch.bool)
         is_code[pictures.first_code : pictures.first_code + pictures.num_codes] = True
         is_text = ~is_code
-        is_text[[each for each in (pictures.begin_id, pictures.frame_id, pictures.end_id) if each < config.vocab_size]] = False
-        self.masks = {"code": _packed(is_code), "text": _packed(is_text)}
+        marks = [each for each in (pictures.begin_id, pictures.frame_id, pictures.end_id) if each < config.vocab_size]
+        is_text[marks] = False
+        is_any, is_between = is_text.clone(), torch.zeros_like(is_text)
+        is_any[marks[:1]] = True
+        is_between[marks[1:]] = True
+        masks = {"code": is_code, "text": is_text, "any": is_any, "between": is_between}
+        self.masks = {name: _packed(mask) for name, mask in masks.items()}
         self.device = model.final_norm.device
 
     def all(self, prompts: Sequence[Sequence[int]], frames: Sequence[int], numbers: Sequence[int]) -> list[list[int]]:
@@ -105,12 +123,13 @@ class _Run:
     def _begin(self, prompts: Sequence[Sequence[int]], frames: Sequence[int], numbers: Sequence[int]) -> list[_Sequence]:
         sequences, free = [], 0
         for prompt, count, number in zip(prompts, frames, numbers, strict=True):
-            ids = [*prompt, self.pictures.begin_id] if count else list(prompt)
-            room = len(ids) + (count * (self.pictures.num_places + 1) if count else self.sampling.max_tokens) + 1
+            ids = [*prompt, self.pictures.begin_id] if count > 0 else list(prompt)
+            room = len(ids) + (count * (self.pictures.num_places + 1) if count > 0 else self.sampling.max_tokens) + 1
             blocks = list(range(free, free + -(-room // BLOCK)))
             free += len(blocks)
-            wanted = self.pictures.num_places if count else 0
-            sequences.append(_Sequence(ids, len(prompt), blocks, wanted, count > 0, max(count - 1, 0), noise_index=number))
+            wanted = self.pictures.num_places if count > 0 else 0
+            left = max(count - 1, 0)
+            sequences.append(_Sequence(ids, len(prompt), blocks, wanted, count > 0, count == FREE, frames_left=left, noise_index=number))
         return sequences
 
     def _cache(self, sequences: Sequence[_Sequence]) -> list[PagedKV]:
@@ -164,7 +183,7 @@ class _Run:
 
     def _sample(self, live: Sequence[_Sequence], logits: Tensor) -> list[int]:
         count, sampling = len(live), self.sampling
-        mask = torch.stack([self.masks["code" if each.wanted else "text"] for each in live]).to(self.device)
+        mask = torch.stack([self.masks[each.mask] for each in live]).to(self.device)
         rows = SampleRows(
             temperature=torch.full((count,), sampling.temperature, device=self.device),
             top_k=torch.full((count,), sampling.top_k, dtype=torch.int32, device=self.device),
@@ -182,7 +201,9 @@ class _Run:
             each.is_done = True
             return []
         fresh = [token]
-        if each.wanted:
+        if each.is_free:
+            self._follow(each, token)
+        elif each.wanted:
             each.wanted -= 1
             if not each.wanted and each.frames_left:
                 each.frames_left -= 1
@@ -195,6 +216,16 @@ class _Run:
         if not each.is_open and len(each.ids) - each.prompt_len >= self.sampling.max_tokens:
             each.is_done = True
         return fresh
+
+    def _follow(self, each: _Sequence, token: int) -> None:
+        """Mutates: where a free sequence stands."""
+        if each.wanted:
+            each.wanted -= 1
+            each.is_between = not each.wanted
+            return
+        each.is_between = False
+        if token in (self.pictures.begin_id, self.pictures.frame_id):
+            each.wanted = self.pictures.num_places
 
 
 def _no_pictures(vocab_size: int) -> PictureIds:

@@ -21,7 +21,7 @@ from torch.optim import AdamW, Optimizer
 
 from service.model.transformer import Transformer
 from service.vocabulary import PictureIds
-from training.adapt import Adapters, learn_only_codes
+from training.adapt import MATRICES, Adapters, learn_only_codes
 from training.decoder import hidden
 from training.loop import Precision, products_in
 from training.muon import Muon
@@ -32,8 +32,9 @@ from training.stream.document import Document
 Mix = Callable[[np.random.Generator, int], Sequence[Document]]
 """Throws documents of about so many tokens in all."""
 
-MATRICES = ("qkv", "out", "gate_up", "down")
 MOST_NORM = 1.0
+MEASURED_TOKENS = 16_384
+"""Whose losses are computed at once; of a vocabulary of 50,000 that is 3 GB of logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class LanguageSettings:
     """tokens: of a rank and step, about. optimizer: of the layers' matrices; "muon" orthogonalises their updates (training/muon.py) and
     takes the same learning rate, all else learns by AdamW. noise: share of an answer's codes that the model reads disturbed (the target
     stays clean). text_weight: of a text target's loss, a code's is 1. lora_rank: of adapters beside the layers' matrices, which
-    stay as they are, and so do the rows of text in the embedding; 0 trains everything."""
+    stay as they are, and so do the rows of text in the embedding; AdamW without decay, whatever `optimizer` says. 0 trains everything."""
 
     tokens: int = 3072
     learning_rate: float = 2e-3
@@ -110,11 +111,8 @@ class LanguageStage:
         if noise and self.near is not None:
             read = self._disturbed(read, counts, noise)
         with products_in(self.settings.precision, self.device):
-            x, residual = hidden(self.model, read, grid)
-            logits = self.model.logits(x, residual, counts.flatten().nonzero()[:, 0])
-        targets = say[counts]
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        is_code = targets >= self.pictures.first_code
+            losses = target_nats(self.model, read, say, counts, grid)
+        is_code = say[counts] >= self.pictures.first_code
         return losses, torch.where(is_code, 1.0, self.settings.text_weight), is_code
 
     def _weights(self, batch: Batch) -> Tensor:
@@ -134,19 +132,32 @@ class LanguageStage:
 
     def evaluate(self) -> Mapping[str, float]:
         """Mean nats of each held-out set's targets, and their mean in front."""
-        found = {name: float(self.nats(documents).mean()) for name, documents in self.held_out.items()}
+        with products_in(self.settings.precision, self.device):
+            nats = {name: document_nats(self.model, documents, self.pictures, self.pad_id) for name, documents in self.held_out.items()}
+        found = {name: float(each.mean()) for name, each in nats.items()}
         return {"held_out": float(np.mean(list(found.values()))), **found}
-
-    @torch.no_grad()
-    def nats(self, documents: Sequence[Document]) -> Tensor:
-        """Nats of every target of the documents, those of like length together."""
-        found = []
-        for part in batches(documents, self.pictures, self.pad_id):
-            found.append(self.losses(part)[0])
-        return torch.cat(found)
 
     def picture(self, folder: Path) -> None:
         """A language stage's pictures are drawn by evaluation, which costs more than a moment."""
+
+
+def target_nats(model: Transformer, read_UL: Tensor, say_UL: Tensor, counts_UL: Tensor, grid_UL: Tensor | None) -> Tensor:
+    """Nats of every target, float32 [M]; see `Batch`."""
+    x, residual = hidden(model, read_UL, grid_UL)
+    logits = model.logits(x, residual, counts_UL.flatten().nonzero()[:, 0])
+    return F.cross_entropy(logits.float(), say_UL[counts_UL], reduction="none")
+
+
+@torch.no_grad()
+def document_nats(model: Transformer, documents: Sequence[Document], pictures: PictureIds, pad_id: int) -> Tensor:
+    """Nats of every target of documents, float32 [M] on the CPU, in no order that means something. model: on the training back end."""
+    device = model.final_norm.device
+    found = [torch.empty(0)]
+    for part in batches(documents, pictures, pad_id, MEASURED_TOKENS):
+        read, say, counts = (torch.from_numpy(array).to(device) for array in (part.read, part.say, part.counts))
+        grid = None if part.grid_start is None else torch.from_numpy(part.grid_start).to(device)
+        found.append(target_nats(model, read, say, counts, grid).cpu())
+    return torch.cat(found)
 
 
 def optimizers_of(module: nn.Module, settings: LanguageSettings, rank: Rank) -> list[Optimizer]:

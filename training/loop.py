@@ -103,7 +103,7 @@ def run(stage: Stage, schedule: Schedule, folder: Path, rank: Rank, seed: int = 
             if rank.is_first and (progress.step % schedule.save_every == 0 or is_last):
                 _save(stage, progress, folder / "checkpoint.pt")
     if schedule.patience and (folder / "best.pt").exists():
-        stage.module.load_state_dict(torch.load(folder / "best.pt", weights_only=True))
+        stage.module.load_state_dict(torch.load(folder / "best.pt", weights_only=True, map_location="cpu"))
     return progress.seconds
 
 
@@ -126,11 +126,12 @@ def _evaluate(stage: Stage, schedule: Schedule, progress: _Progress, folder: Pat
             stage.picture(folder)
     stage.module.train()
     log.evaluation(progress.step, progress.seconds, figures)
-    watched = rank.agreed(next(iter(figures.values())))
+    own = next(iter(figures.values()))
+    if rank.is_first and schedule.patience and own < progress.best:
+        _replace(folder / "best.pt", stage.module.state_dict())
+    watched = rank.agreed(own)  # only now: whoever knows it may read the file
     if watched < progress.best:
         progress.best, progress.idle_evaluations = watched, 0
-        if rank.is_first and schedule.patience:
-            _replace(folder / "best.pt", stage.module.state_dict())
     else:
         progress.idle_evaluations += 1
 

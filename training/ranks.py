@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -46,11 +47,15 @@ class Rank:
         return box[0]
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Mutates: the gradients, which are the mean of all processes' after."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if self.count > 1:
-            self.sum(gradients)
-            torch._foreach_div_(gradients, self.count)
+        """Mutates: the gradients, which are the mean of all processes' after. Where a batch of one did not touch a parameter, its is 0."""
+        if self.count == 1:
+            return
+        learned = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in learned:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients = [cast(Tensor, parameter.grad) for parameter in learned]
+        self.sum(gradients)
+        torch._foreach_div_(gradients, self.count)
 
 
 def run_ranks(count: int, work: Callable[[Rank], None]) -> None:

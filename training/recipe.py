@@ -27,6 +27,8 @@ MEMORY_SOURCES = ("emoji_draw", "emoji_read", "emoji_pictures")
 WORLD_SOURCES = (*(f"world_{name}" for name in TASK_NAMES), "world_pictures", "world_films")
 SOURCES = ("text", *MEMORY_SOURCES, *WORLD_SOURCES)
 """What a mix may be made of."""
+FILM_FRAMES = 5
+"""Of a motion: the first, which is given, and four that follow."""
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -201,6 +203,9 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(f"data.memory_styles has {', '.join(sorted(strange))}, which data.styles has not")
     if data.size % codes.patch:
         raise ValueError(f"data.size {data.size} is no multiple of the {codes.patch} pixels that a code stands for")
+    film = FILM_FRAMES * ((data.size // codes.patch) ** 2 + 1)
+    if decoder.max_context <= film:
+        raise ValueError(f"decoder.max_context is {decoder.max_context}; a film of {FILM_FRAMES} frames alone has {film} ids")
     if decoder.global_every < 1 or decoder.num_layers % decoder.global_every:
         raise ValueError(f"decoder.num_layers {decoder.num_layers} is no multiple of decoder.global_every {decoder.global_every}")
     for name in ("pretrain", "multitask"):

@@ -23,7 +23,7 @@ PAGES = Path(__file__).parent / "pages"
 PICTURES = {
     "reconstruction.png": "Bands of three rows: original, before the adversary, after it (two rows where the first stage was not at hand).",
     "emoji-trained.png": "Trained prompts. Rows: the picture, its reconstruction, then drawn: sampled, greedy, sampled from Chinese words.",
-    "emoji-held-out.png": "Held-out (emoji, style) pairs, rows as above: the picture asked for was never trained.",
+    "emoji-held-out.png": "Held-out (emoji, style) pairs, rows as above: the decoder was never trained on the picture asked for.",
     "world.png": "Tasks with combinations never trained: prompt, given picture, drawn (green: right, red: wrong), wanted.",
 }
 """What lies on each contact sheet."""
@@ -59,7 +59,11 @@ def write_report(evaluation: Path, docs: Path, card_path: Path, run: Path | None
     results, images = docs / "results", docs / "images" / "model"
     images.mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
-    figures = {"name": name, **merged(_read(evaluation / FIGURES), _read(results / FIGURES) if (results / FIGURES).exists() else None)}
+    new, old = _read(evaluation / FIGURES), _read(results / FIGURES) if (results / FIGURES).exists() else None
+    if old and old["model"]["digest"] != new["model"]["digest"]:
+        for path in images.glob("*.png"):  # they show another model
+            path.unlink()
+    figures = {"name": name, **merged(new, old)}
     write_json(results / FIGURES, figures)
     for sheet in PICTURES:
         if (evaluation / sheet).exists():

@@ -26,7 +26,7 @@ from service.model.vq import VQTokenizer
 from service.model.vq_files import FOLDER
 from service.model.weights import open_weights
 from training.adapt import Adapters, adapted_ops
-from training.borrow import borrowed_vocabulary, borrowed_weights
+from training.borrow import borrowed_vocabulary, borrowed_weights, check_borrowed
 from training.decoder import INITIAL_STD, NamedSource, fresh_weights, teachable
 from training.export import load_image_tokenizer, save_decoder, save_image_tokenizer, whole_folder, write_json
 from training.language import LanguageStage, nearest_codes
@@ -41,7 +41,7 @@ from training.tokens import PAD_ID, train_tokenizer
 Say = Callable[[str], None]
 
 SECTIONS = {
-    "data": ("data", "decoder.text_vocab_size"),
+    "data": ("data", "decoder.text_vocab_size", "decoder.source"),
     "tokenizer": ("data", "tokenizer"),
     "pretrain": ("data", "tokenizer", "decoder", "pretrain"),
     "multitask": ("data", "tokenizer", "decoder", "multitask"),
@@ -107,13 +107,17 @@ def _sign(course: Course, stage: str) -> None:
     """Writes down what the stage is run with. Raises: StartupError when it was begun with something else."""
     recipe = asdict(course.recipe)
     parts = {key: reduce(operator.getitem, key.split("."), recipe) for key in SECTIONS[stage]}
-    own: dict[str, Any] = {**parts, "seed": course.recipe.seed, "ranks": course.num_ranks}
+    own: dict[str, Any] = {**parts, "seed": course.recipe.seed}
+    if stage != "data":  # which is the work of one process
+        own["ranks"] = course.num_ranks
     path = course.folder / stage / "recipe.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, own)
         return
     begun = json.loads(path.read_text(encoding="utf-8"))
+    if course.artefact(stage).is_dir():  # how many processes made it no longer matters
+        begun["ranks"] = own["ranks"] = course.num_ranks
     if changed := _differences(begun, json.loads(json.dumps(own))):
         raise StartupError(f"{stage} was begun with another {', '.join(changed)}; --restart begins anew, --out chooses another folder")
 
@@ -152,10 +156,9 @@ def _vocabulary(recipe: Recipe, materials: Materials) -> tokenizers.Tokenizer:
     size, source = recipe.decoder.text_vocab_size, recipe.decoder.source
     if not source:
         return train_tokenizer(vocabulary_texts(materials), size)
-    vocabulary = borrowed_vocabulary(resolve(source).path)
-    if vocabulary.get_vocab_size() != size:
-        raise StartupError(f"decoder.text_vocab_size must be {vocabulary.get_vocab_size()}, as {source} has it")
-    return vocabulary
+    checkpoint = resolve(source).path
+    check_borrowed(checkpoint, recipe.model_config())  # now, not after hours of the image tokenizer
+    return borrowed_vocabulary(checkpoint)
 
 
 def device_of(rank: Rank) -> torch.device:

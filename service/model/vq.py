@@ -227,7 +227,8 @@ class VQTokenizer(nn.Module):
         """The code nearest to each latent, int64 [N, R, W]."""
         table = self.codebook if self.config.is_unit else self.quantize.embedding.weight
         flat = latents_NRWE.reshape(-1, table.shape[-1]).to(table.dtype)
-        distances = table.square().sum(-1) - 2 * flat @ table.T  # the latent's own length is the same for every code
+        with torch.autocast(flat.device.type, enabled=False):  # rounded to bfloat16, near codes would be equally near
+            distances = table.square().sum(-1) - 2 * flat @ table.T  # the latent's own length is the same for every code
         return distances.argmin(-1).view(latents_NRWE.shape[:-1])
 
     def encode(self, pixels_N3YX: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from training.arms import ABLATIONS, Budget, arms_of, base_changes, changed
 from training.evaluate.apart import told_apart
 from training.language import LanguageStage
 from training.log import read_csv
+from training.picture.stage import ReconstructionStage
 from training.recipe import Recipe, read_recipe
 
 BUDGET = Budget(steps=4, pretrain_steps=2, reconstruction_steps=3, adversarial_steps=2, count=2)
@@ -110,17 +111,22 @@ def test_an_interrupted_arm_goes_on_and_ends_as_if_it_had_not_been(bench: Bench,
     assert found["steps"] == BUDGET.steps + BUDGET.pretrain_steps
 
 
-def test_a_finished_arm_is_not_trained_again_unless_its_budget_changed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_arm_is_not_trained_again_unless_something_changed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench.run("describe only", 0)
     assert set(first["figures"]) == {"describe, right", "describe, nats", "K/V of 512 ids in KiB"}
 
     def never(self: Bench, name: str, seed: int) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(Bench, "train", never)
-    assert bench.run("describe only", 0) == json.loads(json.dumps(first))
-    with pytest.raises(AssertionError, match="trained again"):
-        replace(bench, budget=replace(BUDGET, steps=5)).run("describe only", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "train", never)
+        assert bench.run("describe only", 0) == json.loads(json.dumps(first))
+    for other in (replace(bench, budget=replace(BUDGET, steps=5)), replace(bench, recipe=changed(bench.recipe, {"decoder.sink": 3}))):
+        found = other.run("describe only", 0)
+        assert found is not None
+        assert found["setting"] != first["setting"]
+        assert found["steps"] == other.budget.steps
+    assert len(read_results(bench.results)) == 1
 
 
 def test_an_arm_that_another_process_is_at_is_left_to_it(bench: Bench) -> None:
@@ -135,10 +141,18 @@ def test_the_tokenizer_arms_share_their_first_stage(bench: Bench, monkeypatch: p
     monkeypatch.setattr(ablate, "told_apart", partial(told_apart, steps=2))
     at_once = changed(bench.recipe, {"tokenizer.settings.alone_steps": 0, "tokenizer.settings.ramp_steps": 1})
     bench = replace(bench, recipe=at_once)
+    step, steps = ReconstructionStage.step, []
+
+    def counted(self: ReconstructionStage, number: int) -> Mapping[str, float]:
+        steps.append(number)
+        return step(self, number)
+
+    monkeypatch.setattr(ReconstructionStage, "step", counted)
     found = {name: bench.run(name, 0) for name in ABLATIONS["adversary"]}
     folders = [bench.course(name, 0).folder / "tokenizer" / "reconstruction" for name in found]
     logs = [read_csv(folder / "held_out.csv") for folder in folders]
     assert logs[0] == logs[1]
+    assert steps == list(range(BUDGET.reconstruction_steps))
     assert found["adversary"]["figures"] != found["no adversary"]["figures"]
     assert set(found["adversary"]["figures"]) == {"PSNR in dB", "gradient energy", "told from real", "feature distance"}
     assert 0.0 <= found["adversary"]["figures"]["told from real"] <= 1.0

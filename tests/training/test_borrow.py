@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import tokenizers
@@ -23,7 +25,7 @@ from tests.codec import tiny
 from tests.model import checkpoints
 from training.adapt import Adapters, adapted_ops
 from training.arms import changed
-from training.borrow import borrowed_vocabulary, borrowed_weights
+from training.borrow import borrowed_vocabulary, borrowed_weights, check_borrowed
 from training.decoder import named_tensors, teachable
 from training.export import hf_name
 from training.language import LanguageSettings, LanguageStage
@@ -100,12 +102,35 @@ def test_the_vocabulary_is_theirs_under_our_names(theirs: Path, library: tokeniz
     assert found.encode("a<|bos|>", add_special_tokens=False).ids[-1] == 1
 
 
+def letters() -> list[str]:
+    """Of a vocabulary whose first ids are special."""
+    return [*OTHERS, *(each for each in tiny.byte_level_metadata()["tokenizer.ggml.tokens"] if each not in tiny.CONTROL)]
+
+
+def full_gguf(folder: Path, config: ModelConfig) -> Path:
+    """A whole checkpoint in one file."""
+    tokens = letters()
+    vocabulary = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [3] * len(OTHERS) + [1] * (len(tokens) - len(OTHERS))}
+    metadata = {**checkpoints.metadata_of(config, "llama"), **tiny.byte_level_metadata(**vocabulary)}
+    writer = gguf.GGUFWriter(folder / "full.gguf", "llama")
+    for key, value in metadata.items():
+        if key != "general.architecture":
+            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+            add[type(value)](key, value)
+    for name, values in checkpoints.random_tensors(config).items():
+        writer.add_tensor(checkpoints.gguf_name(name), values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "full.gguf"
+
+
 def test_a_gguf_files_vocabulary_needs_as_many_special_tokens(tmp_path: Path) -> None:
-    letters = list(tiny.byte_level_metadata()["tokenizer.ggml.tokens"])
     path = tiny.write_gguf(tmp_path / "few.gguf", tiny.byte_level_metadata())
     with pytest.raises(StartupError, match="are no special tokens"):
         borrowed_vocabulary(path)
-    tokens = [*OTHERS, *(each for each in letters if each not in tiny.CONTROL)]
+    tokens = letters()
     types = [3] * len(OTHERS) + [1] * (len(tokens) - len(OTHERS))
     changes: Mapping[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     found = borrowed_vocabulary(tiny.write_gguf(tmp_path / "many.gguf", tiny.byte_level_metadata(**changes)))
@@ -114,20 +139,43 @@ def test_a_gguf_files_vocabulary_needs_as_many_special_tokens(tmp_path: Path) ->
     assert found.decode(found.encode("hello hello", add_special_tokens=False).ids) == "hello hello"
 
 
+def test_a_gguf_files_sizes_are_float32(tmp_path: Path) -> None:
+    config = replace(CONFIG, vocab_size=len(letters()), layers=(LayerAttention(),) * 2)
+    path = full_gguf(tmp_path, config)
+    sizes = {"decoder.text_vocab_size": config.vocab_size, "decoder.rope_base": 1e4}
+    recipe = recipe_of(path, **sizes)
+    assert read_config(path).norm_eps != recipe.decoder.norm_eps
+    check_borrowed(path, recipe.model_config())
+    with pytest.raises(StartupError, match=r"decoder\.norm_eps must be 1e-05, as full\.gguf has it"):
+        check_borrowed(path, recipe_of(path, **sizes, **{"decoder.norm_eps": 1e-6}).model_config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"hidden_act": "gelu_pytorch_tanh"}, "activation is 'gelu_tanh'"), ({"tie_word_embeddings": False}, "has_tied_head is False")],
+)
+def test_what_no_recipe_can_have_is_not_borrowed(theirs: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    folder = Path(shutil.copytree(theirs, tmp_path / "other"))
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | changes))
+    with pytest.raises(StartupError, match=f"other can't be borrowed: its {message}"):
+        check_borrowed(folder, recipe_of(folder).model_config())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"decoder.text_vocab_size": 299}, f"text_vocab_size must be {SIZE}"),
         ({"decoder.num_layers": 3}, "num_layers must be 2"),
         ({"decoder.rope_base": 1e4}, "rope_base must be 5000"),
-        ({"decoder.has_qk_norm": True}, "has_qk_norm must be False"),
+        ({"decoder.has_qk_norm": True}, "has_qk_norm must be 0"),
         ({"decoder.width": 32, "decoder.norm_eps": 1e-6}, r"decoder\.width must be 64, decoder\.norm_eps must be 1e-05"),
     ],
 )
 def test_other_sizes_than_theirs_are_named(theirs: Path, changes: dict[str, Any], message: str) -> None:
     config = recipe_of(theirs, **changes).model_config()
     with pytest.raises(StartupError, match=message):
-        borrowed_weights(theirs, config, torch.ones(32, config.width))
+        check_borrowed(theirs, config)
 
 
 def test_codes_get_rows_as_long_as_the_texts(theirs: Path) -> None:

@@ -186,33 +186,22 @@ def test_another_seed_trains_another_model(trained: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_killed_command_goes_on_to_the_same_artefact(trained: Path, tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize(("stage", "ranks"), [("tokenizer", 1), ("tokenizer", 2), ("multitask", 2)])
+def test_a_killed_command_goes_on_to_the_same_artefact(trained: Path, tmp_path: Path, stage: str, ranks: int) -> None:
     """The real command, in processes of their own, killed without warning when the first checkpoint is there."""
-    copied(trained, tmp_path / "whole", "data")
-    copied(trained, tmp_path / "parts", "data")
+    for out in ("whole", "parts"):
+        copied(trained, tmp_path / out, *STAGES[: STAGES.index(stage)])
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text((RECIPES / "smoke.toml").read_text().replace("steps = 12", "steps = 60"))
+    recipe.write_text((RECIPES / "smoke.toml").read_text().replace("steps = 12", "steps = 60").replace("steps = 6", "steps = 60"))
 
     def command(out: str) -> subprocess.Popen[bytes]:
-        arguments = [
-            sys.executable,
-            "-m",
-            "training",
-            "tokenizer",
-            "--recipe",
-            str(recipe),
-            "--ranks",
-            str(ranks),
-            "--out",
-            str(tmp_path / out),
-        ]
         code = "from training.cli import main; main()"
-        return subprocess.Popen([sys.executable, "-c", code, *arguments[3:]], stdout=subprocess.DEVNULL, start_new_session=True)
+        arguments = [stage, "--recipe", str(recipe), "--ranks", str(ranks), "--out", str(tmp_path / out)]
+        return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL, start_new_session=True)
 
     assert command("whole").wait(240) == 0
     killed = command("parts")
-    checkpoint = tmp_path / "parts" / "tokenizer" / "reconstruction" / "checkpoint.pt"
+    checkpoint = tmp_path / "parts" / stage / ("reconstruction" if stage == "tokenizer" else "") / "checkpoint.pt"
     while not checkpoint.exists():
         assert killed.poll() is None
         time.sleep(0.01)
@@ -220,7 +209,7 @@ def test_a_killed_command_goes_on_to_the_same_artefact(trained: Path, tmp_path: 
     killed.wait(60)
     assert torch.load(checkpoint, weights_only=True)["progress"][0] < 60
     assert command("parts").wait(240) == 0
-    assert equal(tmp_path / "parts" / "tokenizer" / "artefact", tmp_path / "whole" / "tokenizer" / "artefact")
+    assert equal(tmp_path / "parts" / stage / "artefact", tmp_path / "whole" / stage / "artefact")
 
 
 # --- the order of things ----------------------------------------------------------------------------------------------------------
@@ -257,9 +246,20 @@ def test_other_numbers_do_not_go_on_with_what_was_begun(trained: Path) -> None:
     run_stage(wider, "data")
     with pytest.raises(StartupError, match=r"another decoder\.width"):
         run_stage(wider, "pretrain")
+    with pytest.raises(StartupError, match=r"data was begun with another decoder\.source"):
+        run_stage(Course(replace(recipe, decoder=replace(recipe.decoder, source="smollm2-135m-instruct")), trained, 1), "data")
     larger = Course(replace(recipe, decoder=replace(recipe.decoder, text_vocab_size=400)), trained, 1)
     with pytest.raises(StartupError, match=r"data was begun with another decoder\.text_vocab_size"):
         run_stage(larger, "data")
+
+
+def test_a_stage_that_has_ended_is_anybodys_with_any_number_of_processes(trained: Path, tmp_path: Path) -> None:
+    course = replace(copied(trained, tmp_path, "data", "tokenizer"), num_ranks=2)
+    for stage in ("data", "tokenizer"):
+        assert run_stage(course, stage) == course.artefact(stage)
+    shutil.rmtree(course.artefact("tokenizer"))
+    with pytest.raises(StartupError, match="tokenizer was begun with another ranks"):
+        run_stage(course, "tokenizer")
 
 
 def test_restart_begins_anew(trained: Path, tmp_path: Path) -> None:

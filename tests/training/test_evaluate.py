@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,9 +31,9 @@ from training.evaluate.run import Amounts, evaluate
 from training.evaluate.shares import digest_of, share_of, wilson
 from training.evaluate.subject import GREEDY, Subject, subject_of
 from training.evaluate.text import WINDOW, bits_per_byte, windows_of
-from training.evaluate.world import COMBINATIONS, attempt, figures_of, tasks_of, world_figures
+from training.evaluate.world import COMBINATIONS, attempt, figures_of, free_figures, tasks_of, world_figures
 from training.export import save_decoder, save_image_tokenizer
-from training.generate import Sampling
+from training.generate import FREE, Sampling, generate
 from training.materials import Materials
 from training.picture.measures import decode
 from training.picture.source import draw_scenes
@@ -99,6 +100,13 @@ class Oracle(Subject):
 
     def drawings(self, talks: Sequence[Talk], sampling: Sampling = GREEDY, num_frames: int = 1) -> Codes:
         return np.stack([np.stack([self.answer(self._codes(piece)) for piece in talk.reply]) for talk in talks])
+
+    def free_replies(self, talks: Sequence[Talk], max_tokens: int) -> list[tuple[str, Codes]]:
+        texts, empty = self.texts(talks), np.empty((0, 8, 8), dtype=np.int64)
+        return [
+            (text, empty if text else np.stack([self.answer(self._codes(piece)) for piece in talk.reply]))
+            for text, talk in zip(texts, talks, strict=True)
+        ]
 
     def pixels(self, codes: Codes) -> Pixels:
         flat = np.stack([self.book[each.tobytes()] for each in codes.reshape(-1, 8, 8)])
@@ -185,11 +193,42 @@ def test_whoever_gives_the_right_replies_scores_everything(oracle: Oracle, tmp_p
     found = world_figures(oracle, tmp_path, count=6)
     assert {kinds[kind]["right"]["share"] for kinds in found.values() for kind in COMBINATIONS} == {1.0}
     assert [frame["share"] for frame in found["move"]["pair"]["frames"]] == [1.0] * 4
+    free = [found[name][kind]["free"] for name in found for kind in COMBINATIONS]
+    assert {each[key]["share"] for each in free for key in ("form", "right")} == {1.0}
+    assert all(0 < found["edit"][kind]["copy"]["attributes"] < 1 for kind in COMBINATIONS)
+    assert "copy" not in found["draw"]["pair"]
     memory = memory_figures(oracle, tmp_path, most=None)
     assert memory["trained"]["sampled"]["codes"]["share"] == memory["trained"]["greedy"]["picture"]["share"] == 1.0
     assert memory["named"]["held out"]["zh"]["whole"]["share"] == memory["named"]["trained"]["tags"]["f1"] == 1.0
     assert (tmp_path / "world.png").exists()
     assert (tmp_path / "emoji-held-out.png").exists()
+
+
+@pytest.mark.parametrize(("count", "text"), [(2, ""), (0, ""), (1, "and words")])
+def test_the_wrong_kind_of_answer_is_told_from_a_wrong_answer(
+    oracle: Oracle, monkeypatch: pytest.MonkeyPatch, count: int, text: str
+) -> None:
+    tasks = tasks_of(oracle, "draw", "trained", 6)
+    codes = np.stack([oracle._codes(World().scene(Random(3)))] * count) if count else np.empty((0, 8, 8), dtype=np.int64)
+    monkeypatch.setattr(Oracle, "free_replies", lambda self, talks, max_tokens: [(text, codes)] * len(talks))
+    assert free_figures(oracle, tasks)["form"]["share"] == 0.0
+    one = np.stack([oracle._codes(World().scene(Random(3)))])
+    monkeypatch.setattr(Oracle, "free_replies", lambda self, talks, max_tokens: [("", one)] * len(talks))
+    found = free_figures(oracle, tasks)
+    assert (found["form"]["share"], found["right"]["share"]) == (1.0, 0.0)
+
+
+def test_a_free_model_is_held_to_whole_pictures_alone(subject: Subject) -> None:
+    pictures = subject.pictures
+    prompts = [[1, 3, 40 + index, 4] for index in range(24)]
+    found = generate(subject.model, prompts, Sampling(1.5, max_tokens=180), eos_id=-1, num_frames=[FREE] * 24)
+    kinds = {pictures.begin_id: "b", pictures.frame_id: "f", pictures.end_id: "e"}
+    said = ["".join("c" if pictures.is_code(token) else kinds.get(token, "t") for token in ids) for ids in found]
+    assert all(re.fullmatch(r"(t|bc{64}(fc{64})*e)*(bc*)?(bc{64}(fc{64})*(fc*)?)?", each) for each in said)
+    assert sum(each.count("c" * 64) for each in said) > 2
+    assert {len(each) for each in said} == {180}
+    drawn = [(text, len(codes)) for text, codes in subject.free_replies([Talk("x", ("draw",), ())] * 3, 80)]
+    assert len(set(drawn)) == 1  # greedy
 
 
 def test_whoever_copies_the_other_style_is_found_out(oracle: Oracle, tmp_path: Path) -> None:
@@ -290,7 +329,7 @@ def test_any_checkpoint_is_measured_and_written_up(artefact: Path, materials: Ma
     figures = json.loads((tmp_path / "one" / "model.json").read_text(encoding="utf-8"))
     assert found["draw, pair"] == "0.0 % (0.0-56.2, n 3)"
     assert figures["text"]["wikipedia"]["documents"] == 2
-    assert figures["training"]["stages"]["multi-task"] == {"step": 4.0, "seconds": 60.0, "held_out": 5.25}
+    assert figures["training"]["stages"]["multi-task"] == {"step": 4.0, "seconds": 60.0, "watched": {"held_out": 5.25}}
     assert set(figures["world"]) == set(TASK_NAMES)
     evaluate(artefact, tmp_path / "two", True, data=materials.recipe, amounts=TINY)
     assert json.loads((tmp_path / "two" / "model.json").read_text(encoding="utf-8")) == figures
@@ -298,7 +337,7 @@ def test_any_checkpoint_is_measured_and_written_up(artefact: Path, materials: Ma
     report.write_report(tmp_path / "one", docs, card, None, "braid-test")
     page = (docs / "model.md").read_text(encoding="utf-8")
     assert len(page.splitlines()) < 200
-    assert "in 1 minutes" in page
+    assert "in 1 minutes of steps" in page
     assert "0 were drawn as the picture that was asked for" in page
     assert "| draw, combinations never trained | at least 80.0 % | 0.0 % | **missed** |" in page
     assert page.count("![") == len(list((docs / "images" / "model").glob("*.png"))) == 4
@@ -330,27 +369,29 @@ def test_goals_tell_met_from_missed() -> None:
     world = {name: {kind: {"right": perfect} for kind in COMBINATIONS} for name in TASK_NAMES}
     world["edit"]["pair"] = {"right": {**perfect, "share": 0.69}}
     figures = {
-        "reconstruction": {"emoji, trained styles": pictures},
-        "training": {"before_adversary": {"emoji, trained styles": pictures}},
+        "reconstruction": {"emoji trained on": pictures},
+        "training": {"before_adversary": {"emoji trained on": pictures}},
         "stability": {"share": 0.7},
         "reader": {"real": perfect, "reconstructed": perfect},
         "memory": {},
         "world": world,
     }
     missed = [what for what, _, _, is_met in goals(figures) if not is_met]
-    name = "emoji, trained styles"
+    name = "emoji trained on"
     assert missed == [f"PSNR before the adversary, {name}", f"edge energy, {name}", "edit, combinations never trained"]
 
 
 def test_ablations_are_told_with_mean_and_spread() -> None:
-    def record(arm: str, seed: int, value: float) -> dict[str, Any]:
-        return {"arm": arm, "seed": seed, "n": 10, "steps": 5.0, "seconds": 60.0, "figures": {"draw, right": value}}
+    def record(arm: str, seed: int, value: float, setting: str = "a") -> dict[str, Any]:
+        return {"arm": arm, "seed": seed, "n": 10, "setting": setting, "steps": 5.0, "seconds": 60.0, "figures": {"draw, right": value}}
 
     assert ablations([record("base", 0, 0.5)]) == []
     found = ablations([record("base", 0, 0.5), record("base", 1, 0.7), record("all-global", 0, 0.25)])
     assert [each["name"] for each in found] == ["attention"]
     assert "| draw: right | 0.6 (0.5-0.7) | 0.25 (0.25-0.25) |" in found[0]["table"]
     assert found[0]["seeds"] == "base 2, all-global 1"
+    with pytest.raises(ValueError, match="the arms of attention were run with different recipes"):
+        ablations([record("base", 0, 0.5), record("all-global", 0, 0.25, "b")])
 
 
 def test_tables_are_markdown() -> None:

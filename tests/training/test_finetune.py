@@ -405,7 +405,7 @@ def tag_file(path: Path, count: int) -> Path:
 def plan_of(kind: Any, model: Path, tmp_path: Path, **changes: Any) -> Plan:
     """A run of seconds."""
     files = {name: tmp_path / f"{name}.{'conll' if kind == 'tokens' else 'jsonl'}" for name in ("train", "dev")}
-    for count, (name, path) in zip((64, 24), files.items(), strict=True):
+    for count, path in zip((64, 24), files.values(), strict=True):
         if kind == "tokens":
             tag_file(path, count)
             continue
@@ -416,7 +416,6 @@ def plan_of(kind: Any, model: Path, tmp_path: Path, **changes: Any) -> Plan:
             for at in range(count)
         ]
         path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-        assert name in files
     settings = Settings(batch=8, learning_rate=5e-3, head_learning_rate=1e-2)
     return Plan(**{"kind": kind, "model": str(model), "files": files, "settings": settings, "epochs": 6, "patience": 0, **changes})
 

@@ -17,10 +17,12 @@ from training.data.split import is_held_out
 from training.data.text import TextSet
 from training.materials import PICTURE_HELD_OUT_SHARE, HeldOutTask, Materials, Streams, open_streams, vocabulary_texts
 from training.picture.measures import encode
-from training.recipe import MEMORY_SOURCES, SOURCES, Recipe, read_recipe
+from training.recipe import SOURCES, Recipe, read_recipe
+from training.stream.document import Document
 from training.tokens import train_tokenizer
 from training.world.draw import Brush
 from training.world.scene import Scene, World, has_held_out_pair, has_held_out_triple, is_trained
+from training.world.tasks import TASK_NAMES
 
 STYLES = ("noto", "twemoji")
 COUNT = 80
@@ -104,9 +106,21 @@ def test_every_source_throws_and_is_watched(streams: Streams, name: str) -> None
         assert document.is_target.any()
         assert not document.is_target[0]
         assert document.ids.max() < 320 + TINY.num_codes
-    shown = {each.ids.tobytes() for each in documents}
-    if name not in (*MEMORY_SOURCES, "world_pictures", "world_films"):  # without words, an untrained tokenizer makes most scenes alike
-        assert not any(each.ids.tobytes() in shown for each in watched)
+
+
+@pytest.mark.parametrize("name", ["text", *(f"world_{name}" for name in TASK_NAMES), "world_pictures", "world_films"])
+def test_what_is_watched_is_thrown_from_what_is_never_trained(streams: Streams, name: str) -> None:
+    random = np.random.default_rng(1)
+    learned, watched = streams._makers()[name](), streams._held_out_makers()[name]()
+    for source, is_watched in ((learned, False), (watched, True)):
+        for _ in range(12):
+            thrown = source(random)
+            if isinstance(thrown, Document):
+                text = streams.scribe.tokenizer.decode(thrown.ids.tolist())
+                assert ("quartz" in text) == is_watched
+                continue
+            scenes = [piece for piece in (*thrown.prompt, *thrown.reply) if isinstance(piece, Scene)]
+            assert is_watched != all(is_trained(scene) for scene in scenes)
 
 
 def test_a_mix_has_its_shares(streams: Streams) -> None:

@@ -31,6 +31,8 @@ from training.data.text import load_text
 from training.generate import Sampling, generate
 
 JUDGE = "all-minilm-l6-v2"
+NO_END = -1
+"""An id that is never drawn."""
 
 
 @click.command()
@@ -43,14 +45,14 @@ def main(out: Path, model: str, prompts: int, seed: int) -> None:
     design = replace(Design(), prompts=prompts, seed=seed)
     path = resolve(model).path
     codec = load_codec(path)
-    experiment = Experiment(design, _tools(path, codec, design), *_documents(codec, design), out)
-    points = experiment.run(click.echo)
     about = {
         "generator": f"{model}, int8",
         "discriminator": "mean hidden states of the generator",
         "judge": f"{JUDGE}: reply, and its product with the prompt",
     }
     about |= {"texts": "held-out introductions of Wikipedia; learned from others", "machine": platform.machine()}
+    experiment = Experiment(design, _tools(path, codec, design), *_documents(codec, design), out, about)
+    points = experiment.run(click.echo)
     real = experiment.real_diversity()
     (out / "results.json").write_text(record(points, design, real, about), encoding="utf-8")
     _plot(points, real, out / "results.png")
@@ -80,18 +82,16 @@ def _tools(path: Path, codec: Codec, design: Design) -> Tools:
         raise StartupError(f"{JUDGE} is no encoder")
     encoder = build_encoder(encoder_config, open_encoder_weights(judge_path, encoder_config), dtype=torch.float32)
     return Tools(
-        generate=partial(_continued, model, codec, design),
+        generate=partial(_continued, model, design),
         write=codec.tokenizer.decode,
         rank_features=partial(decoder_features, model),
         judge_features=partial(_judged, Reader(encoder, load_codec(judge_path)), codec),
     )
 
 
-def _continued(model: Transformer, codec: Codec, design: Design, prompts: Ids, temperature: float, seed: int) -> Ids:
-    """A reply that ends at once counts as one end: every text must have something to be judged by."""
-    sampling = Sampling(temperature, seed=seed, max_tokens=design.reply_len)
-    end = codec.eos_ids[0]
-    return [each or [end] for each in generate(model, prompts, sampling, eos_id=end)]
+def _continued(model: Transformer, design: Design, prompts: Ids, temperature: float, seed: int) -> Ids:
+    """All of one length, like the real ones, which diversity and the judge need: an end is an id like any other."""
+    return generate(model, prompts, Sampling(temperature, seed=seed, max_tokens=design.reply_len), eos_id=NO_END)
 
 
 def _judged(reader: Reader, codec: Codec, prompts: Ids, replies: Ids) -> Features:

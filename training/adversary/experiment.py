@@ -6,8 +6,8 @@ Every set of texts and of features is a file in the folder of the run, so an int
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -62,13 +62,15 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """judged, learned: documents as ids, each long enough for prompt and reply, no document in both."""
+    """judged, learned: documents as ids, each long enough for prompt and reply, no document in both. about: which models do what, in words;
+    a folder is one design's with one set of models."""
 
     design: Design
     tools: Tools
     judged: Ids
     learned: Ids
     folder: Path
+    about: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, say: Callable[[str], None]) -> list[Point]:
         """The points of the sweep, then of single and reranked continuations at each reranked temperature. Mutates: the folder.
@@ -91,7 +93,7 @@ class Experiment:
     def _claim(self) -> None:
         """Raises: StartupError when the folder holds what another design left there."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        note, values = self.folder / "design.json", json.dumps(asdict(self.design))
+        note, values = self.folder / "design.json", json.dumps({**asdict(self.design), "about": dict(self.about)})
         if note.exists() and note.read_text(encoding="ascii") != values:
             raise StartupError(f"{self.folder.name} holds a run of another design; name another folder")
         note.write_text(values, encoding="ascii")
@@ -161,21 +163,23 @@ class Experiment:
         return distinct(texts), self_bleu(texts)
 
 
-def gain_at_equal_diversity(points: Sequence[Point], best: Point) -> float:
+def gain_at_equal_diversity(points: Sequence[Point], best: Point) -> float | None:
     """How much lower the judge's accuracy is for `best` than on the sweep's curve at the same distinct-2, points of accuracy.
 
-    The curve is a straight line between neighbouring temperatures; beyond its ends the last point stands for it.
+    The curve is a straight line between neighbouring temperatures; None beyond its ends, where nothing was measured.
     """
     sweep = sorted((each.distinct_2, each.accuracy) for each in points if each.candidates == 1)
     places, heights = [place for place, _ in sweep], [height for _, height in sweep]
+    if not places[0] <= best.distinct_2 <= places[-1]:
+        return None
     return float(np.interp(best.distinct_2, places, heights)) - best.accuracy
 
 
-def record(points: Sequence[Point], design: Design, real: tuple[float, float], about: dict[str, str]) -> str:
+def record(points: Sequence[Point], design: Design, real: tuple[float, float], about: Mapping[str, str]) -> str:
     """All that was measured, as JSON."""
     gains = {f"{each.temperature:g}": gain_at_equal_diversity(points, each) for each in points if each.candidates > 1}
     whole = {
-        "about": about,
+        "about": dict(about),
         "design": asdict(design),
         "real": {"distinct_2": real[0], "self_bleu": real[1]},
         "points": [asdict(each) for each in points],

@@ -81,10 +81,10 @@ def memory_figures(subject: Subject, out: Path, *, most: int | None) -> dict[str
         "pairs": len(memory.pairs),
         "judge": _checked(subject, judge),
     }
-    figures["trained"] = _drawn(subject, judge, trained, out / "emoji-trained.png")
+    figures["trained"], _ = _drawn(subject, judge, trained, out / "emoji-trained.png")
     if held_out:
-        figures["held_out"] = _drawn(subject, judge, held_out, out / "emoji-held-out.png")
-        figures["held_out"] |= _copied(subject, judge, held_out)
+        figures["held_out"], codes = _drawn(subject, judge, held_out, out / "emoji-held-out.png")
+        figures["held_out"] |= _copied(subject, judge, held_out, codes)
     figures["named"] = _named(subject, trained, held_out)
     return figures
 
@@ -104,36 +104,39 @@ def _checked(subject: Subject, judge: _Judge) -> dict[str, Any]:
     return {"candidates": len(pairs), "real": real, "reconstructed": redrawn}
 
 
-def _drawn(subject: Subject, judge: _Judge, pairs: Sequence[Pair], sheet: Path) -> dict[str, Any]:
-    """English prompts, sampled as the model's defaults are, then greedily; Chinese ones sampled."""
+def _drawn(subject: Subject, judge: _Judge, pairs: Sequence[Pair], sheet: Path) -> tuple[dict[str, Any], Codes]:
+    """English prompts, sampled as the model's defaults are, then greedily; Chinese ones sampled. Beside the figures the first run's codes.
+
+    Mutates: the sheet.
+    """
     memory = subject.streams.memory
     sampled = Sampling(TEMPERATURE, MIN_P, seed=subject.seed)
     runs = {"sampled": (sampled, False), "greedy": (GREEDY, False), "sampled, Chinese": (sampled, True)}
     found: dict[str, Any] = {}
     rows = [pictures_of(memory, pairs), subject.pixels(np.stack([memory.codes[style][place] for place, style in pairs]))]
+    drawn: dict[str, Codes] = {}
     for name, (sampling, is_chinese) in runs.items():
-        codes = subject.drawings(_drawings(memory, pairs, is_chinese=is_chinese), sampling)[:, 0]
-        pixels = subject.pixels(codes)
-        found[name] = judge.judge(codes, pixels).figures(pairs, memory)
+        drawn[name] = subject.drawings(_drawings(memory, pairs, is_chinese=is_chinese), sampling)[:, 0]
+        pixels = subject.pixels(drawn[name])
+        found[name] = judge.judge(drawn[name], pixels).figures(pairs, memory)
         rows.append(pixels)
     found["nats_per_code"] = subject.nats_per_code(_drawings(memory, pairs))
     step = max(1, len(pairs) // SHOWN)
     write_sheet(sheet, [row[::step][:SHOWN] for row in rows])
     found["prompts_shown"] = [memory.draw_prompt(place, style) for place, style in pairs[::step][:SHOWN]]
-    return found
+    return found, drawn["sampled"]
 
 
 def _drawings(memory: Memory, pairs: Sequence[Pair], *, is_chinese: bool = False) -> list[Talk]:
     return [memory.drawing(place, style, memory.draw_prompt(place, style, is_chinese=is_chinese)) for place, style in pairs]
 
 
-def _copied(subject: Subject, judge: _Judge, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """What somebody scores who hands in the emoji's trained picture in another style, and how much of that picture the model's has."""
+def _copied(subject: Subject, judge: _Judge, pairs: Sequence[Pair], drawn: Codes) -> dict[str, Any]:
+    """What somebody scores who hands in the emoji's trained picture in another style, and how much of that picture `drawn` has."""
     memory = subject.streams.memory
     others = [(place, next(each for each in memory.styles if each != style and (place, each) not in pairs)) for place, style in pairs]
     copies = np.stack([memory.codes[style][place] for place, style in others])
     baseline = judge.judge(copies, subject.pixels(copies)).figures(pairs, memory)
-    drawn = subject.drawings(_drawings(memory, pairs), Sampling(TEMPERATURE, MIN_P, seed=subject.seed))[:, 0]
     judged = judge.judge(drawn, subject.pixels(drawn))
     return {
         "copy_baseline": baseline,

@@ -1,4 +1,4 @@
-"""Which of known pictures another picture is most like, by colour and edges: a judge that no model was trained on or with.
+"""Which of known pictures another picture is most like, by colour and edges: a judge without anything learned.
 
 numpy only. Called by the memory's part of evaluation, and by ablations for the distance of features.
 Shape suffixes: N pictures, C candidates, S pixels of a side, D features.

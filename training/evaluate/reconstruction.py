@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from service.model.vq import VQTokenizer
 from training.data.emoji import load_emoji
-from training.evaluate.shares import mean_of, share_of
+from training.evaluate.shares import share_of
 from training.materials import Materials
 from training.picture.measures import code_use, decode, encode, gradient_energy_ratio, psnr, stability
 from training.picture.sheet import write_sheet
@@ -58,8 +58,8 @@ def picture_sets(materials: Materials, num_scenes: int, seed: int, most: int | N
     trained = [world.scene(random, is_trained) for _ in range(num_scenes)]
     others = [world.scene(random, lambda scene: not is_trained(scene)) for _ in range(num_scenes)]
     sets = {
-        "emoji, trained styles": materials.pictures(is_watched=False),
-        "emoji kept from training": materials.pictures(is_watched=True),
+        "emoji trained on": materials.pictures(is_watched=False),
+        "emoji of these styles kept from training": materials.pictures(is_watched=True),
         f"emoji, {UNSEEN_STYLE} (style never trained)": _unseen(materials),
         "scenes": materials.draw(trained),
         "scenes, held-out combinations": materials.draw(others),
@@ -156,8 +156,3 @@ def write_reconstructions(path: Path, sets: Mapping[str, Pixels], before: VQToke
     shown = np.concatenate([_evenly(pictures, each) for pictures in sets.values() if len(pictures)])
     models = [model for model in (before, after) if model is not None]
     write_sheet(path, [shown, *(decode(model, encode(model, shown)) for model in models)])
-
-
-def gain(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> float:
-    """The mean change of a figure over the sets that both have."""
-    return mean_of([after[name][key] - before[name][key] for name in after if name in before])

@@ -35,6 +35,8 @@ STAGES = {
     "multi-task": "multitask",
 }
 """Where in a run's folder each stage's log lies."""
+FINAL = Path("multitask", "artefact")
+"""Where in it the model lies that it was for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,22 +74,26 @@ def evaluate(
     materials = load_materials(data or _recipe_beside(artefact))
     subject = open_subject(artefact, materials, torch.device("cuda" if torch.cuda.is_available() else "cpu"), seed)
     out.mkdir(parents=True, exist_ok=True)
+    model = _model(subject, artefact)
+    run = run or artefact.parent.parent
+    is_own = (run / FINAL).is_dir() and digest_of(run / FINAL) == model["digest"]
     figures = {
-        "model": _model(subject, artefact),
-        "measured": {"seed": seed, "is_quick": quick, **circumstances(subject.device)},
-        **measure(subject, out, amounts or (QUICK if quick else FULL), run or artefact.parent.parent),
+        "model": model,
+        "measured": {"seed": seed, "is_quick": quick, "precision": "float32", **circumstances(subject.device)},
+        **measure(subject, out, amounts or (QUICK if quick else FULL), run if is_own else None),
     }
     write_json(out / FIGURES, figures)
     return headlines(figures)
 
 
-def measure(subject: Subject, out: Path, amounts: Amounts, run: Path) -> dict[str, Any]:
-    """All parts. run: the folder that the model was trained in, for what only it can tell; there may be nothing there."""
+def measure(subject: Subject, out: Path, amounts: Amounts, run: Path | None) -> dict[str, Any]:
+    """All parts. run: the folder that this very model was trained in, for what only it can tell; None when it is not at hand."""
     sets = picture_sets(subject.materials, amounts.scenes, subject.seed, amounts.pictures)
-    before = first_stage(subject.vq, run)
+    before = first_stage(subject.vq, run) if run is not None else None
     write_reconstructions(out / "reconstruction.png", sets, before, subject.vq)
     return {
-        "training": _training(run) | ({"before_adversary": reconstruction(before, sets)} if before is not None else {}),
+        "training": (_training(run) if run is not None else {})
+        | ({"before_adversary": reconstruction(before, sets)} if before is not None else {}),
         "reconstruction": reconstruction(subject.vq, sets),
         "stability": code_stability(subject.vq, subject.materials, amounts.scenes, subject.seed),
         "reader": reader(subject.vq, subject.materials, amounts.scenes, subject.seed),
@@ -133,13 +139,13 @@ def _training(run: Path) -> dict[str, Any]:
         train, held_out = read_csv(run / folder / "train.csv"), read_csv(run / folder / "held_out.csv")
         if not train and not held_out:
             continue
-        last = {key: values[-1] for log in (train, held_out) for key, values in log.items()}
-        last |= {key: max(log[key][-1] for log in (train, held_out) if log) for key in ("step", "seconds")}
-        found["stages"][name] = last
+        ends = {key: max(log[key][-1] for log in (train, held_out) if log) for key in ("step", "seconds")}
+        found["stages"][name] = {**ends, "watched": {key: values[-1] for key, values in held_out.items() if key not in ends}}
     paths = [path for path in run.glob("*/recipe.json") if path.is_file()]
     if paths:
         values = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)]
-        found["recipe"] = {"seed": values[-1].get("seed"), "ranks": values[-1].get("ranks")}
+        source = next((each["decoder"].get("source", "") for each in values if "decoder" in each), "")
+        found["recipe"] = {"seed": values[-1].get("seed"), "ranks": values[-1].get("ranks"), "source": source}
     return found
 
 

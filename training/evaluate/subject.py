@@ -14,9 +14,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kernels.ops import select_ops
 from service.errors import WeightsError
@@ -25,18 +23,16 @@ from service.model.transformer import Precision, Transformer, build_transformer
 from service.model.vq import VQTokenizer
 from service.model.weights import open_weights
 from service.vocabulary import PictureIds
-from training.decoder import NamedSource, hidden, named_tensors, teachable
+from training.decoder import NamedSource, named_tensors, teachable
 from training.export import load_image_tokenizer
-from training.generate import Sampling, generate
+from training.generate import FREE, Sampling, generate
+from training.language import document_nats
 from training.materials import Materials, Streams
 from training.picture.measures import decode, encode
-from training.stream.batch import batches
 from training.stream.document import Codes, Document, Pixels, Scribe, Talk
 from training.tokens import EOS_ID, PAD_ID
 
 GREEDY = Sampling()
-DOCUMENTS = 32
-"""Whose losses are computed at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +77,18 @@ class Subject:
         codes = [[token - self.pictures.first_code for token in ids if self.pictures.is_code(token)] for ids in found]
         return np.array(codes, dtype=np.int64).reshape(len(talks), num_frames, self.pictures.rows, self.pictures.columns)
 
+    def free_replies(self, talks: Sequence[Talk], max_tokens: int) -> list[tuple[str, Codes]]:
+        """What the model answers greedily when nothing is begun or ended for it: its words, and its whole pictures as codes [F, R, W]."""
+        found = generate(self.model, self._prompts(talks), Sampling(max_tokens=max_tokens), eos_id=EOS_ID, num_frames=[FREE] * len(talks))
+        pictures = self.pictures
+        replies = []
+        for ids in found:
+            codes = [token - pictures.first_code for token in ids if pictures.is_code(token)]
+            whole = len(codes) // pictures.num_places
+            grids = np.array(codes[: whole * pictures.num_places], dtype=np.int64).reshape(whole, pictures.rows, pictures.columns)
+            replies.append((self.scribe.tokenizer.decode(ids, skip_special_tokens=True).strip(), grids))
+        return replies
+
     def pixels(self, codes: Codes) -> Pixels:
         """uint8 [..., S, S, 3] of codes [..., R, W]."""
         flat = decode(self.vq, codes.reshape(-1, *codes.shape[-2:]))
@@ -88,7 +96,7 @@ class Subject:
 
     def nats(self, documents: Sequence[Document]) -> NDArray[np.float64]:
         """Of every target [M], teacher forced; in no order that means something."""
-        return document_nats(self.learner, documents, self.pictures)
+        return document_nats(self.learner, documents, self.pictures, PAD_ID).double().numpy()
 
     def nats_per_code(self, talks: Sequence[Talk]) -> float:
         """Mean nats of the codes in the answers, nothing else in them; 0 where there are none."""
@@ -100,21 +108,6 @@ class Subject:
         """All pictures of all prompts go through the image tokenizer in one call."""
         asked = [Talk(talk.kind, talk.prompt, ()) for talk in talks]
         return [each.ids[~each.is_target].tolist() for each in self.scribe.write(asked)]
-
-
-@torch.no_grad()
-def document_nats(model: Transformer, documents: Sequence[Document], pictures: PictureIds) -> NDArray[np.float64]:
-    """Nats of every target [M] of documents, some at a time. model: on the training back end."""
-    found = [np.empty(0)]
-    ordered = sorted(documents, key=lambda each: len(each.ids))
-    for at in range(0, len(ordered), DOCUMENTS):
-        for part in batches(ordered[at : at + DOCUMENTS], pictures, PAD_ID):
-            read, say, counts = (torch.from_numpy(array).to(model.final_norm.device) for array in (part.read, part.say, part.counts))
-            grid = None if part.grid_start is None else torch.from_numpy(part.grid_start).to(read.device)
-            x, residual = hidden(model, read, grid)
-            logits: Tensor = model.logits(x, residual, counts.flatten().nonzero()[:, 0])
-            found.append(F.cross_entropy(logits.float(), say[counts], reduction="none").double().cpu().numpy())
-    return np.concatenate(found)
 
 
 def subject_of(learner: Transformer, vocabulary: tokenizers.Tokenizer, vq: VQTokenizer, materials: Materials, seed: int = 0) -> Subject:

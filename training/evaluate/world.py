@@ -23,7 +23,7 @@ from training.evaluate.subject import GREEDY, Subject
 from training.generate import Sampling
 from training.stream.document import Pixels
 from training.stream.sources import talk_of
-from training.world.judge import Verdict, judge
+from training.world.judge import Verdict, judge, likeness
 from training.world.phrases import LANGS, Lang
 from training.world.scene import Scene, World
 from training.world.tasks import TASK_NAMES, Task, TaskName, make, make_held_out
@@ -35,6 +35,10 @@ SHOWN = 4
 """Tasks of a kind on the contact sheet."""
 PARTS = ("things", "attributes", "background")
 MOST_TOKENS = 96
+FREE_TOKENS = 300
+"""Of an answer that the model begins and ends by itself: four frames of 8 x 8 codes and what stands around them."""
+FREE_SHARE = 3
+"""One task of so many is asked a second time, freely."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -59,6 +63,7 @@ def world_figures(subject: Subject, out: Path, *, count: int, sampling: Sampling
         for kind in COMBINATIONS:
             done = attempt(subject, tasks_of(subject, name, kind, count), sampling)
             figures[name][kind] = figures_of(done) | losses_of(subject, [each.task for each in done])
+            figures[name][kind]["free"] = free_figures(subject, [each.task for each in done[::FREE_SHARE]])
             if kind != "trained" and len(done[0].frames):
                 shown += [each for each in done if each.task.lang == "en"][:SHOWN]
     if shown:
@@ -92,6 +97,16 @@ def attempt(subject: Subject, tasks: Sequence[Task], sampling: Sampling = GREEDY
     return [Attempt(*each) for each in zip(tasks, texts, frames, verdicts, strict=True)]
 
 
+def free_figures(subject: Subject, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Greedy answers of a model that has to choose by itself between words and pictures, and how many. form: is that right? right: all."""
+    side = subject.materials.recipe.size
+    replies = subject.free_replies([talk_of(task) for task in tasks], FREE_TOKENS)
+    drawn = [to_world_size(subject.pixels(codes)) if len(codes) else np.empty((0, side, side, 3), dtype=np.uint8) for _, codes in replies]
+    verdicts = judge(tasks, [[text] if text else [] for text, _ in replies], drawn, subject.materials.brush)
+    is_form = [len(codes) == len(task.scenes) and bool(text) == bool(task.text) for (text, codes), task in zip(replies, tasks, strict=True)]
+    return {"form": share_of(is_form), "right": share_of(verdict.is_right for verdict in verdicts)}
+
+
 def figures_of(done: Sequence[Attempt]) -> dict[str, Any]:
     """All right, by language, by form of task; and how much of a scene is right where one was asked for."""
     forms: dict[str, list[Attempt]] = defaultdict(list)
@@ -106,10 +121,17 @@ def figures_of(done: Sequence[Attempt]) -> dict[str, Any]:
     if any(each.verdict.scenes for each in done):
         found |= {part: mean_of([getattr(each.verdict, part) for each in done]) for part in PARTS}
         found["copies"] = share_of(each.verdict.is_copy for each in done)
+    if all(each.task.source is not None and each.task.scenes for each in done):
+        found["copy"] = {part: mean_of([getattr(_copied(each.task), part) for each in done]) for part in PARTS}
     num_frames = max((len(each.frames) for each in done), default=0)
     if num_frames > 1:
         found["frames"] = [share_of(each.verdict.scenes[index].is_same for each in done) for index in range(num_frames)]
     return found
+
+
+def _copied(task: Task) -> Verdict:
+    """What somebody gets who hands in the prompt's picture."""
+    return Verdict(False, tuple(likeness(scene, task.source) for scene in task.scenes))
 
 
 def _right(done: Sequence[Attempt]) -> dict[str, float]:

@@ -70,8 +70,3 @@ def _recolour(pictures: Pixels, chosen: NDArray[np.bool_], random: np.random.Gen
     factors = random.uniform(0.7, 1.0, size=(int(chosen.sum()), 1, 1, 3))
     pictures[chosen] = np.rint(255 - (255 - pictures[chosen].astype(np.float32)) * factors)
     return pictures
-
-
-def stack(parts: Sequence[Pixels]) -> Pixels:
-    """Pictures of several styles as one array."""
-    return np.concatenate(list(parts))

@@ -31,12 +31,16 @@ class Batch:
     kinds: tuple[str, ...]
 
 
-def batches(documents: Sequence[Document], pictures: PictureIds, pad_id: int) -> Iterator[Batch]:
-    """Groups of like length, shortest first. A document longer than the longest length is cut."""
+def batches(documents: Sequence[Document], pictures: PictureIds, pad_id: int, most_tokens: int | None = None) -> Iterator[Batch]:
+    """Groups of like length, shortest first. A document longer than the longest length is cut. most_tokens: of a batch, padding included,
+    unless one document has more; None puts a whole group into one."""
     bounds = np.array(LENGTHS)
     group_of = [int(np.searchsorted(bounds, min(len(each.ids) - 1, LENGTHS[-1]))) for each in documents]
     for group in sorted(set(group_of)):
-        yield _batch([each for each, own in zip(documents, group_of, strict=True) if own == group], pictures, pad_id)
+        alike = [each for each, own in zip(documents, group_of, strict=True) if own == group]
+        count = len(alike) if most_tokens is None else max(1, most_tokens // LENGTHS[group])
+        for at in range(0, len(alike), count):
+            yield _batch(alike[at : at + count], pictures, pad_id)
 
 
 def _batch(documents: Sequence[Document], pictures: PictureIds, pad_id: int) -> Batch:

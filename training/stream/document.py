@@ -27,13 +27,11 @@ BOS, EOS, USER, ASSISTANT = "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"
 
 @dataclass(frozen=True, slots=True)
 class Talk:
-    """What is asked and what shall be answered. kind: which figure of the log it counts for. has_noise: may the codes that the model reads
-    of its own answer be disturbed in training?"""
+    """What is asked and what shall be answered. kind: which figure of the log it counts for."""
 
     kind: str
     prompt: tuple[Piece, ...]
     reply: tuple[Piece, ...]
-    has_noise: bool = False
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -43,7 +41,6 @@ class Document:
     kind: str
     ids: NDArray[np.int64]
     is_target: NDArray[np.bool_]
-    has_noise: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +77,7 @@ class Scribe:
         tail = [*self._ids(talk.reply, codes), self.special(EOS)]
         is_target = np.zeros(len(head) + len(tail), dtype=np.bool_)
         is_target[len(head) :] = True
-        return Document(talk.kind, np.array(head + tail, dtype=np.int64), is_target, talk.has_noise)
+        return Document(talk.kind, np.array(head + tail, dtype=np.int64), is_target)
 
     def _codes(self, pieces: Sequence[Piece]) -> dict[int, Codes]:
         """Codes of every picture, by the identity of its piece."""

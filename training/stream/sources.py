@@ -61,7 +61,7 @@ class Memory:
         return f"{entry.label_zh}，{STYLE_ZH[style]}风格" if is_chinese else f"{entry.label}, {style} style"
 
     def drawing(self, place: int, style: str, prompt: str) -> Talk:
-        return Talk("emoji_draw", (prompt,), (self.codes[style][place],), has_noise=True)
+        return Talk("emoji_draw", (prompt,), (self.codes[style][place],))
 
     def naming(self, picture: Pixels, place: int, style: str, *, is_chinese: bool = False) -> Talk:
         entry = self.emoji.entries[place]
@@ -153,7 +153,7 @@ class Wordless:
     def __call__(self, random: np.random.Generator) -> Talk:
         talk = self.source(random)
         pieces: tuple[Piece, ...] = tuple(piece for piece in (*talk.prompt, *talk.reply) if not isinstance(piece, str))
-        return Talk("pictures", (), pieces, has_noise=talk.has_noise)
+        return Talk("pictures", (), pieces)
 
 
 @dataclass(frozen=True, eq=False)

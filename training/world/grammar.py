@@ -97,7 +97,9 @@ def _reworded(scene: Scene, lang: Lang, random: Random) -> str:
 
 
 def _read_things(text: str, lang: Lang) -> list[Placed] | None:
-    """None at the first word that is out of place."""
+    """None at the first word that is out of place, and for a list that goes on behind its last thing."""
+    if text != text.rstrip(" ,;"):
+        return None
     placed, position = [], 0
     while position < len(text):
         found = _ITEM[lang].match(text, position)
