@@ -65,17 +65,20 @@ class LanguageStage:
         held_out: Mapping[str, Sequence[Document]],
         settings: LanguageSettings,
         *,
+        later: Sequence[tuple[int, Mix]] = (),
         adapters: Adapters | None = None,
         near: Tensor | None = None,
         pad_id: int,
         rank: Rank,
         seed: int,
     ) -> None:
-        """held_out: documents by name; early stopping watches the mean of their losses. adapters: of this model, when they are learned in
+        """held_out: documents by name; early stopping watches the mean of their losses. later: what takes the mix's place, by the step from
+        which it does, in their order. adapters: of this model, when they are learned in
         its matrices' place."""
         if model.config.pictures is None:
             raise ValueError("a language stage teaches models that know pictures")
-        self.name, self.model, self.mix, self.settings, self.rank, self.seed = name, model, mix, settings, rank, seed
+        self.name, self.model, self.settings, self.rank, self.seed = name, model, settings, rank, seed
+        self.mixes = [(0, mix), *later]
         self.module: nn.Module = model if adapters is None else nn.ModuleDict({"model": model, "adapters": adapters})
         self.pictures: PictureIds = model.config.pictures
         self.near, self.pad_id, self.held_out = near, pad_id, held_out
@@ -87,7 +90,8 @@ class LanguageStage:
 
     def step(self, step: int) -> Mapping[str, float]:
         random = np.random.default_rng((self.seed, step, self.rank.index))
-        parts = list(batches(self.mix(random, self.settings.tokens), self.pictures, self.pad_id))
+        mix = [each for start, each in self.mixes if start <= step][-1]
+        parts = list(batches(mix(random, self.settings.tokens), self.pictures, self.pad_id))
         weight = torch.tensor(sum(float(self._weights(part).sum()) for part in parts), device=self.device)
         self.rank.sum([weight])
         figures: dict[str, list[float]] = defaultdict(list)

@@ -6,7 +6,7 @@ Shape suffixes: N pictures, S pixels of a side, R rows and W columns of codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from random import Random
@@ -146,11 +146,11 @@ class Streams:
         makers = self._makers()
         return WeightedMix(self.scribe, {name: makers[name]() for name in shares}, shares)
 
-    def watched(self, shares: Mapping[str, float]) -> dict[str, list[Document]]:
+    def watched(self, names: Iterable[str]) -> dict[str, list[Document]]:
         """Documents by source that training never throws: held-out texts, tasks of the world on combinations never trained, and, since
         memory is of what was seen, trained emoji, read from pictures that were newly disturbed."""
         makers = self._held_out_makers()
-        return {name: self._thrown(makers[name]()) for name in shares}
+        return {name: self._thrown(makers[name]()) for name in names}
 
     def _thrown(self, source: Source) -> list[Document]:
         random = np.random.default_rng(WATCH_SEED)

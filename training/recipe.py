@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 
@@ -83,12 +83,26 @@ class DecoderRecipe:
 
 
 @dataclass(frozen=True, slots=True)
+class LaterMix:
+    """What takes the mix's place from a step on."""
+
+    step: int
+    mix: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class LanguageRecipe:
-    """mix: the share of documents that each source gives."""
+    """mix: the share of documents that each source gives. later: other mixes, by the step from which they hold."""
 
     mix: dict[str, float]
     schedule: Schedule
     settings: LanguageSettings = field(default_factory=LanguageSettings)
+    later: tuple[LaterMix, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Of all mixes."""
+        return tuple(dict.fromkeys(name for mix in (self.mix, *(each.mix for each in self.later)) for name in mix))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +187,12 @@ def _unknown(kind: type, values: Mapping[str, Any], prefix: str) -> Iterator[str
     for key, value in values.items():
         if key not in known:
             yield f"{prefix}{key}"
-        elif is_dataclass(known[key]) and isinstance(value, Mapping):
-            yield from _unknown(known[key], value, f"{prefix}{key}.")
+        inner = known.get(key)
+        if is_dataclass(inner) and isinstance(inner, type) and isinstance(value, Mapping):
+            yield from _unknown(inner, value, f"{prefix}{key}.")
+        for part in get_args(inner):  # of a tuple of sections
+            for each in value if is_dataclass(part) and isinstance(part, type) and isinstance(value, list) else ():
+                yield from _unknown(part, each, f"{prefix}{key}.")
 
 
 @cache
@@ -209,7 +227,12 @@ def _check(recipe: Recipe) -> None:
     if decoder.global_every < 1 or decoder.num_layers % decoder.global_every:
         raise ValueError(f"decoder.num_layers {decoder.num_layers} is no multiple of decoder.global_every {decoder.global_every}")
     for name in ("pretrain", "multitask"):
-        _check_mix(f"{name}.mix", getattr(recipe, name).mix, data)
+        own: LanguageRecipe = getattr(recipe, name)
+        _check_mix(f"{name}.mix", own.mix, data)
+        for each in own.later:
+            _check_mix(f"{name}.later.mix", each.mix, data)
+        if sorted(steps := [each.step for each in own.later]) != steps or any(not 0 < step < own.schedule.steps for step in steps):
+            raise ValueError(f"{name}.later has the steps {steps}; they must rise, and lie within the {own.schedule.steps} of its schedule")
     recipe.model_config()
 
 

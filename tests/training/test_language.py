@@ -83,6 +83,21 @@ def test_text_weighs_what_it_is_told_to() -> None:
     assert set(plain[1].tolist()) == {1.0}
 
 
+def test_a_later_mix_takes_over_at_its_step() -> None:
+    asked: list[str] = []
+
+    def named(name: str, random: np.random.Generator, tokens: int) -> Sequence[Document]:
+        asked.append(name)
+        return documents(random, 1)
+
+    own = LanguageSettings(noise=0.0)
+    later = [(2, partial(named, "second")), (3, partial(named, "third"))]
+    stage = LanguageStage("x", fresh_decoder(CONFIG, 0), partial(named, "first"), {}, own, later=later, pad_id=0, rank=Rank(), seed=0)
+    for step in range(5):
+        stage.step(step)
+    assert asked == ["first", "first", "second", "third", "third"]
+
+
 def test_batches_are_bounded_and_losses_are_not_touched_by_it() -> None:
     some = documents(np.random.default_rng(4), 9)
     whole, parts = list(batches(some, PICTURES, 0)), list(batches(some, PICTURES, 0, 250))

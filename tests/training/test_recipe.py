@@ -89,6 +89,11 @@ def test_the_decoder_has_local_and_global_layers() -> None:
         ("multitask.mix.text", 0.1, "data.texts"),
         ("multitask.mix.emoji_draw", 0.1, "data.memory_count"),
         ("pretrain.mix", {}, "pretrain.mix"),
+        ("decoder.max_context", 325, "decoder.max_context"),
+        ("multitask.later", [{"step": 2, "mix": {"text": 1.0}}], "data.texts"),
+        ("multitask.later", [{"step": 2, "mix": {"world_ask": 1.0}, "stop": 3}], "multitask.later.stop"),
+        ("multitask.later", [{"step": each, "mix": {"world_ask": 1.0}} for each in (4, 2)], "multitask.later has the steps [4, 2]"),
+        ("multitask.later", [{"step": 6, "mix": {"world_ask": 1.0}}], "within the 6 of its schedule"),
     ],
 )
 def test_a_mistake_is_named(key: str, value: object, wanted: str) -> None:
@@ -101,6 +106,13 @@ def test_what_was_changed_right_is_taken() -> None:
     """The control of the test above."""
     assert parse_recipe(with_value("decoder.num_layers", 4)).decoder.num_layers == 4
     assert set(parse_recipe(with_value("pretrain.mix", {"world_ask": 1.0})).pretrain.mix) <= set(SOURCES)
+    later = [{"step": each, "mix": {name: 1.0}} for each, name in ((2, "world_ask"), (4, "world_draw"))]
+    assert parse_recipe(with_value("multitask.later", later)).multitask.sources == (
+        "world_draw",
+        "world_describe",
+        "world_edit",
+        "world_ask",
+    )
 
 
 def test_precision_holds_for_stages_that_name_none() -> None:
