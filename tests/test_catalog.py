@@ -15,7 +15,7 @@ import huggingface_hub
 import pytest
 
 from service import catalog
-from service.catalog import CATALOG, CatalogEntry, CatalogFile, cache_folder, is_cached, pull, resolve, verify
+from service.catalog import CATALOG, SHIPPED, CatalogEntry, CatalogFile, ShippedEntry, cache_folder, is_cached, pull, resolve, verify
 from service.errors import StartupError
 from tests.model.checkpoints import TINY, random_tensors, write_gguf
 
@@ -333,6 +333,31 @@ def test_hub_errors_are_kinds_of_what_is_caught() -> None:
 def test_hub_names_that_are_none(name: str) -> None:
     with pytest.raises(StartupError, match="is not a repository"):
         resolve(name)
+
+
+# --- what ships with the package --------------------------------------------------------------------------------------------------
+
+
+def test_braids_own_model_is_there_without_a_cache_or_a_network(cache: Path) -> None:
+    found = resolve("braid-nano")
+    assert found.path.parent.name == SHIPPED
+    assert {"config.json", "tokenizer.json", "README.md"} <= {path.name for path in found.path.iterdir()}
+    assert 2**20 < found.size < 25_000_000
+    assert is_cached(CATALOG["braid-nano"])
+    assert verify(CATALOG["braid-nano"])
+    assert not cache.exists()
+
+
+def test_an_installed_package_has_it_inside_and_a_checkout_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "__file__", str(tmp_path / "service" / "catalog.py"))
+    entry = ShippedEntry("tiny-own", "MIT", "a model")
+    with pytest.raises(StartupError, match="lacks the files of tiny-own"):
+        pull(entry)
+    assert not is_cached(entry)
+    for folder in (tmp_path / SHIPPED / "tiny-own", tmp_path / "service" / SHIPPED / "tiny-own"):
+        (folder / "image_tokenizer").mkdir(parents=True)
+        (folder / "image_tokenizer" / "model.safetensors").write_bytes(b"x" * 10)
+        assert (pull(entry).path, pull(entry).size, pull(entry).licence) == (folder, 10, "MIT")
 
 
 @pytest.mark.e2e
