@@ -68,6 +68,7 @@ def base_changes(budget: Budget) -> dict[str, Any]:
     """What all arms change of the recipe: the world alone, fewer steps."""
     often = {"warmup_steps": max(1, budget.steps // 20), "save_every": 50, "patience": 0}
     shares = {"tokenizer.scene_share": 1.0, "pretrain.mix": WORLD_CODES, "multitask.mix": WORLD_MIX, "data.num_watched": 48}
+    shares |= {"pretrain.later": [], "multitask.later": []}
     steps = {
         "tokenizer.reconstruction": budget.reconstruction_steps,
         "tokenizer.adversarial": budget.adversarial_steps,

@@ -55,8 +55,8 @@ def test_the_report_and_the_card_are_about_them(folder: Path) -> None:
         assert digest[:16] in page.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["draw", "describe", "ask"])
-def test_they_do_the_worlds_tasks(subject: Subject, name: TaskName) -> None:
-    """Trained combinations; how well, and how well others, is the report's matter."""
+@pytest.mark.parametrize(("name", "least"), [("draw", COUNT // 5), ("describe", COUNT // 2), ("ask", COUNT // 2)])
+def test_they_do_the_worlds_tasks(subject: Subject, name: TaskName, least: int) -> None:
+    """Trained combinations, well below the report's figures, and far above guessing: are these the weights, whole and in their places?"""
     done = attempt(subject, tasks_of(subject, name, "trained", COUNT))
-    assert sum(each.verdict.is_right for each in done) > COUNT // 2
+    assert sum(each.verdict.is_right for each in done) > least

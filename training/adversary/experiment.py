@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from service.errors import StartupError
 from training.adversary.classifier import Features, choose_penalty, fit, two_sample_test
 from training.adversary.diversity import distinct, self_bleu
 
 Ids = list[list[int]]
+FEATURES = "features"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +117,12 @@ class Experiment:
         return found
 
     def _features(self, kind: str, which: str, name: str, replies: Ids) -> Features:
-        path = self.folder / f"{kind}-{which}-{name}.npy"
+        path = self.folder / f"{kind}-{which}-{name}.safetensors"
         if not path.exists():
             measure = self.tools.rank_features if kind == "rank" else self.tools.judge_features
-            np.save(path.with_suffix(".tmp.npy"), measure(self._prompts(which), replies))
-            path.with_suffix(".tmp.npy").replace(path)
-        found: Features = np.load(path)
+            save_file({FEATURES: np.ascontiguousarray(measure(self._prompts(which), replies))}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+        found: Features = load_file(path)[FEATURES]
         return found
 
     def _penalty(self) -> float:
