@@ -1,7 +1,7 @@
 """Model names and where their files come from: a catalog name, a folder, a GGUF file, or a repository on the Hugging Face hub.
 
 Fetches and verifies files and says where they lie; opens no tensor. Nothing here needs the network once a file is in the cache. Called
-by `cli`, before any process of the server is started.
+by `cli`, before any process of the server is started. Long, because a model can come in five ways, and each can fail in its own.
 """
 
 from __future__ import annotations
