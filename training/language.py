@@ -73,8 +73,7 @@ class LanguageStage:
         seed: int,
     ) -> None:
         """held_out: documents by name; early stopping watches the mean of their losses. later: what takes the mix's place, by the step from
-        which it does, in their order. adapters: of this model, when they are learned in
-        its matrices' place."""
+        which it does, in their order. adapters: of this model, when they are learned in its matrices' place."""
         if model.config.pictures is None:
             raise ValueError("a language stage teaches models that know pictures")
         self.name, self.model, self.settings, self.rank, self.seed = name, model, settings, rank, seed

@@ -1,4 +1,7 @@
-"""The command and its stages on the smoke recipe: each ends in an artefact that the next starts from, whatever interrupts it."""
+"""The command and its stages on the smoke recipe: each ends in an artefact that the next starts from, whatever interrupts it.
+
+Long, because every stage can be interrupted, refused and resumed in its own way.
+"""
 
 from __future__ import annotations
 

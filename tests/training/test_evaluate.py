@@ -1,4 +1,7 @@
-"""Evaluation: that its figures are right where they are known, and that any checkpoint can be measured and written up."""
+"""Evaluation: that its figures are right where they are known, and that any checkpoint can be measured and written up.
+
+Long, because an oracle and a memory are made for every part of evaluation alike.
+"""
 
 from __future__ import annotations
 

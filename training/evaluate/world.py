@@ -35,8 +35,8 @@ SHOWN = 4
 """Tasks of a kind on the contact sheet."""
 PARTS = ("things", "attributes", "background")
 MOST_TOKENS = 96
-FREE_TOKENS = 300
-"""Of an answer that the model begins and ends by itself: four frames of 8 x 8 codes and what stands around them."""
+FREE_FRAMES, FREE_WORDS = 4, 40
+"""An answer that the model begins and ends by itself may be as long as a film's four frames with their marks, and so many ids more."""
 FREE_SHARE = 3
 """One task of so many is asked a second time, freely."""
 
@@ -100,7 +100,8 @@ def attempt(subject: Subject, tasks: Sequence[Task], sampling: Sampling = GREEDY
 def free_figures(subject: Subject, tasks: Sequence[Task]) -> dict[str, Any]:
     """Greedy answers of a model that has to choose by itself between words and pictures, and how many. form: is that right? right: all."""
     side = subject.materials.recipe.size
-    replies = subject.free_replies([talk_of(task) for task in tasks], FREE_TOKENS)
+    most = FREE_FRAMES * (subject.pictures.num_places + 1) + FREE_WORDS
+    replies = subject.free_replies([talk_of(task) for task in tasks], most)
     drawn = [to_world_size(subject.pixels(codes)) if len(codes) else np.empty((0, side, side, 3), dtype=np.uint8) for _, codes in replies]
     verdicts = judge(tasks, [[text] if text else [] for text, _ in replies], drawn, subject.materials.brush)
     is_form = [len(codes) == len(task.scenes) and bool(text) == bool(task.text) for (text, codes), task in zip(replies, tasks, strict=True)]
