@@ -1,8 +1,9 @@
 """The back end that training runs on: the reference's formulas where autograd follows them, and attention over whole documents at once.
 
-Documents are padded to one length, and each is one block of its `PagedKV`: block d holds all places of document d, so a paged view and a
-dense one are the same memory. Called through `training_ops` by training alone; serving never loads it.
-Shape suffixes: T tokens, U documents, L places of a document, N query heads, K key/value heads, G = N / K, H head width.
+Rows of one length hold a document each, padded at its end, or several one behind the other. Each row is one block of its `PagedKV`: block u
+holds all places of row u, so a paged view and a dense one are the same memory. Called through `training_ops` by training alone; serving
+never loads it.
+Shape suffixes: T tokens, U rows of documents, L places of a row, N query heads, K key/value heads, G = N / K, H head width.
 """
 
 from __future__ import annotations
@@ -17,28 +18,38 @@ from kernels.compose import FineOps, compose
 from kernels.gated.reference import gated
 from kernels.kv_write.reference import rotate
 from kernels.linear.reference import linear, pack
-from kernels.norm.reference import rms_norm
 from kernels.ops import AttentionSpec, LayerWeights, Neighbourhood, Ops, PagedBatch, PagedKV, Weight
 from kernels.sample.reference import sample
 
 
 def training_ops() -> Ops:
     """Every op under autograd, except sampling. For batches made by `whole_documents` only."""
-    return compose("training", FineOps(_Masks().attend, linear, embed, rms_norm, kv_write, gated, sample, pack))
+    return compose("training", FineOps(_Masks().attend, linear, embed, norm, kv_write, gated, sample, pack))
 
 
-def whole_documents(num_documents: int, length: int, grid_start_T: Tensor | None, device: torch.device | str = "cpu") -> PagedBatch:
-    """The batch of documents that are computed whole, all padded at their ends to one length; T = num_documents * length."""
-    ends = torch.full((num_documents,), length, dtype=torch.int32, device=device)
-    return PagedBatch(
-        slots=torch.arange(num_documents * length, device=device),
-        block_table=torch.arange(num_documents, dtype=torch.int32, device=device)[:, None],
-        query_start=torch.arange(num_documents + 1, dtype=torch.int32, device=device) * length,
+@dataclass(eq=False, slots=True)
+class Rows(PagedBatch):
+    """document_start int64 [U, L]: the place of its row where the document of a place begins, None where every row is one document.
+    `grid_start` counts from the document's beginning, as positions do."""
+
+    document_start: Tensor | None = None
+
+
+def whole_documents(
+    num_rows: int, length: int, grid_start_T: Tensor | None, device: torch.device | str = "cpu", document_start_UL: Tensor | None = None
+) -> Rows:
+    """The batch of documents that are computed whole, in rows of one length; T = num_rows * length."""
+    ends = torch.full((num_rows,), length, dtype=torch.int32, device=device)
+    return Rows(
+        slots=torch.arange(num_rows * length, device=device),
+        block_table=torch.arange(num_rows, dtype=torch.int32, device=device)[:, None],
+        query_start=torch.arange(num_rows + 1, dtype=torch.int32, device=device) * length,
         context_len=ends,
         num_decodes=0,
         max_query_len=length,
         max_context_len=length,
         grid_start=grid_start_T,
+        document_start=document_start_UL,
     )
 
 
@@ -55,22 +66,30 @@ def embed(ids_T: Tensor, table_VD: Weight, dtype: torch.dtype) -> Tensor:
     return F.embedding(ids_T, table_VD).to(dtype)
 
 
+def norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As the reference, in PyTorch's own operation, which is one kernel of a GPU and keeps less for the gradient."""
+    residual = x_TD if residual_TD is None else residual_TD + x_TD
+    return F.rms_norm(residual.float(), weight_D.shape, weight_D, eps).to(x_TD.dtype), residual
+
+
 def kv_write(qkv: Tensor, weights: LayerWeights, positions_T: Tensor, kv: PagedKV) -> Tensor:
-    """As the reference, but keys and values become the layer's own tensors, not places in a pool: autograd follows them.
+    """As the reference, but keys and values become the layer's own tensors, not places in a pool: autograd follows them. Queries and keys
+    are normed and turned together: half as many kernels to launch.
 
     Mutates: kv.keys, kv.values (replaced).
     """
     spec = weights.spec
-    wide = qkv.float().view(len(qkv), -1, spec.head_width)
-    q, k, v = torch.split(wide, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
-    if weights.q_norm is not None:
-        q, _ = rms_norm(q, None, weights.q_norm, spec.norm_eps)
-    if weights.k_norm is not None:
-        k, _ = rms_norm(k, None, weights.k_norm, spec.norm_eps)
-    rotary = weights.rotary[positions_T]
-    num_documents = kv.batch.block_table.shape[0]
-    kv.keys, kv.values = (side.to(qkv.dtype).view(num_documents, -1, *side.shape[1:]).transpose(1, 2) for side in (rotate(k, rotary), v))
-    return rotate(q, rotary).to(qkv.dtype)
+    heads = qkv.view(len(qkv), -1, spec.head_width)
+    both, v = torch.split(heads, [spec.num_heads + spec.num_kv_heads, spec.num_kv_heads], dim=1)
+    wide = both.float()
+    if weights.q_norm is not None and weights.k_norm is not None:
+        scales = torch.cat([weights.q_norm.expand(spec.num_heads, -1), weights.k_norm.expand(spec.num_kv_heads, -1)])
+        wide = F.rms_norm(wide, (spec.head_width,), eps=spec.norm_eps) * scales
+    turned = rotate(wide, weights.rotary[positions_T]).to(qkv.dtype)
+    q, k = torch.split(turned, [spec.num_heads, spec.num_kv_heads], dim=1)
+    num_rows = kv.batch.block_table.shape[0]
+    kv.keys, kv.values = (side.view(num_rows, -1, *side.shape[1:]).transpose(1, 2) for side in (k, v))
+    return q
 
 
 @dataclass(slots=True)
@@ -78,44 +97,57 @@ class _Masks:
     """Attention with the masks of the batch at hand, one per kind of layer, made once for all layers of that kind."""
 
     batch: PagedBatch | None = None
-    hidden: dict[AttentionSpec, Tensor] = field(default_factory=dict)
+    masks: dict[AttentionSpec, Tensor] = field(default_factory=dict)
 
     def attend(self, q_TNH: Tensor, kv: PagedKV, spec: AttentionSpec) -> Tensor:
         """y [T, N * H]. Source: Vaswani et al. 2017, equation 1."""
-        hidden = self._hidden(kv.batch, spec)
         k, v = kv.keys, kv.values  # [U, K, L, H]
-        num_documents, num_kv_heads, length, width = k.shape
-        q = q_TNH.view(num_documents, length, num_kv_heads, -1, width).permute(0, 2, 3, 1, 4)  # [U, K, G, L, H]
+        num_rows, num_kv_heads, length, width = k.shape
+        q = q_TNH.view(num_rows, length, num_kv_heads, -1, width).permute(0, 2, 3, 1, 4)  # [U, K, G, L, H]
         group = q.shape[2]
-        scores = (q.reshape(num_documents * num_kv_heads, group * length, width) * spec.scale) @ k.flatten(0, 1).transpose(1, 2)
-        scores = scores.float().view(num_documents, num_kv_heads, group, length, length)
+        if k.is_cuda and not spec.softcap:  # PyTorch's own kernel keeps no scores, of which a GPU's batch has gigabytes
+            shape = (num_rows, num_kv_heads, group, length, width)
+            keys, values = (side[:, :, None].expand(shape).flatten(1, 2) for side in (k, v))
+            mask = self._mask(kv.batch, spec)[:, None]
+            y = F.scaled_dot_product_attention(q.flatten(1, 2), keys, values, attn_mask=mask, scale=spec.scale)
+            return y.transpose(1, 2).reshape(len(q_TNH), -1)
+        scores = (q.reshape(num_rows * num_kv_heads, group * length, width) * spec.scale) @ k.flatten(0, 1).transpose(1, 2)
+        scores = scores.float().view(num_rows, num_kv_heads, group, length, length)
         if spec.softcap:
             scores = torch.tanh(scores / spec.softcap) * spec.softcap
-        shares = torch.softmax(scores + hidden[:, None, None], dim=-1).to(v.dtype)
-        y = shares.view(num_documents * num_kv_heads, group * length, length) @ v.flatten(0, 1)
-        return y.view(num_documents, num_kv_heads, group, length, width).permute(0, 3, 1, 2, 4).reshape(len(q_TNH), -1)
+        shares = torch.softmax(scores + self._mask(kv.batch, spec)[:, None, None], dim=-1).to(v.dtype)
+        y = shares.view(num_rows * num_kv_heads, group * length, length) @ v.flatten(0, 1)
+        return y.view(num_rows, num_kv_heads, group, length, width).permute(0, 3, 1, 2, 4).reshape(len(q_TNH), -1)
 
-    def _hidden(self, batch: PagedBatch, spec: AttentionSpec) -> Tensor:
-        """float32, 0 where a query sees a key and -inf elsewhere: [U or 1, L, L]."""
+    def _mask(self, batch: PagedBatch, spec: AttentionSpec) -> Tensor:
+        """[U or 1, L, L]: bool, may a query see a key? On a CPU float32 instead, 0 where it may and -inf elsewhere, to be added."""
         if self.batch is not batch:
-            self.batch, self.hidden = batch, {}
-        if spec not in self.hidden:
+            self.batch, self.masks = batch, {}
+        if spec not in self.masks:
             seen = visible(batch, spec)
-            self.hidden[spec] = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
-        return self.hidden[spec]
+            is_added = not seen.is_cuda or bool(spec.softcap)
+            self.masks[spec] = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf")) if is_added else seen
+        return self.masks[spec]
 
 
 def visible(batch: PagedBatch, spec: AttentionSpec) -> Tensor:
-    """Which keys (last dimension) each query sees, bool [U, L, L], or [1, L, L] where that is the same for all documents."""
+    """Which keys (last dimension) each query sees, bool [U, L, L], or [1, L, L] where that is the same for all rows."""
     length, device = batch.max_context_len, batch.slots.device
     at = torch.arange(length, device=device)[:, None]
     key = torch.arange(length, device=device)
+    begin = batch.document_start if isinstance(batch, Rows) else None
     seen = key <= at
+    if begin is not None:
+        seen = seen & (begin[:, :, None] == begin[:, None, :])
     if spec.window is not None:
-        seen &= (at - key < spec.window) | (key < spec.sink)
+        is_sink = key < spec.sink if begin is None else (key - begin < spec.sink)[:, None]
+        seen = seen & ((at - key < spec.window) | is_sink)
     if spec.neighbourhood is None or batch.grid_start is None:
-        return seen[None]
-    return seen & _near(batch.grid_start.view(-1, length, 1).long(), at, key, spec.neighbourhood)
+        return seen if seen.ndim == 3 else seen[None]
+    start = batch.grid_start.view(-1, length).long()
+    if begin is not None:
+        start = torch.where(start < 0, start, start + begin)
+    return seen & _near(start[:, :, None], at, key, spec.neighbourhood)
 
 
 def _near(start: Tensor, at: Tensor, key: Tensor, near: Neighbourhood) -> Tensor:

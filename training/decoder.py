@@ -1,7 +1,7 @@
 """A decoder that can be taught: the serving `Transformer` over parameters, on the training back end; and the way back to named tensors.
 
 Called by the language stages, fine-tuning and export.
-Shape suffixes: T tokens, U documents, L places of a document, D width, V vocabulary.
+Shape suffixes: T tokens, U rows of documents, L places of a row, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -66,14 +66,17 @@ def _teach(weights: LayerWeights, name: str, tensor: Tensor) -> None:
     object.__setattr__(weights, name, nn.Parameter(tensor.clone()))
 
 
-def hidden(model: Transformer, ids_UL: Tensor, grid_start_UL: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(x, residual), both [T, D], of whole documents that are padded at their ends."""
-    num_documents, length = ids_UL.shape
+def hidden(
+    model: Transformer, ids_UL: Tensor, grid_start_UL: Tensor | None, document_start_UL: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(x, residual), both [T, D], of rows of whole documents. document_start: see `kernels.training_ops.Rows`."""
+    num_rows, length = ids_UL.shape
     config = model.config
     grid = None if grid_start_UL is None else grid_start_UL.flatten().int()
-    batch = whole_documents(num_documents, length, grid, ids_UL.device)
+    batch = whole_documents(num_rows, length, grid, ids_UL.device, document_start_UL)
     kv = [empty_kv(batch, config.num_kv_heads, config.head_width) for _ in config.layers]
-    positions = torch.arange(length, device=ids_UL.device).repeat(num_documents)
+    places = torch.arange(length, device=ids_UL.device)
+    positions = (places.expand(num_rows, -1) if document_start_UL is None else places - document_start_UL).flatten()
     return cast(tuple[Tensor, Tensor], model(ids_UL.flatten(), positions, kv))
 
 

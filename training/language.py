@@ -1,20 +1,20 @@
 """How the decoder learns: one stage for pre-training and for many tasks at once, which differ in their mix of documents alone.
 
-Called by the recipes and by fine-tuning. The mix is a function; nothing here knows emoji, worlds or texts.
-Shape suffixes: U documents, L places of a document, M targets, D width, V vocabulary.
+Called by the recipes. The mix is a function; nothing here knows emoji, worlds or texts.
+Shape suffixes: U rows of documents, L places of a row, M targets, N pictures, R rows and W columns of codes, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
@@ -22,12 +22,13 @@ from torch.optim import AdamW, Optimizer
 from service.model.transformer import Transformer
 from service.vocabulary import PictureIds
 from training.adapt import MATRICES, Adapters, learn_only_codes
+from training.ahead import Ahead
 from training.decoder import hidden
 from training.loop import Precision, products_in
 from training.muon import Muon
 from training.ranks import Rank
-from training.stream.batch import Batch, batches
-from training.stream.document import Document
+from training.stream.batch import Batch, batches, packed
+from training.stream.document import Codes, CodesLater, Document, Pixels, with_codes
 
 Mix = Callable[[np.random.Generator, int], Sequence[Document]]
 """Throws documents of about so many tokens in all."""
@@ -54,6 +55,24 @@ class LanguageSettings:
     precision: Precision = "auto"
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Elsewhere:
+    """How batches are made beside the training: by so many processes, in packed rows, their codes found here by `encode`, which takes
+    pictures uint8 [N, S, S, 3] and gives int64 [N, R, W]. later: what the mixes were given as image tokenizer."""
+
+    workers: int
+    later: CodesLater
+    encode: Callable[[Pixels], Codes]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Made:
+    """A step's batches. pictures: whose codes the unknown ids stand for."""
+
+    parts: Sequence[Batch]
+    pictures: Pixels | None = None
+
+
 class LanguageStage:
     """near int64 [codes, k]: the codes most like each, itself left out; disturbed codes are drawn from them."""
 
@@ -68,6 +87,7 @@ class LanguageStage:
         later: Sequence[tuple[int, Mix]] = (),
         adapters: Adapters | None = None,
         near: Tensor | None = None,
+        elsewhere: Elsewhere | None = None,
         pad_id: int,
         rank: Rank,
         seed: int,
@@ -82,41 +102,62 @@ class LanguageStage:
         self.pictures: PictureIds = model.config.pictures
         self.near, self.pad_id, self.held_out = near, pad_id, held_out
         self.device = model.final_norm.device
+        self.elsewhere = elsewhere
+        self.made = Ahead(self._make, elsewhere.workers if elsewhere else 0)
         if adapters is not None:
             learn_only_codes(model)
         self.learned = [each for each in dict.fromkeys(self.module.parameters()) if each.requires_grad]
         self.optimizers = optimizers_of(self.module, settings, rank)
 
     def step(self, step: int) -> Mapping[str, float]:
-        random = np.random.default_rng((self.seed, step, self.rank.index))
-        mix = [each for start, each in self.mixes if start <= step][-1]
-        parts = list(batches(mix(random, self.settings.tokens), self.pictures, self.pad_id))
+        parts = self._known(self.made(step))
         weight = torch.tensor(sum(float(self._weights(part).sum()) for part in parts), device=self.device)
         self.rank.sum([weight])
-        figures: dict[str, list[float]] = defaultdict(list)
+        sums = torch.zeros(4, device=self.device)
         for part in parts:
             losses, weights, is_code = self.losses(part, self.settings.noise)
-            (losses @ weights * (self.rank.count / weight.item())).backward()  # type: ignore[no-untyped-call]
-            for name, chosen in (("code", is_code), ("text", ~is_code)):
-                figures[name] += losses.detach()[chosen].tolist()
+            (losses @ weights * (self.rank.count / weight)).backward()  # type: ignore[no-untyped-call]
+            own = losses.detach()
+            sums += torch.stack([own @ is_code.float(), is_code.sum(), own @ (~is_code).float(), (~is_code).sum()])
         self.rank.average_gradients(self.learned)
         norm = clip_grad_norm_(self.learned, MOST_NORM)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        means = {name: float(np.mean(values)) if values else 0.0 for name, values in figures.items()}
-        return {**means, "norm": float(norm), "tokens": float(sum(part.read.size for part in parts))}
+        code, num_codes, text, num_texts, length = torch.cat([sums, norm.reshape(1)]).tolist()  # the step's one wait for a GPU
+        means = {"code": code / max(num_codes, 1), "text": text / max(num_texts, 1)}
+        return {**means, "norm": length, "tokens": float(sum(part.read.size for part in parts))}
+
+    def _make(self, step: int) -> _Made:
+        """This rank's batches of a step, as far as numpy can make them."""
+        random = np.random.default_rng((self.seed, step, self.rank.index))
+        mix = [each for start, each in self.mixes if start <= step][-1]
+        documents = mix(random, self.settings.tokens)
+        if self.elsewhere is None:
+            return _Made(list(batches(documents, self.pictures, self.pad_id)))
+        row = self.model.config.max_context
+        return _Made([packed(documents, self.pictures, self.pad_id, row)], self.elsewhere.later.taken())
+
+    def _known(self, made: _Made) -> Sequence[Batch]:
+        """The batches with codes where ids only stood for them."""
+        if made.pictures is None or self.elsewhere is None:
+            return made.parts
+        codes = self.elsewhere.encode(made.pictures).ravel() + self.pictures.first_code
+        return [replace(part, read=with_codes(part.read, codes), say=with_codes(part.say, codes)) for part in made.parts]
 
     def losses(self, batch: Batch, noise: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """Nats of every target [M], its weight [M], and whether it is a code [M]. noise: share of disturbed codes."""
-        read, say, counts = (torch.from_numpy(array).to(self.device) for array in (batch.read, batch.say, batch.counts))
-        grid = None if batch.grid_start is None else torch.from_numpy(batch.grid_start).to(self.device)
+        read, say, counts = (self._here(array) for array in (batch.read, batch.say, batch.counts))
+        grid, begin = (None if each is None else self._here(each) for each in (batch.grid_start, batch.document_start))
         if noise and self.near is not None:
             read = self._disturbed(read, counts, noise)
         with products_in(self.settings.precision, self.device):
-            losses = target_nats(self.model, read, say, counts, grid)
+            losses = target_nats(self.model, read, say, counts, grid, begin)
         is_code = say[counts] >= self.pictures.first_code
         return losses, torch.where(is_code, 1.0, self.settings.text_weight), is_code
+
+    def _here(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
 
     def _weights(self, batch: Batch) -> Tensor:
         targets = torch.from_numpy(batch.say[batch.counts])
@@ -144,9 +185,11 @@ class LanguageStage:
         """A language stage's pictures are drawn by evaluation, which costs more than a moment."""
 
 
-def target_nats(model: Transformer, read_UL: Tensor, say_UL: Tensor, counts_UL: Tensor, grid_UL: Tensor | None) -> Tensor:
+def target_nats(
+    model: Transformer, read_UL: Tensor, say_UL: Tensor, counts_UL: Tensor, grid_UL: Tensor | None, document_start_UL: Tensor | None = None
+) -> Tensor:
     """Nats of every target, float32 [M]; see `Batch`."""
-    x, residual = hidden(model, read_UL, grid_UL)
+    x, residual = hidden(model, read_UL, grid_UL, document_start_UL)
     logits = model.logits(x, residual, counts_UL.flatten().nonzero()[:, 0])
     return F.cross_entropy(logits.float(), say_UL[counts_UL], reduction="none")
 

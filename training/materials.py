@@ -7,12 +7,13 @@ Shape suffixes: N pictures, S pixels of a side, R rows and W columns of codes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from random import Random
 
 import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 
 from service.model.vq import VQTokenizer
 from training.data.emoji import EmojiSet, Pixels, load_emoji
@@ -23,11 +24,11 @@ from training.data.text import TextSet, load_text
 from training.picture.measures import encode
 from training.picture.source import draw_scenes
 from training.recipe import DataRecipe, Recipe
-from training.stream.document import Document, Scribe, Talk
+from training.stream.document import Codes, Document, Scribe, Talk
 from training.stream.sources import Memory, MemoryDraw, MemoryRead, Source, Text, WeightedMix, Wordless, WorldTask, talk_of, text_stream
 from training.world.draw import Brush
 from training.world.forms import HeldOut
-from training.world.phrases import Lang
+from training.world.phrases import LANGS
 from training.world.scene import Scene, World, is_trained
 from training.world.tasks import TASK_NAMES, TaskName, make, make_held_out
 
@@ -38,7 +39,6 @@ NUM_SENTENCES = 20_000
 TEXT_SHARE = 2.0
 """Of plain text to everything else in what the vocabulary is learned from, in characters."""
 NAME_COPIES = 4
-LANGS: tuple[Lang, ...] = ("en", "en", "zh")
 KINDS: tuple[HeldOut, ...] = ("triple", "pair")
 
 
@@ -141,10 +141,19 @@ class Streams:
             codes[style][chosen] = found
         return Memory(materials.emoji, materials.chosen, codes)
 
-    def mix(self, shares: Mapping[str, float]) -> WeightedMix:
-        """Throws training documents of the named sources. Raises: KeyError for an unknown name."""
+    @cached_property
+    def train_text(self) -> NDArray[np.int32]:
+        """All texts to learn from as one stream of ids."""
+        return text_stream(self.scribe, self.materials.texts.train)
+
+    def mix(self, shares: Mapping[str, float], encode: Callable[[Pixels], Codes] | None = None) -> WeightedMix:
+        """Throws training documents of the named sources. encode: in the image tokenizer's place, but for what is to be memorised.
+
+        Raises: KeyError for an unknown name.
+        """
         makers = self._makers()
-        return WeightedMix(self.scribe, {name: makers[name]() for name in shares}, shares)
+        scribe = self.scribe if encode is None else replace(self.scribe, encode=encode)
+        return WeightedMix(scribe, {name: makers[name]() for name in shares}, shares)
 
     def watched(self, names: Iterable[str]) -> dict[str, list[Document]]:
         """Documents by source that training never throws: held-out texts, tasks of the world on combinations never trained, and, since
@@ -161,7 +170,7 @@ class Streams:
     def _makers(self) -> dict[str, Callable[[], Source]]:
         world = self.materials.world
         return {
-            "text": lambda: Text(text_stream(self.scribe, self.materials.texts.train)),
+            "text": lambda: Text(self.train_text),
             **self._memory_makers(),
             **{f"world_{name}": partial(WorldTask, name, world) for name in TASK_NAMES},
             "world_pictures": lambda: Wordless(WorldTask("draw", world)),

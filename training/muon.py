@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -40,36 +40,50 @@ class Muon(Optimizer):
         """One update. Mutates: the matrices and their momentum, which are equal in all processes after."""
         for group in self.param_groups:
             matrices = [each for each in group["params"] if each.grad is not None]
-            updates = [self._direction(each, group["momentum"]) for each in matrices]
+            updates = self._directions(matrices, group["momentum"])
             own = _owners([each.numel() * min(each.shape) for each in matrices], self.rank.count)
-            updates = [
-                orthogonal(each) if owner == self.rank.index else torch.zeros_like(each) for each, owner in zip(updates, own, strict=True)
-            ]
+            mine = [index for index, owner in enumerate(own) if owner == self.rank.index]
+            orthogonalised = dict(zip(mine, orthogonal_all([updates[index] for index in mine]), strict=True))
+            updates = [orthogonalised[index] if index in orthogonalised else torch.zeros_like(each) for index, each in enumerate(updates)]
             self.rank.sum(updates)
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             for matrix, update in zip(matrices, updates, strict=True):
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update, alpha=-group["lr"] * _MATCH_ADAMW * math.sqrt(max(matrix.shape)))
         return None
 
-    def _direction(self, matrix: Tensor, momentum: float) -> Tensor:
-        """Nesterov's. Mutates: the momentum of this matrix."""
+    def _directions(self, matrices: Sequence[Tensor], momentum: float) -> list[Tensor]:
+        """Nesterov's. Mutates: the momenta of these matrices."""
+        gradients = [cast(Tensor, each.grad) for each in matrices]
+        moving = [self._momentum(each) for each in matrices]
+        torch._foreach_lerp_(moving, gradients, 1 - momentum)
+        return list(torch._foreach_lerp(gradients, moving, momentum))
+
+    def _momentum(self, matrix: Tensor) -> Tensor:
         state: dict[str, Any] = self.state[matrix]
-        gradient = matrix.grad
-        assert gradient is not None
-        moving = state.setdefault("momentum", torch.zeros_like(gradient)).lerp_(gradient, 1 - momentum)
-        return gradient.lerp(moving, momentum)
+        return cast(Tensor, state.setdefault("momentum", torch.zeros_like(matrix)))
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Nearly U Vᵀ of a matrix's singular value decomposition: singular values come out between 0.7 and 1.2. Newton and Schulz's iteration,
-    with a polynomial of degree 5."""
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
-    x = (x / x.norm().clamp(min=1e-7)).to(torch.bfloat16 if has_fast_bf16(matrix.device) else torch.float32)
+def orthogonal_all(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """`orthogonal` of each; those of one shape are computed together."""
+    found: dict[int, Tensor] = {}
+    for shape in dict.fromkeys(each.shape for each in matrices):
+        alike = [index for index, each in enumerate(matrices) if each.shape == shape]
+        found |= zip(alike, orthogonal(torch.stack([matrices[index] for index in alike])), strict=True)
+    return [found[index] for index in range(len(matrices))]
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Nearly U Vᵀ of the singular value decomposition of each matrix [..., rows, columns]: singular values come out between 0.7 and 1.2.
+    Newton and Schulz's iteration, with a polynomial of degree 5."""
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = x.to(torch.bfloat16 if has_fast_bf16(matrices.device) else torch.float32)
     for _ in range(_ROUNDS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
-    return (x.T if is_tall else x).to(matrix.dtype).contiguous()
+        gram = x @ x.mT
+        x = _A * x + (_B * gram + _C * (gram @ gram)) @ x
+    wide: Tensor = (x.mT if is_tall else x).to(matrices.dtype)
+    return wide.contiguous()
 
 
 def _owners(costs: Sequence[int], count: int) -> list[int]:

@@ -10,12 +10,16 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessException, spawn
+
+from service.errors import StartupError
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +73,17 @@ def run_ranks(count: int, work: Callable[[Rank], None]) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawn(_run_rank, (count, port, work), nprocs=count)  # type: ignore[no-untyped-call]
+    said = get_context("spawn").SimpleQueue()
+    try:
+        spawn(_run_rank, (count, port, work, said), nprocs=count)  # type: ignore[no-untyped-call]
+    except ProcessException:
+        if said.empty():
+            raise
+        raise StartupError(said.get()) from None  # one line for whoever started it, as a single rank gives
 
 
-def _run_rank(index: int, count: int, port: int, work: Callable[[Rank], None]) -> None:
+def _run_rank(index: int, count: int, port: int, work: Callable[[Rank], None], said: SimpleQueue[str]) -> None:
+    """said: takes the message of a StartupError, which else would arrive as a traceback."""
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(index)
@@ -81,5 +92,8 @@ def _run_rank(index: int, count: int, port: int, work: Callable[[Rank], None]) -
     dist.init_process_group("nccl" if on_gpu else "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=index, world_size=count)
     try:
         work(Rank(index, count))
+    except StartupError as error:
+        said.put(error.message)
+        raise
     finally:
         dist.destroy_process_group()

@@ -49,13 +49,14 @@ class DataRecipe:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerRecipe:
-    """scene_share: of the pictures of a batch."""
+    """scene_share: of the pictures of a batch; recoloured_share: of the scenes, whose red, green and blue change places."""
 
     reconstruction: Schedule
     adversarial: Schedule
     model: VQConfig = field(default_factory=VQConfig)
     settings: PictureSettings = field(default_factory=PictureSettings)
     scene_share: float = 0.5
+    recoloured_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

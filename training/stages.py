@@ -26,16 +26,18 @@ from service.model.vq import VQTokenizer
 from service.model.vq_files import FOLDER
 from service.model.weights import open_weights
 from training.adapt import Adapters, adapted_ops
+from training.ahead import num_workers
 from training.borrow import borrowed_vocabulary, borrowed_weights, check_borrowed
 from training.decoder import INITIAL_STD, NamedSource, fresh_weights, teachable
 from training.export import load_image_tokenizer, save_decoder, save_image_tokenizer, whole_folder, write_json
-from training.language import LanguageStage, nearest_codes
+from training.language import Elsewhere, LanguageStage, nearest_codes
 from training.loop import run
 from training.materials import Materials, load_materials, open_streams, vocabulary_texts
 from training.picture.source import PictureMix
 from training.picture.stage import AdversarialStage, ReconstructionStage
 from training.ranks import Rank, run_ranks
 from training.recipe import Recipe
+from training.stream.document import CodesLater
 from training.tokens import PAD_ID, train_tokenizer
 
 Say = Callable[[str], None]
@@ -170,7 +172,7 @@ def _tokenizer_rank(course: Course, rank: Rank) -> None:
     """Reconstruction, then the adversary; each in a folder of its own."""
     own, seed, folder = course.recipe.tokenizer, course.recipe.seed, course.folder / "tokenizer"
     materials = load_materials(course.recipe.data)
-    source = PictureMix(materials.pictures(is_watched=False), materials.world, materials.brush, own.scene_share)
+    source = PictureMix(materials.pictures(is_watched=False), materials.world, materials.brush, own.scene_share, own.recoloured_share)
     watched = materials.watched_pictures()
     torch.manual_seed(seed)
     model = VQTokenizer(own.model).to(device_of(rank), memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -191,6 +193,11 @@ def _language_rank(course: Course, name: str, rank: Rank) -> None:
     vq = load_image_tokenizer(course.artefact("tokenizer"), device)
     vocabulary = read_vocabulary(course)
     streams = open_streams(recipe, load_materials(recipe.data), vocabulary, vq)
+    elsewhere: Elsewhere | None = None
+    if workers := num_workers(device, rank.count):
+        later = CodesLater((streams.scribe.pictures.rows, streams.scribe.pictures.columns))
+        elsewhere = Elsewhere(workers, later, streams.scribe.encode)
+    mix = partial(streams.mix, encode=elsewhere.later if elsewhere else None)
     adapters: list[Adapters] = []
     source = new_weights(recipe, vq.codebook) if name == "pretrain" else open_weights(course.artefact("pretrain"), recipe.model_config())
     model = teachable(recipe.model_config(), source, device, adapted_ops(adapters))
@@ -200,12 +207,13 @@ def _language_rank(course: Course, name: str, rank: Rank) -> None:
     stage = LanguageStage(
         name,
         model,
-        streams.mix(own.mix),
+        mix(own.mix),
         streams.watched(own.sources),
         own.settings,
-        later=[(each.step, streams.mix(each.mix)) for each in own.later],
+        later=[(each.step, mix(each.mix)) for each in own.later],
         adapters=adapters[0] if adapters else None,
         near=nearest_codes(vq.codebook),
+        elsewhere=elsewhere,
         pad_id=PAD_ID,
         rank=rank,
         seed=recipe.seed,

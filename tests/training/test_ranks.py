@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from service.errors import StartupError
 from service.model.vq import VQTokenizer
 from tests.training.test_picture import SETTINGS, TINY, held_out, scenes
 from training.loop import Schedule, run
@@ -77,6 +78,16 @@ def _fail(rank: Rank) -> None:
 def test_what_a_rank_raises_is_told() -> None:
     with pytest.raises(Exception, match="the second gave up"):
         run_ranks(2, _fail)
+
+
+def _refuse(rank: Rank) -> None:
+    raise StartupError(f"there is no package for rank {rank.index}")
+
+
+@pytest.mark.long
+def test_a_startup_error_of_a_rank_is_one_here() -> None:
+    with pytest.raises(StartupError, match=r"^there is no package for rank [01]$"):
+        run_ranks(2, _refuse)
 
 
 def _train(folder: Path, stop_at: int | None, rank: Rank) -> None:

@@ -58,7 +58,7 @@ def test_sizes_are_what_the_names_promise() -> None:
 
 def test_the_decoder_has_local_and_global_layers() -> None:
     config = read_recipe("nano").model_config()
-    assert [layer.window for layer in config.layers] == [32, 32, None] * 2
+    assert [layer.window for layer in config.layers] == [96, None] * 3
     assert [layer.radius for layer in config.layers] == [(2, 3), (2, 3), None] * 2
     assert config.vocab_size == 2048 + 1024
     assert config.pictures is not None

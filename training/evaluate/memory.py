@@ -15,7 +15,7 @@ import numpy as np
 
 from training.data.emoji import Emoji
 from training.evaluate.nearest import NearestPicture
-from training.evaluate.shares import mean_of, share_of
+from training.evaluate.shares import evenly, mean_of, share_of
 from training.evaluate.subject import GREEDY, Subject
 from training.generate import Sampling
 from training.picture.sheet import write_sheet
@@ -73,7 +73,7 @@ def memory_figures(subject: Subject, out: Path, *, most: int | None) -> dict[str
     memory = subject.streams.memory
     if not memory.pairs:
         return {}
-    trained, held_out = _chosen(memory.pairs, most), _chosen(memory.held_out, most)
+    trained, held_out = ([pairs[index] for index in evenly(len(pairs), most)] for pairs in (memory.pairs, memory.held_out))
     judge = _Judge(memory)
     figures: dict[str, Any] = {
         "emoji": len(memory.chosen),
@@ -84,15 +84,10 @@ def memory_figures(subject: Subject, out: Path, *, most: int | None) -> dict[str
     figures["trained"], _ = _drawn(subject, judge, trained, out / "emoji-trained.png")
     if held_out:
         figures["held_out"], codes = _drawn(subject, judge, held_out, out / "emoji-held-out.png")
-        figures["held_out"] |= _copied(subject, judge, held_out, codes)
+        if len(memory.styles) > 1:  # else there is no other style to copy from
+            figures["held_out"] |= _copied(subject, judge, held_out, codes)
     figures["named"] = _named(subject, trained, held_out)
     return figures
-
-
-def _chosen(pairs: Sequence[Pair], most: int | None) -> list[Pair]:
-    if most is None or len(pairs) <= most:
-        return list(pairs)
-    return [pairs[int(index)] for index in np.linspace(0, len(pairs) - 1, most)]
 
 
 def _checked(subject: Subject, judge: _Judge) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from service.model.vq import VQTokenizer
 from training.data.emoji import load_emoji
-from training.evaluate.shares import share_of
+from training.evaluate.shares import evenly, share_of
 from training.materials import Materials
 from training.picture.measures import code_use, decode, encode, gradient_energy_ratio, psnr, stability
 from training.picture.sheet import write_sheet
@@ -64,7 +64,7 @@ def picture_sets(materials: Materials, num_scenes: int, seed: int, most: int | N
         "scenes": materials.draw(trained),
         "scenes, held-out combinations": materials.draw(others),
     }
-    return {name: _evenly(pictures, most) for name, pictures in sets.items()}
+    return {name: pictures[evenly(len(pictures), most)] for name, pictures in sets.items()}
 
 
 def _unseen(materials: Materials) -> Pixels:
@@ -73,13 +73,6 @@ def _unseen(materials: Materials) -> Pixels:
         return np.empty((0, size, size, 3), dtype=np.uint8)
     found = load_emoji(size, (UNSEEN_STYLE,))
     return np.asarray(found.pictures[UNSEEN_STYLE][found.present[UNSEEN_STYLE]], dtype=np.uint8)
-
-
-def _evenly(pictures: Pixels, most: int | None) -> Pixels:
-    if most is None or len(pictures) <= most:
-        return pictures
-    chosen: Pixels = pictures[np.linspace(0, len(pictures) - 1, most).astype(np.int64)]
-    return chosen
 
 
 def code_stability(vq: VQTokenizer, materials: Materials, count: int, seed: int) -> dict[str, float]:
@@ -153,6 +146,6 @@ def first_stage(vq: VQTokenizer, run: Path) -> VQTokenizer | None:
 def write_reconstructions(path: Path, sets: Mapping[str, Pixels], before: VQTokenizer | None, after: VQTokenizer) -> None:
     """A contact sheet: original, before the adversary (if that is known), after it; the sets in turn. Mutates: the path."""
     each = max(1, SHOWN // max(1, sum(1 for pictures in sets.values() if len(pictures))))
-    shown = np.concatenate([_evenly(pictures, each) for pictures in sets.values() if len(pictures)])
+    shown = np.concatenate([pictures[evenly(len(pictures), each)] for pictures in sets.values() if len(pictures)])
     models = [model for model in (before, after) if model is not None]
     write_sheet(path, [shown, *(decode(model, encode(model, shown)) for model in models)])

@@ -37,6 +37,13 @@ def share_of(hits: Iterable[bool]) -> dict[str, float]:
     return {"share": sum(found) / len(found) if found else 0.0, "low": low, "high": high, "n": len(found)}
 
 
+def evenly(count: int, most: int | None) -> list[int]:
+    """At most so many of `count` places, evenly chosen, the first and the last among them; None for all."""
+    if most is None or count <= most:
+        return list(range(count))
+    return [round(index * (count - 1) / max(most - 1, 1)) for index in range(most)]
+
+
 def mean_of(values: Sequence[float]) -> float:
     return float(sum(values) / len(values)) if values else 0.0
 

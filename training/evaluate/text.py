@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from training.data.text import load_text
+from training.evaluate.shares import evenly
 from training.evaluate.subject import Subject
 from training.stream.document import Document
 from training.tokens import BOS_ID, EOS_ID
@@ -25,7 +26,8 @@ def text_figures(subject: Subject, *, most: int | None) -> dict[str, Any]:
 
     Raises: StartupError when a package can't be had.
     """
-    return {source: bits_per_byte(subject, _evenly(load_text((source,)).held_out, most)) for source in subject.materials.recipe.texts}
+    held_out = {source: load_text((source,)).held_out for source in subject.materials.recipe.texts}
+    return {source: bits_per_byte(subject, [texts[index] for index in evenly(len(texts), most)]) for source, texts in held_out.items()}
 
 
 def bits_per_byte(subject: Subject, texts: Sequence[str]) -> dict[str, Any]:
@@ -53,9 +55,3 @@ def windows_of(ids: Sequence[int]) -> list[Document]:
         done = end
         start = max(0, min(end + STRIDE, len(ids)) - WINDOW)
     return found
-
-
-def _evenly(texts: Sequence[str], most: int | None) -> list[str]:
-    if most is None or len(texts) <= most:
-        return list(texts)
-    return [texts[int(index)] for index in np.linspace(0, len(texts) - 1, most)]

@@ -1,4 +1,4 @@
-"""The pictures that the image tokenizer learns from: emoji, shifted and recoloured a little, and scenes of the world as they are.
+"""The pictures that the image tokenizer learns from: emoji, shifted and recoloured a little, and scenes, some in other colours.
 
 numpy only. Called by the recipe. (A scene is never shifted: its things lie on the grid of codes, and shall keep their codes.)
 Shape suffixes: N pictures, S pixels of a side.
@@ -22,17 +22,21 @@ MOST_SHIFT = 2
 @dataclass(frozen=True, eq=False)
 class PictureMix:
     """emoji uint8 [N, S, S, 3]: of the styles that may be trained on; S is the scenes' size too. scene_share: of a batch; 1 where there are
-    no emoji. Callable as a `PictureSource`."""
+    no emoji. recoloured_share: of the scenes, whose channels change places, so that shapes are learned in more colours than the world's.
+    Callable as a `PictureSource`."""
 
     emoji: Pixels
     world: World
     brush: Brush
     scene_share: float = 0.4
+    recoloured_share: float = 0.0
 
     def __call__(self, random: np.random.Generator, count: int) -> Pixels:
         num_scenes = int(random.binomial(count, self.scene_share))
         scenes = throw_scenes(self.world, Random(int(random.integers(2**62))), num_scenes)
         drawn = draw_scenes(self.brush, scenes, self.emoji.shape[1])
+        for index in np.flatnonzero(random.random(num_scenes) < self.recoloured_share):
+            drawn[index] = drawn[index][..., random.permutation(3)]
         if num_scenes == count:
             return drawn
         chosen = self.emoji[random.integers(len(self.emoji), size=count - num_scenes)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from service.model.vq import VQTokenizer
+from training.ahead import Ahead, num_workers
 from training.loop import Precision, products_in
 from training.picture.codebook import MovingCodebook
 from training.picture.discriminator import PatchDiscriminator
@@ -59,10 +60,14 @@ class _PictureStage:
     ) -> None:
         self.model, self.source, self.held_out, self.settings, self.rank, self.seed = model, source, held_out, settings, rank, seed
         self.device = model.quantize.embedding.weight.device
+        self.thrown = Ahead(self._throw, num_workers(self.device, rank.count))
 
     def batch(self, step: int) -> Tensor:
+        return to_tensor(self.thrown(step), self.device)
+
+    def _throw(self, step: int) -> NDArray[np.uint8]:
         random = np.random.default_rng((self.seed, step, self.rank.index))
-        return to_tensor(self.source(random, self.settings.batch), self.device)
+        return self.source(random, self.settings.batch)
 
     def evaluate(self) -> Mapping[str, float]:
         with products_in(self.settings.precision, self.device):

@@ -8,7 +8,7 @@ Shape suffixes: N pictures, S pixels of a side, R rows and W columns of codes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import tokenizers
@@ -22,7 +22,14 @@ Pixels = NDArray[np.uint8]
 Piece = str | Scene | NDArray[np.generic]
 """Text; a scene to be drawn; a picture uint8 [S, S, 3]; or codes int64 [R, W]. Pictures that follow each other are frames of a film."""
 
+UNKNOWN = 1 << 40
+"""Ids from here on stand for codes that nobody has computed yet (`CodesLater`)."""
 BOS, EOS, USER, ASSISTANT = "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"
+
+
+def is_code(ids: NDArray[np.int64], pictures: PictureIds) -> NDArray[np.bool_]:
+    """Which ids are codes, those included that only stand for one."""
+    return np.asarray((ids >= pictures.first_code) & (ids < pictures.first_code + pictures.num_codes) | (ids >= UNKNOWN))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,34 @@ class Document:
     kind: str
     ids: NDArray[np.int64]
     is_target: NDArray[np.bool_]
+
+
+@dataclass
+class CodesLater:
+    """Takes an image tokenizer's place as `Scribe.encode` where there is none, because a GPU that is busy elsewhere finds codes faster:
+    gives numbers from UNKNOWN on, one for every code that is not known yet, and keeps the pictures. shape: rows and columns of a picture's
+    codes."""
+
+    shape: tuple[int, int]
+    kept: list[Pixels] = field(default_factory=list)
+
+    def __call__(self, pictures: Pixels) -> Codes:
+        rows, columns = self.shape
+        first = sum(len(each) for each in self.kept) * rows * columns
+        self.kept.append(pictures)
+        return UNKNOWN + first + np.arange(len(pictures) * rows * columns).reshape(len(pictures), rows, columns)
+
+    def taken(self) -> Pixels | None:
+        """All pictures since the last call, uint8 [N, S, S, 3], None without any; number i from UNKNOWN on stands for code i of them, in
+        raster order, one picture after the other. Mutates: what is kept."""
+        kept, self.kept = self.kept, []
+        return np.concatenate(kept) if kept else None
+
+
+def with_codes(ids: NDArray[np.int64], codes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """ids, where those from UNKNOWN on are places in codes, which are ids too."""
+    is_unknown = ids >= UNKNOWN
+    return np.where(is_unknown, codes[np.where(is_unknown, ids - UNKNOWN, 0)], ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +134,7 @@ class Scribe:
                 ids += self.text_ids(piece)
             else:
                 ids.append(self.pictures.frame_id if is_open else self.pictures.begin_id)
-                ids += (codes[id(piece)].ravel() + self.pictures.first_code).tolist()
+                own = codes[id(piece)].ravel()
+                ids += np.where(own >= UNKNOWN, own, own + self.pictures.first_code).tolist()
             is_open = not isinstance(piece, str)
         return [*ids, self.pictures.end_id] if is_open else ids
