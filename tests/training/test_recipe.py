@@ -59,7 +59,7 @@ def test_sizes_are_what_the_names_promise() -> None:
 def test_the_decoder_has_local_and_global_layers() -> None:
     config = read_recipe("nano").model_config()
     assert [layer.window for layer in config.layers] == [96, None] * 3
-    assert [layer.radius for layer in config.layers] == [(2, 3), (2, 3), None] * 2
+    assert [layer.radius for layer in config.layers] == [(2, 3), None] * 3
     assert config.vocab_size == 2048 + 1024
     assert config.pictures is not None
     assert (config.pictures.first_code, config.pictures.rows, config.pictures.columns) == (2048, 8, 8)
@@ -136,5 +136,5 @@ def test_a_file_is_a_recipe_too(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_those_there_are() -> None:
-    with pytest.raises(StartupError, match="nano, small, smoke"):
+    with pytest.raises(StartupError, match="nano, nano-gpu, small, smoke"):
         read_recipe("huge")
