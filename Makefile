@@ -6,6 +6,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
 RECIPE ?= nano
+RUN ?= runs/nano-gpu
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 	@echo
-	@echo "Variables: HOST, PORT, ARGS (more flags of braid serve), RECIPE (whose model is measured), PYTHON, TORCH (a version), TORCH_INDEX_URL (an index of torch builds)"
+	@echo "Variables: HOST, PORT, ARGS (more flags of braid serve), RECIPE (whose model is measured), RUN (the folder that it was trained in), PYTHON, TORCH (a version), TORCH_INDEX_URL (an index of torch builds)"
 
 # The pinned torch first: the package itself only asks for a range.
 $(VENV)/.installed: $(SOURCES)
@@ -51,8 +52,8 @@ bench: $(VENV)/.installed ## start a server, load it over HTTP, report
 	$(BIN)/python -m bench.load $(ARGS)
 
 model-report: $(VENV)/.installed-test ## measure the shipped model (minutes; ARGS=--quick for less) and rewrite docs/model.md and its card
-	$(BIN)/python -m training.evaluate --artefact weights/braid-$(RECIPE) --recipe $(RECIPE) --run runs/$(RECIPE) --out runs/model-report $(ARGS)
-	$(BIN)/python -m training.report --evaluation runs/model-report --run runs/$(RECIPE) --card weights/braid-$(RECIPE)/README.md --name braid-$(RECIPE)
+	$(BIN)/python -m training.evaluate --artefact weights/braid-$(RECIPE) --recipe $(RECIPE) --run $(RUN) --out runs/model-report $(ARGS)
+	$(BIN)/python -m training.report --evaluation runs/model-report --run $(RUN) --card weights/braid-$(RECIPE)/README.md --name braid-$(RECIPE)
 
 clean: ## the environment, builds and caches; never the model cache
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache kernels/cpu/*.so

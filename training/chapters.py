@@ -55,8 +55,10 @@ def tables(figures: Figures) -> dict[str, str]:
 
 
 def _training(stages: Figures) -> str:
-    rows = [(name, f"{each['step']:,.0f}", f"{each['seconds'] / 60:.1f}", _watched(each)) for name, each in stages.items()]
-    return table(("stage", "steps", "minutes of steps", "watched, at the end"), rows) if rows else ""
+    rows = [
+        (name, f"{each['step']:,.0f}", f"{each['seconds'] / 60:.1f}", each["hardware"], _watched(each)) for name, each in stages.items()
+    ]
+    return table(("stage", "steps", "minutes of steps", "on", "watched, at the end"), rows) if rows else ""
 
 
 def _watched(stage: Figures) -> str:

@@ -35,6 +35,7 @@ def page(template: str, figures: Figures, ablations: Sequence[Figures] = (), pic
     values = {
         **figures,
         "minutes": sum(each["seconds"] for each in stages.values()) / 60,
+        "machines": " and ".join(dict.fromkeys(each["hardware"] for each in stages.values())),
         "tables": chapters.tables(figures),
         "kinds": chapters.KINDS,
         "ablations": chapters.ablations(ablations),

@@ -29,6 +29,7 @@ from training.adapt import Adapters, adapted_ops
 from training.ahead import num_workers
 from training.borrow import borrowed_vocabulary, borrowed_weights, check_borrowed
 from training.decoder import INITIAL_STD, NamedSource, fresh_weights, teachable
+from training.evaluate.shares import MACHINE, circumstances
 from training.export import load_image_tokenizer, save_decoder, save_image_tokenizer, whole_folder, write_json
 from training.language import Elsewhere, LanguageStage, nearest_codes
 from training.loop import run
@@ -90,6 +91,7 @@ def run_stage(course: Course, stage: str, *, is_anew: bool = False, say: Say = p
     start = "its last checkpoint" if is_resumed else f"the artefact of {before}" if before else "the recipe"
     say(f"{stage}: starts from {start}, {course.num_ranks} process{'es' if course.num_ranks > 1 else ''}")
     _WORK[stage](course)
+    write_json(folder / MACHINE, circumstances(device_of(Rank())))
     say(f"{stage}: has ended; its artefact is {artefact}")
     return artefact
 

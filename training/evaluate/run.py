@@ -18,7 +18,7 @@ import torch
 from service.errors import StartupError
 from training.evaluate.memory import memory_figures
 from training.evaluate.reconstruction import code_stability, first_stage, picture_sets, reader, reconstruction, write_reconstructions
-from training.evaluate.shares import circumstances, digest_of
+from training.evaluate.shares import MACHINE, circumstances, digest_of
 from training.evaluate.subject import Subject, open_subject
 from training.evaluate.text import text_figures
 from training.evaluate.world import world_figures
@@ -140,7 +140,10 @@ def _training(run: Path) -> dict[str, Any]:
         if not train and not held_out:
             continue
         ends = {key: max(log[key][-1] for log in (train, held_out) if log) for key in ("step", "seconds")}
-        found["stages"][name] = {**ends, "watched": {key: values[-1] for key, values in held_out.items() if key not in ends}}
+        where = run / folder.partition("/")[0] / MACHINE
+        machine = json.loads(where.read_text(encoding="utf-8")) if where.exists() else {}
+        watched = {key: values[-1] for key, values in held_out.items() if key not in ends}
+        found["stages"][name] = {**ends, "hardware": machine.get("hardware", "an unknown machine"), "watched": watched}
     paths = [path for path in run.glob("*/recipe.json") if path.is_file()]
     if paths:
         values = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)]

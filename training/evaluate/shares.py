@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+MACHINE = "machine.json"
+"""In a stage's folder: the circumstances that it ended in."""
 Z = 1.96
 """Of a normal distribution: 95 % lie within so many standard deviations."""
 
