@@ -34,8 +34,8 @@ def _num_cores() -> int:
 
 
 class Ahead(Generic[Item]):
-    """`make(step)` for one step after the other. make must be a function of the step alone; workers: processes that call it, forked from
-    this one, each with one thread and without its GPU; 0 calls it here."""
+    """`make(step)` for one step after the other. make: a function of the step alone, which does not hold its user: the workers end when
+    both are gone. workers: processes that call it, forked from this one, each with one thread and without its GPU; 0 calls it here."""
 
     def __init__(self, make: Callable[[int], Item], workers: int) -> None:
         self.make, self.workers = make, workers

@@ -135,13 +135,14 @@ class _Run:
     def _cache(self, sequences: Sequence[_Sequence]) -> list[PagedKV]:
         config = self.model.config
         num_blocks = max(each.blocks[-1] for each in sequences) + 1
-        shape = (num_blocks, config.num_kv_heads, config.head_width, BLOCK)
+        shape = (num_blocks, config.num_kv_heads, BLOCK, config.head_width)
         nothing = PagedBatch(*(torch.empty(0),) * 4, 0, 0, 0)
         layers = []
         for _ in config.layers:
-            # Keys as columns: the order that the CPU kernel's loads want.
             keys, values = (torch.zeros(shape, dtype=self.model.dtype, device=self.device) for _ in range(2))
-            layers.append(PagedKV(keys.transpose(2, 3), values.view(num_blocks, config.num_kv_heads, BLOCK, -1), nothing))
+            if self.device.type == "cpu":  # keys as columns: the order that its kernel's loads want
+                keys = keys.transpose(2, 3).contiguous().transpose(2, 3)
+            layers.append(PagedKV(keys, values, nothing))
         return layers
 
     def _forward(self, live: Sequence[_Sequence], pending: Sequence[Sequence[int]], kv: list[PagedKV]) -> Tensor:

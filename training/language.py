@@ -73,6 +73,28 @@ class _Made:
     pictures: Pixels | None = None
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _Maker:
+    """Makes the batches of a step, as far as numpy can. later: with it, all documents go into rows of `row` ids."""
+
+    mixes: Sequence[tuple[int, Mix]]
+    tokens: int
+    pictures: PictureIds
+    pad_id: int
+    row: int
+    later: CodesLater | None
+    seed: int
+    rank: int
+
+    def __call__(self, step: int) -> _Made:
+        random = np.random.default_rng((self.seed, step, self.rank))
+        mix = [each for start, each in self.mixes if start <= step][-1]
+        documents = mix(random, self.tokens)
+        if self.later is None:
+            return _Made(list(batches(documents, self.pictures, self.pad_id)))
+        return _Made([packed(documents, self.pictures, self.pad_id, self.row)], self.later.taken())
+
+
 class LanguageStage:
     """near int64 [codes, k]: the codes most like each, itself left out; disturbed codes are drawn from them."""
 
@@ -96,14 +118,14 @@ class LanguageStage:
         which it does, in their order. adapters: of this model, when they are learned in its matrices' place."""
         if model.config.pictures is None:
             raise ValueError("a language stage teaches models that know pictures")
-        self.name, self.model, self.settings, self.rank, self.seed = name, model, settings, rank, seed
-        self.mixes = [(0, mix), *later]
+        self.name, self.model, self.settings, self.rank = name, model, settings, rank
         self.module: nn.Module = model if adapters is None else nn.ModuleDict({"model": model, "adapters": adapters})
         self.pictures: PictureIds = model.config.pictures
-        self.near, self.pad_id, self.held_out = near, pad_id, held_out
+        self.near, self.pad_id, self.held_out, self.elsewhere = near, pad_id, held_out, elsewhere
         self.device = model.final_norm.device
-        self.elsewhere = elsewhere
-        self.made = Ahead(self._make, elsewhere.workers if elsewhere else 0)
+        row, unknown = model.config.max_context, elsewhere.later if elsewhere else None
+        maker = _Maker([(0, mix), *later], settings.tokens, self.pictures, pad_id, row, unknown, seed, rank.index)
+        self.made = Ahead(maker, elsewhere.workers if elsewhere else 0)
         if adapters is not None:
             learn_only_codes(model)
         self.learned = [each for each in dict.fromkeys(self.module.parameters()) if each.requires_grad]
@@ -127,16 +149,6 @@ class LanguageStage:
         code, num_codes, text, num_texts, length = torch.cat([sums, norm.reshape(1)]).tolist()  # the step's one wait for a GPU
         means = {"code": code / max(num_codes, 1), "text": text / max(num_texts, 1)}
         return {**means, "norm": length, "tokens": float(sum(part.read.size for part in parts))}
-
-    def _make(self, step: int) -> _Made:
-        """This rank's batches of a step, as far as numpy can make them."""
-        random = np.random.default_rng((self.seed, step, self.rank.index))
-        mix = [each for start, each in self.mixes if start <= step][-1]
-        documents = mix(random, self.settings.tokens)
-        if self.elsewhere is None:
-            return _Made(list(batches(documents, self.pictures, self.pad_id)))
-        row = self.model.config.max_context
-        return _Made([packed(documents, self.pictures, self.pad_id, row)], self.elsewhere.later.taken())
 
     def _known(self, made: _Made) -> Sequence[Batch]:
         """The batches with codes where ids only stood for them."""

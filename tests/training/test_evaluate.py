@@ -19,12 +19,14 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.ops import select_ops
+from service.model.transformer import Precision, build_transformer
 from service.model.vq import VQConfig, VQTokenizer
 from training import report
 from training.chapters import ablations, goals, table
 from training.data.emoji import Emoji, EmojiSet
 from training.data.text import TextSet
-from training.decoder import fresh_decoder
+from training.decoder import NamedSource, fresh_decoder, named_tensors
 from training.evaluate import reconstruction, text
 from training.evaluate import run as evaluation
 from training.evaluate.apart import told_apart
@@ -400,3 +402,16 @@ def test_ablations_are_told_with_mean_and_spread() -> None:
 
 def test_tables_are_markdown() -> None:
     assert table(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+@pytest.mark.gpu
+def test_a_gpu_answers_as_a_cpu_does() -> None:
+    """Greedy words and pictures from the same weights on both back ends in float32."""
+    config = read_recipe("smoke").model_config()
+    source = NamedSource(named_tensors(fresh_decoder(config, 0)))
+    prompts = [[1, 3, *range(20, 20 + length), 4] for length in (3, 9, 17)]
+    found = []
+    for device, ops in (("cpu", "reference"), ("cuda", "triton")):
+        model = build_transformer(config, source, select_ops(ops), precision=Precision(torch.float32), device=device)  # type: ignore[arg-type]
+        found.append(generate(model, prompts, Sampling(max_tokens=12), eos_id=2, num_frames=[0, 1, 2]))
+    assert found[0] == found[1]

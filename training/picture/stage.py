@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,16 +59,13 @@ class _PictureStage:
     def __init__(
         self, model: VQTokenizer, source: PictureSource, held_out: NDArray[np.uint8], settings: PictureSettings, rank: Rank, seed: int
     ) -> None:
-        self.model, self.source, self.held_out, self.settings, self.rank, self.seed = model, source, held_out, settings, rank, seed
+        self.model, self.held_out, self.settings, self.rank = model, held_out, settings, rank
         self.device = model.quantize.embedding.weight.device
-        self.thrown = Ahead(self._throw, num_workers(self.device, rank.count))
+        throw = partial(_throw, source, settings.batch, seed, rank.index)
+        self.thrown = Ahead(throw, num_workers(self.device, rank.count))
 
     def batch(self, step: int) -> Tensor:
         return to_tensor(self.thrown(step), self.device)
-
-    def _throw(self, step: int) -> NDArray[np.uint8]:
-        random = np.random.default_rng((self.seed, step, self.rank.index))
-        return self.source(random, self.settings.batch)
 
     def evaluate(self) -> Mapping[str, float]:
         with products_in(self.settings.precision, self.device):
@@ -86,6 +84,10 @@ class _PictureStage:
         shown = self.held_out[:: max(1, len(self.held_out) // 24)][:24]
         with products_in(self.settings.precision, self.device):
             write_sheet(folder / "sheet.png", [shown, decode(self.model, encode(self.model, shown))])
+
+
+def _throw(source: PictureSource, count: int, seed: int, rank: int, step: int) -> NDArray[np.uint8]:
+    return source(np.random.default_rng((seed, step, rank)), count)
 
 
 class ReconstructionStage(_PictureStage):
