@@ -15,7 +15,8 @@ Figures = Mapping[str, Any]
 
 MEANT = {
     "adversary": "The image tokenizer's second stage: its decoder against the adversary, or as many steps of reconstruction. Told from "
-    "real: how often a fresh classifier, taught on two thirds of the scenes, is right on the others; 0.5 is a guess.",
+    "real: how often a fresh classifier, taught on two thirds of the scenes, is right on the others; 0.5 is a guess. Trained on the "
+    "recipe's pictures, measured on scenes.",
     "attention": "Local layers with some global ones among them, or all layers global.",
     "tasks": "All tasks in one mix, or drawing or describing alone for as many steps.",
     "pretraining": "No pre-training; pre-training on pictures without words; or as many steps in all, spent on the tasks.",

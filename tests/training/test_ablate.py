@@ -51,9 +51,10 @@ def test_all_global_has_no_local_layer_and_keeps_more() -> None:
     base = changed(read_recipe("nano"), base_changes(BUDGET))
     everything = changed(base, arms_of(BUDGET)["all-global"].changes).model_config()
     assert set(everything.layers) == {LayerAttention()}
-    assert kv_bytes(everything, 512) == 6 * 512 * 2 * 64 * 2
-    assert kv_bytes(base.model_config(), 512) == (2 * 512 + 4 * 36) * 2 * 64 * 2
-    assert kv_bytes(base.model_config(), 20) == 6 * 20 * 2 * 64 * 2
+    token = 2 * 2 * 64 * 2  # keys and values, two heads, width, bfloat16
+    assert kv_bytes(everything, 512) == 6 * 512 * token
+    assert kv_bytes(base.model_config(), 512) == (3 * 512 + 3 * 128) * token
+    assert kv_bytes(base.model_config(), 20) == 6 * 20 * token
 
 
 def test_every_ablation_names_arms_and_every_arm_is_named() -> None:
