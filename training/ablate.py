@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -33,7 +35,7 @@ from training.log import read_csv
 from training.materials import Materials, load_materials
 from training.picture.measures import decode, encode, gradient_energy_ratio, psnr
 from training.recipe import Recipe, read_recipe
-from training.stages import Course, run_stage
+from training.stages import SECTIONS, Course, run_stage
 from training.world.scene import is_trained
 from training.world.tasks import TASK_NAMES
 
@@ -62,9 +64,11 @@ class Bench:
 
     def setting(self, name: str) -> str:
         """Everything that an arm has in common with those it is compared with, in a few letters."""
-        is_shared = "tokenizer" not in arms_of(self.budget)[name].stages
-        tokenizer = digest_of(self.shared / "tokenizer" / "artefact") if is_shared else ""
-        values = json.dumps([asdict(self.base()), asdict(self.budget), self.num_ranks, tokenizer])
+        stages = arms_of(self.budget)[name].stages
+        recipe = asdict(self.base())
+        parts = {key: reduce(operator.getitem, key.split("."), recipe) for stage in stages for key in SECTIONS[stage]}
+        tokenizer = "" if "tokenizer" in stages else digest_of(self.shared / "tokenizer" / "artefact")
+        values = json.dumps([parts, recipe["precision"], self.budget.count, self.num_ranks, tokenizer], sort_keys=True)
         return hashlib.sha256(values.encode()).hexdigest()[:12]
 
     def course(self, name: str, seed: int) -> Course:
@@ -216,8 +220,8 @@ def write_result(path: Path, record: dict[str, Any]) -> None:
 @click.option("--results", type=click.Path(path_type=Path, dir_okay=False), default=Path("docs/results/ablations.json"), show_default=True)
 @click.option("--arm", "arms", multiple=True, type=click.Choice(ARM_NAMES), help="Only these of the arms.")
 @click.option("--seeds", default=3, show_default=True, help="How many, from 0.")
-@click.option("--steps", default=700, show_default=True, help="Of the decoder's last stage.")
-@click.option("--pretrain-steps", default=250, show_default=True)
+@click.option("--steps", default=450, show_default=True, help="Of the decoder's last stage.")
+@click.option("--pretrain-steps", default=150, show_default=True)
 @click.option("--reconstruction-steps", default=1500, show_default=True)
 @click.option("--adversarial-steps", default=700, show_default=True)
 @click.option(

@@ -44,9 +44,7 @@ def arms_of(budget: Budget) -> dict[str, Arm]:
         "all-global": Arm({"decoder.global_every": 1}),
         "draw only": Arm({"multitask.mix": {"world_draw": 1.0}}),
         "describe only": Arm({"multitask.mix": {"world_describe": 1.0}}),
-        "pre-trained": Arm(
-            {"pretrain.schedule.steps": budget.pretrain_steps, "pretrain.schedule.evaluate_every": max(1, budget.pretrain_steps)}
-        ),
+        "pre-trained": Arm(_steps("pretrain.schedule", budget.pretrain_steps)),
         "longer": Arm({"multitask.schedule.steps": budget.steps + budget.pretrain_steps}),
         "adversary": Arm(stages=("tokenizer",)),
         "no adversary": Arm(
@@ -67,7 +65,7 @@ ABLATIONS = {
 def base_changes(budget: Budget) -> dict[str, Any]:
     """What all arms change of the recipe: fewer steps, and the world alone, but for the image tokenizer, which is only measured on it.
     Taught on scenes alone, its latents all became one (seen on a GPU and on a CPU, also with 400 free steps)."""
-    often = {"warmup_steps": max(1, budget.steps // 20), "save_every": 50, "patience": 0}
+    often = {"save_every": 50, "patience": 0}
     shares: dict[str, Any] = {"pretrain.mix": WORLD_CODES, "multitask.mix": WORLD_MIX, "data.num_watched": 48}
     shares |= {"pretrain.later": [], "multitask.later": []}
     steps = {
@@ -78,8 +76,12 @@ def base_changes(budget: Budget) -> dict[str, Any]:
     }
     for name, count in steps.items():
         shares |= {f"{name}.{key}": value for key, value in often.items()}
-        shares |= {f"{name}.steps": count, f"{name}.evaluate_every": max(1, count)}
+        shares |= _steps(name, count)
     return shares
+
+
+def _steps(name: str, count: int) -> dict[str, int]:
+    return {f"{name}.steps": count, f"{name}.evaluate_every": max(1, count), f"{name}.warmup_steps": max(1, count // 20)}
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
