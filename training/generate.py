@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.ops import PagedBatch, PagedKV, SampleRows
 from service.model.transformer import Transformer
+from service.runner.kv_cache import as_kept
 from service.vocabulary import PictureIds
 
 BLOCK = 16
@@ -140,9 +141,7 @@ class _Run:
         layers = []
         for _ in config.layers:
             keys, values = (torch.zeros(shape, dtype=self.model.dtype, device=self.device) for _ in range(2))
-            if self.device.type == "cpu":  # keys as columns: the order that its kernel's loads want
-                keys = keys.transpose(2, 3).contiguous().transpose(2, 3)
-            layers.append(PagedKV(keys, values, nothing))
+            layers.append(PagedKV(as_kept(keys), values, nothing))
         return layers
 
     def _forward(self, live: Sequence[_Sequence], pending: Sequence[Sequence[int]], kv: list[PagedKV]) -> Tensor:

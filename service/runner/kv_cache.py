@@ -49,6 +49,12 @@ def partition_layers(config: ModelConfig) -> KVLayout:
     return KVLayout(tuple(groups), tuple(places), size)
 
 
+def as_kept(keys: Tensor) -> Tensor:
+    """Empty keys [B, K, P, H] as the back ends want them to lie. On the CPU a block's keys lie as columns [H, P]: a vector of one number of
+    many keys is then a plain load."""
+    return keys.view(*keys.shape[:2], keys.shape[3], keys.shape[2]).transpose(2, 3) if keys.device.type == "cpu" else keys
+
+
 class KVCache:
     """pool [L, 2, B, K, P, H]; `of_layers` binds it to one step's batches."""
 
@@ -59,12 +65,7 @@ class KVCache:
         self.pool = _zeros(shape, dtype, device)
         self.places = layout.places
         self.block_size = block_size
-        self.views = [(self._keys(at), self.pool[at, 1]) for at in range(layout.layers_per_group)]
-
-    def _keys(self, place: int) -> Tensor:
-        """[B, K, P, H]. On the CPU a block's keys lie as columns [H, P]: a vector of one number of many keys is then a plain load."""
-        keys = self.pool[place, 0]
-        return keys.view(*keys.shape[:2], keys.shape[3], keys.shape[2]).transpose(2, 3) if keys.device.type == "cpu" else keys
+        self.views = [(as_kept(self.pool[at, 0]), self.pool[at, 1]) for at in range(layout.layers_per_group)]
 
     def of_layers(self, batches: list[PagedBatch]) -> list[PagedKV]:
         """One `PagedKV` per layer. batches: one per group."""
