@@ -26,8 +26,10 @@ from service.api.backend import vocabulary_of
 from service.api.body import BodyLimits
 from service.api.connection import TimedConnection
 from service.api.insider import SelfCaller
+from service.api.media import MediaLimits
 from service.api.routes import VERSION
 from service.catalog import Resolved
+from service.codec.pixels import PictureLimits
 from service.codec.prompt import Codec, load_codec
 from service.engine.client import EngineClient
 from service.engine.messages import Load, ModelSource
@@ -92,7 +94,11 @@ async def serve(settings: Settings, models: Sequence[Resolved]) -> int:
             engine=engine,
             codecs=codecs,
             metrics=metrics,
-            limits=Limits(BodyLimits(max_bytes=settings.max_body_bytes, is_strict=settings.strict), settings.max_queue_requests),
+            limits=Limits(
+                BodyLimits(max_bytes=settings.max_body_bytes, is_strict=settings.strict),
+                settings.max_queue_requests,
+                media=MediaLimits(PictureLimits(settings.max_image_bytes, settings.max_image_pixels), hosts=settings.media_hosts),
+            ),
             api_keys=settings.api_keys,
             allow_origins=settings.allow_origins,
             hosts=hosts_to_accept(settings.host, bool(settings.api_keys), settings.allowed_hosts),

@@ -16,7 +16,7 @@ import click
 from service.catalog import CATALOG, Progress, Resolved, is_cached, resolve
 from service.catalog import verify as verify_file
 from service.errors import StartupError
-from service.settings import DEFAULT_MODEL, ENVIRONMENT_PREFIX, Size, format_bytes, make_settings, serve_options
+from service.settings import DEFAULT_MODEL, DEFAULT_MODELS, ENVIRONMENT_PREFIX, Size, format_bytes, make_settings, serve_options
 
 _CONTEXT: dict[str, Any] = {
     "auto_envvar_prefix": ENVIRONMENT_PREFIX,
@@ -54,12 +54,13 @@ def main() -> None:
 @main.command(context_settings=_CONTEXT, short_help="Serve models over HTTP.")
 @serve_options
 def serve(**values: Any) -> None:
-    """Serve one or several models over HTTP; the first is the default of requests that name none.
+    """Serve one or several models over HTTP; a request that names none gets the first that can do what it asks for.
 
-    Without MODEL it is smollm2-135m-instruct, fetched on first use. A flag wins over the environment, that over the --config file.
+    Without MODEL they are smollm2-135m-instruct, fetched on first use, and braid-nano, which ships with Braid and draws; where the first
+    can't be fetched, braid-nano alone. A flag wins over the environment, that over the --config file.
     """
     settings = make_settings(values)
-    models = _resolve_all(settings.models)
+    models = _resolve_defaults() if settings.models == DEFAULT_MODELS else _resolve_all(settings.models)
     from service.__main__ import main as run
 
     sys.exit(run(settings, models))
@@ -69,8 +70,8 @@ def serve(**values: Any) -> None:
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
 @click.option("--verify", is_flag=True, help="Read cached files again and compare their checksums.", show_envvar=True)
 def pull_command(models: tuple[str, ...], verify: bool) -> None:
-    """Fetch models, by default smollm2-135m-instruct, so that they can be served offline."""
-    for name in models or (DEFAULT_MODEL,):
+    """Fetch models, by default those that are served by default, so that they can be served offline."""
+    for name in models or DEFAULT_MODELS:
         entry = CATALOG.get(name)
         if verify and entry is not None and is_cached(entry) and not verify_file(entry):
             click.echo(f"{name}: the cached file is damaged; fetching it again", err=True)
@@ -122,6 +123,20 @@ def plan(model: str, memory: int, max_context: int) -> None:
 def _pull_one(model: str) -> Resolved:
     with _progress_bar() as progress:
         return resolve(model, progress)
+
+
+def _resolve_defaults() -> list[Resolved]:
+    """Those that are here or can be fetched; without a network that is what ships. Raises: StartupError when none is left."""
+    found, problems = list[Resolved](), list[StartupError]()
+    for name in DEFAULT_MODELS:
+        try:
+            found.append(_pull_one(name))
+        except StartupError as error:
+            problems.append(error)
+            click.echo(f"{error.message}; going on without {name}", err=True)
+    if not found:
+        raise problems[0]
+    return found
 
 
 def _resolve_all(models: tuple[str, ...]) -> list[Resolved]:

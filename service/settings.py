@@ -20,6 +20,8 @@ import click
 
 ENVIRONMENT_PREFIX = "BRAID"
 DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_MODELS = (DEFAULT_MODEL, "braid-nano")
+"""Text first: a request that names no model and wants words gets the better writer; one that wants pictures, the one that draws."""
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -29,10 +31,11 @@ class Settings:
 
     memory in bytes, for the weights and K/V of all models. max_queue_requests and max_queue_tokens bound what is in flight or waiting.
     data_dir: of files and batches; "off" for neither, "" for the user's own.
+    max_image_*: of each picture that a request brings. media_hosts: from which pictures may be fetched.
     api_keys: also those of api_key_file. allowed_hosts: of the Host header; none leaves the choice to `hosts_to_accept`.
     """
 
-    models: tuple[str, ...] = (DEFAULT_MODEL,)
+    models: tuple[str, ...] = DEFAULT_MODELS
     host: str = "127.0.0.1"
     port: int = 8000
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
@@ -53,6 +56,9 @@ class Settings:
     max_queue_requests: int = 256
     max_queue_tokens: int = 1_000_000
     max_body_bytes: int = 32 * 2**20
+    max_image_bytes: int = 20 * 2**20
+    max_image_pixels: int = 36_000_000
+    media_hosts: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
     data_dir: str = ""
     max_file_bytes: int = 200 * 2**20
@@ -284,6 +290,16 @@ _OPTIONS = (
     _option("--max-queue-requests", "max_queue_requests", type=_number(1, 10**6), help="Most requests in flight; more get 429."),
     _option("--max-queue-tokens", "max_queue_tokens", type=_number(1, 10**10), help="Most tokens in flight; more get 429."),
     _option("--max-body", "max_body_bytes", type=Size(1024, 2**30), show_default="32MiB", help="Largest request body."),
+    _option("--max-image", "max_image_bytes", type=Size(1024, 2**30), show_default="20MiB", help="Largest file of a picture in a request."),
+    _option("--max-image-pixels", "max_image_pixels", type=_number(1024, 10**9), help="Most pixels of a picture in a request."),
+    _option(
+        "--media-host",
+        "media_hosts",
+        type=_HOST,
+        multiple=True,
+        show_default="none",
+        help="A host that pictures in requests may be fetched from; repeatable.",
+    ),
     _option(
         "--allow-origin",
         "allow_origins",

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from service.engine.engine import BrokenEngineError, Engine, Lane, Runner
+from service.engine.engine import BrokenEngineError, Engine, Lane, Painter, Runner
 from service.engine.mailbox import Mailbox
 from service.engine.messages import Failed, Load, ModelInfo, Progress, Ready
 from service.engine.pace import BeatThread
@@ -45,6 +45,9 @@ class Loaded(Protocol):
 
     @property
     def groups(self) -> tuple[KVGroup, ...]: ...
+
+    @property
+    def painter(self) -> Painter | None: ...
 
 
 LoadModels = Callable[[Load, Callable[[str, float], None]], Sequence[Loaded]]
@@ -121,7 +124,7 @@ def build_lane(loaded: Loaded, load: Load) -> Lane:
         max_waiting_requests=_NO_LIMIT,
         max_waiting_tokens=_NO_LIMIT,
     )
-    return Lane(info, scheduler, loaded.runner)
+    return Lane(info, scheduler, loaded.runner, loaded.painter)
 
 
 def give_up(mailbox: Mailbox, message: str) -> int:

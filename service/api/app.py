@@ -22,10 +22,14 @@ from service.api.body import BodyLimits
 from service.api.chat import chat_route
 from service.api.classify import classify_router
 from service.api.completions import completion_route
+from service.api.easel import Easel
 from service.api.embeddings import embedding_router
 from service.api.envelope import CLIENT_GONE, Envelope
 from service.api.errors import error_response
 from service.api.files import files_router
+from service.api.gallery import Gallery, gallery_router
+from service.api.images import Studio, images_router
+from service.api.media import Media, MediaLimits
 from service.api.messages import messages_router
 from service.api.methods import HeadAsGet, with_head
 from service.api.models import models_router
@@ -49,6 +53,7 @@ class Limits:
     body: BodyLimits = field(default_factory=BodyLimits)
     max_requests: int = 256
     responses: StoreLimits = field(default_factory=StoreLimits)
+    media: MediaLimits = field(default_factory=MediaLimits)
 
 
 def build_app(
@@ -77,6 +82,9 @@ def build_app(
     app.include_router(tokenize_router(backend, limits.body))
     app.include_router(files_router(desk, limits.body))
     app.include_router(batches_router(desk, limits.body))
+    studio = Studio(Easel(backend), Media(limits.media), Gallery())
+    app.include_router(images_router(studio, limits.body))
+    app.include_router(gallery_router(studio.gallery))
     app.include_router(models_router(backend))
     app.include_router(ops_router(backend, metrics))
     app.include_router(page_router())

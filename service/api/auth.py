@@ -24,12 +24,14 @@ PUBLIC_PATHS = frozenset({"/health", "/live", "/ready", "/ping"})
 # The page's own files. They hold no data: what it shows comes from the routes, for which it asks the person for a key.
 _PAGE = "/"
 _ASSETS = "/static/"
+# Pictures that were answered with a URL, under names that nobody can guess.
+KEPT_PICTURES = "/v1/images/kept/"
 _OWN_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 def is_public(path: str) -> bool:
     """May anybody ask for it, with keys set? path: as the router sees it, percent signs decoded."""
-    return path in PUBLIC_PATHS or path == _PAGE or path.startswith(_ASSETS)
+    return path in PUBLIC_PATHS or path == _PAGE or path.startswith((_ASSETS, KEPT_PICTURES))
 
 
 def hosts_to_accept(host: str, has_keys: bool, allowed: Iterable[str] = ()) -> tuple[str, ...]:

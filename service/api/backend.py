@@ -75,17 +75,22 @@ class Backend:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="encode")
         self._num_encoding = 0
 
-    def choose(self, name: str | None, *, generates: bool = False) -> str:
-        """The model's name; without one the default, or with `generates` the first that makes text.
+    def choose(self, name: str | None, *, generates: bool = False, draws: bool = False) -> str:
+        """The model's name; without one the default, or with `generates` the first that makes text, with `draws` the first that reads and
+        draws pictures.
 
-        Raises: ModelNotFoundError; RequestError for a model that makes no text; UnavailableError unless the engine takes requests.
+        Raises: ModelNotFoundError; RequestError for a model that can't; UnavailableError unless the engine takes requests.
         """
         if name is not None and name not in self.codecs:
             raise ModelNotFoundError(f"The model `{name}` does not exist or you do not have access to it.", param="model")
         if name is None:
             infos = self.engine.models()
             usable = (each for each in self.codecs if not generates or each not in infos or infos[each].can_generate)
+            if draws:
+                usable = (each for each in self.codecs if each in infos and infos[each].picture_pixels)
             name = next(usable, next(iter(self.codecs)))
+        if draws and not self.info(name).picture_pixels:
+            raise RequestError(f"the model {name} can't read or draw pictures", param="model", code="unsupported_model")
         if not self.info(name).can_generate and generates:
             raise RequestError(f"the model {name} makes vectors and no text; use /v1/embeddings", param="model", code="unsupported_model")
         return name
@@ -139,7 +144,7 @@ class Backend:
         every = _sampling_of_each(request, codec, info, prompts, seed)
         if terms.grammar:
             self.engine.teach(model, lambda: vocabulary_of(model, codec))
-        streams: list[Stream] = []
+        streams: list[Stream[Generate]] = []
         try:
             for index, (prompt, sampling) in enumerate(zip(prompts, every, strict=True)):
                 generate = Generate(
@@ -173,7 +178,7 @@ class Backend:
             param = "n" if len(prompts) == 1 else request.prompt_param
             raise RequestError(f"{num_choices} choices are asked for; at most {self._max_requests} are taken at a time", param=param)
 
-    def start(self, wanted: Generate, arrival: float) -> Stream:
+    def start(self, wanted: Generate, arrival: float) -> Stream[Generate]:
         """Sends one prompt down, counted from arrival. Raises: what `EngineClient.submit` raises."""
         stream = self.engine.submit(wanted)
         self._metrics.begin(
@@ -181,16 +186,24 @@ class Backend:
         )
         return stream
 
+    def start_counted(self, wanted: Generate, arrival: float) -> Stream[Generate]:
+        """The same, and a refusal for load is counted. Raises: what `EngineClient.submit` raises."""
+        try:
+            return self.start(wanted, arrival)
+        except OverloadedError:
+            self.count_refusal(wanted.model, wanted.num_choices)
+            raise
+
     def count_refusal(self, model: str, num_choices: int = 1) -> None:
         """The engine client had no room for a prompt with so many choices."""
         is_full = self.engine.num_in_flight + num_choices > self._max_requests
         self._metrics.reject(model, "max_num_queued_reqs" if is_full else "max_num_queued_tokens")
 
 
-def _choices(streams: list[Stream], codec: Codec, request: SamplingFields, terms: Terms) -> list[Choice]:
+def _choices(streams: list[Stream[Generate]], codec: Codec, request: SamplingFields, terms: Terms) -> list[Choice]:
     """In the order of OpenAI's indexes: prompt * n + choice."""
 
-    def aborter(stream: Stream, number: int) -> Callable[[], None]:
+    def aborter(stream: Stream[Generate], number: int) -> Callable[[], None]:
         return lambda: stream.abort(number, finished=True)
 
     own_stops = frozenset(request.stop_token_ids)

@@ -147,10 +147,11 @@ def validate(body: bytes, kind: type[R], is_strict: bool = False) -> tuple[R, Wa
     return checked(_decode(body, kind), kind, is_strict)
 
 
-def checked(data: dict[str, Any], kind: type[R], is_strict: bool = False) -> tuple[R, Warnings]:
-    """The same for a JSON object at hand: a line of a batch, or what another API's route translated. Raises: RequestError."""
+def checked(data: dict[str, Any], kind: type[R], is_strict: bool = False, *, is_form: bool = False) -> tuple[R, Warnings]:
+    """The same for a JSON object at hand: a line of a batch, or what another API's route translated; or for the fields of a form, whose
+    numbers are texts. Raises: RequestError."""
     _check_unbuilt(data, kind)
-    parsed = _validate(data, kind)
+    parsed = _validate(data, kind, is_form)
     parsed.check()
     warnings = Warnings(is_strict)
     for name in parsed.unknown_fields():
@@ -201,9 +202,9 @@ def _check_unbuilt(data: dict[str, Any], kind: type[R]) -> None:
             raise RequestError(f"{name} is not supported by this server", param=name, code="unsupported_parameter")
 
 
-def _validate(data: dict[str, Any], kind: type[R]) -> R:
+def _validate(data: dict[str, Any], kind: type[R], is_form: bool = False) -> R:
     try:
-        return kind.model_validate(data)
+        return kind.model_validate_strings(data) if is_form else kind.model_validate(data)
     except ValidationError as error:
         raise _request_error(error.errors(include_url=False, include_input=False)[0], data) from None
 

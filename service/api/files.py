@@ -6,25 +6,22 @@ Names from clients are only told back. The store does the work, in threads, sinc
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
-from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.types import Message
 
-from service.api.body import BodyLimits, discard, printable
+from service.api.body import BodyLimits, printable
+from service.api.form import FormLimits, read_form
 from service.api.listing import is_descending, page, page_limit
 from service.api.routes import caller_of, json_answer
 from service.api.strict import Warnings
-from service.errors import BodyTooLargeError, DeadlineError, MediaTypeError, RequestError
+from service.errors import RequestError
 from service.jobs.desk import Desk
-from service.jobs.files import StoredFile, storage_error
+from service.jobs.files import StoredFile
 
 PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
 _LISTED = (*PURPOSES, "batch_output")
@@ -32,10 +29,8 @@ _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _FIELDS = ("file", "purpose", _ANCHOR, _SECONDS)
 _MAX_LIST = 10_000
 _MAX_FIELDS = 8
-_MAX_FIELD_BYTES = 4096
 _MAX_NAME = 255
 _MAX_EXTRA_BYTES = 64 * 1024  # of the form around the file
-_TOTAL_S = 1800.0
 _LIFETIME_S = (3600, 2_592_000)
 _OFF = "this server keeps no files: it was started without a data folder"
 
@@ -54,7 +49,8 @@ def files_router(desk: Desk | None, limits: BodyLimits) -> APIRouter:
     @router.post("/v1/files")
     async def create_file(request: Request) -> Response:
         store = desk_of(desk).files
-        async with _form(request, store.max_file_bytes, limits) as form:
+        form_limits = FormLimits(store.max_file_bytes + _MAX_EXTRA_BYTES, max_fields=_MAX_FIELDS, idle_s=limits.idle_s)
+        async with read_form(request, form_limits) as form:
             upload, purpose, lifetime_s = _fields(form)
             warnings = _unknown(form, Warnings(limits.is_strict))
             stored = await asyncio.to_thread(
@@ -116,58 +112,6 @@ def _view(file: StoredFile) -> dict[str, Any]:
         "status": "processed",
     }
     return body if file.expires_at is None else {**body, "expires_at": file.expires_at}
-
-
-@contextlib.asynccontextmanager
-async def _form(request: Request, max_file_bytes: int, limits: BodyLimits) -> AsyncIterator[FormData]:
-    """The request's form while the block runs; what it spooled to disk is gone afterwards.
-
-    Raises: MediaTypeError, BodyTooLargeError, DeadlineError, RequestError, StorageError.
-    """
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
-        raise MediaTypeError("a file is sent as a form: Content-Type: multipart/form-data")
-    max_bytes = max_file_bytes + _MAX_EXTRA_BYTES
-    length = request.headers.get("content-length", "")
-    try:
-        if length.isdecimal() and int(length) > max_bytes:
-            raise _too_large(max_bytes)
-        watched = Request(request.scope, _Counted(request, max_bytes, limits.idle_s))
-        async with asyncio.timeout(_TOTAL_S):
-            form = await watched.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
-    except BodyTooLargeError:
-        await discard(request)
-        raise
-    except TimeoutError:
-        raise DeadlineError("the request's body did not arrive in time", code="request_timeout") from None
-    except HTTPException as error:
-        raise RequestError(f"the form can't be read: {error.detail}") from None
-    except OSError as error:
-        raise storage_error(error) from error
-    try:
-        yield form
-    finally:
-        await form.close()
-
-
-def _too_large(max_bytes: int) -> BodyTooLargeError:
-    return BodyTooLargeError(f"the form is larger than {max_bytes} bytes, which is the limit", param="file")
-
-
-class _Counted:
-    """A request's messages as they come, as long as they are not too many bytes and do not pause too long."""
-
-    def __init__(self, request: Request, max_bytes: int, idle_s: float) -> None:
-        self._receive = request.receive
-        self._max_bytes = self._left = max_bytes
-        self._idle_s = idle_s
-
-    async def __call__(self) -> Message:
-        async with asyncio.timeout(self._idle_s):
-            message = await self._receive()
-        self._left -= len(message.get("body", b""))
-        if self._left < 0:
-            raise _too_large(self._max_bytes)
-        return message
 
 
 def _fields(form: FormData) -> tuple[UploadFile, str, int | None]:

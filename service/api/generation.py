@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator
 
 from service.api.choice import Choice, Piece
-from service.engine.messages import Event, Reading
+from service.engine.messages import Event, Generate, Reading
 from service.engine.stream import Stream
 
 log = logging.getLogger("braid.requests")
@@ -21,7 +21,7 @@ class Generation:
     """All choices of one HTTP request: n for each of its prompts. Read once by `pieces`; ends what still runs when it is left.
     num_kept: how many choices of each prompt are the answer; the best of those that were drawn. readings: of each prompt, once it came."""
 
-    def __init__(self, streams: list[Stream], choices: list[Choice], arrival: float, num_kept: int | None = None) -> None:
+    def __init__(self, streams: list[Stream[Generate]], choices: list[Choice], arrival: float, num_kept: int | None = None) -> None:
         self.choices = choices
         self.num_prompt_tokens = sum(len(stream.request.prompt) for stream in streams)
         self.prompts = [stream.request.prompt for stream in streams]
@@ -114,7 +114,7 @@ def _milliseconds(seconds: float) -> float:
     return round(seconds * 1e3, 3)
 
 
-async def _merged(streams: list[Stream]) -> AsyncGenerator[tuple[int, list[Event]], None]:
+async def _merged(streams: list[Stream[Generate]]) -> AsyncGenerator[tuple[int, list[Event]], None]:
     """(index of the stream, its events), as they come."""
     if len(streams) == 1:
         batches = streams[0].batches()
@@ -126,7 +126,7 @@ async def _merged(streams: list[Stream]) -> AsyncGenerator[tuple[int, list[Event
         return
     queue: asyncio.Queue[tuple[int, list[Event] | None]] = asyncio.Queue()
 
-    async def feed(index: int, stream: Stream) -> None:
+    async def feed(index: int, stream: Stream[Generate]) -> None:
         try:
             async for events in stream.batches():
                 queue.put_nowait((index, events))

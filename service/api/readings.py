@@ -123,7 +123,7 @@ class _Crowd:
         self._caller = caller
         self._wanted = wanted
         self._concurrency = concurrency
-        self._open: dict[int, Stream] = {}
+        self._open: dict[int, Stream[Generate]] = {}
         self._num_open_tokens = 0
         self._readings: list[Reading | None] = [None] * len(wanted)
         self._cached_tokens = 0
@@ -150,7 +150,7 @@ class _Crowd:
         while self._open and (len(self._open) >= self._concurrency or self._num_open_tokens + prompt_len > MOST_TOKENS_IN_FLIGHT):
             await self._wait_for_an_end(None)
 
-    async def _start(self, index: int, wanted: Generate) -> Stream:
+    async def _start(self, index: int, wanted: Generate) -> Stream[Generate]:
         loop = asyncio.get_running_loop()
         give_up = loop.time() + PATIENCE_S
         while True:

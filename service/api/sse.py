@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Mapping
-from typing import Protocol
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from typing import Any, Protocol, TypeVar
 
 import msgspec
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -20,6 +21,7 @@ from service.api.generation import Generation
 from service.errors import BraidError, EngineError
 
 log = logging.getLogger("braid.http")
+T = TypeVar("T")
 
 KEEP_ALIVE_S = 15.0
 _PING = b": ping\n\n"
@@ -137,6 +139,73 @@ class EventStream(Response):
                 data = chunk(pieces[0]) if len(pieces) == 1 else b"".join(map(chunk, pieces))
                 if data:
                     await out.write(data)
+
+
+class ByteStream(Response):
+    """Server-sent events that a generator makes. As with `EventStream`, what fails before the first gets a status of its own; a client that
+    goes away ends the generator."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        super().__init__(headers={**_HEADERS, **headers}, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        out = _Output(send, self.raw_headers, b"")
+        running = asyncio.create_task(self._run(out))
+        try:
+            await first_of(running, _gone(receive))
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            out.stop()
+        if running.done() and not running.cancelled() and (error := running.exception()) is not None:
+            raise error
+
+    async def _run(self, out: _Output) -> None:
+        try:
+            async with contextlib.aclosing(self._events) as events:
+                async for data in events:
+                    await out.write(data)
+        except BraidError as error:
+            if not out.is_started:
+                raise
+            await out.write(event(error.body(), "error"), is_last=True)
+        except Exception:
+            if not out.is_started:
+                raise
+            log.exception("a stream failed")
+            fault = EngineError("The server had an error while it worked on this request.")
+            await out.write(event(fault.body(), "error"), is_last=True)
+        else:
+            await out.write(b"", is_last=True)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of work, which is cancelled when the client goes away. Raises: what work raises; ClientDisconnect."""
+    running = asyncio.create_task(work)
+    try:
+        await first_of(running, _gone(request.receive))
+        if not running.done():
+            raise ClientDisconnect
+        return running.result()
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def first_of(running: asyncio.Task[Any], other: Coroutine[Any, Any, None]) -> None:
+    """Until one of them is done; the other coroutine does not outlive this."""
+    waiting = asyncio.create_task(other)
+    try:
+        await asyncio.wait((running, waiting), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class _Output:

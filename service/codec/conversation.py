@@ -18,7 +18,8 @@ _ROLES = {"developer": "system", "function": "tool"}
 
 
 def template_messages(messages: Sequence[Mapping[str, Any]], *, wants_none: bool = False, has_short_ids: bool = False) -> list[Message]:
-    """content is one string, developer is called system, the arguments of a call are an object, and a result has its tool's name.
+    """content is one string, or with pictures a list of parts of the types image and text; developer is called system, the arguments of a
+    call are an object, and a result has its tool's name.
 
     wants_none: the content of an assistant message that only calls is None. has_short_ids: ids of calls are nine letters and digits.
     """
@@ -30,7 +31,7 @@ def _message(message: Mapping[str, Any], names: dict[str, str], wants_none: bool
     """Mutates: names, of the tools by the ids of their calls."""
     plain = {key: value for key, value in message.items() if value is not None}
     plain["role"] = _ROLES.get(plain.get("role", ""), plain.get("role"))
-    plain["content"] = _text(plain.get("content", "")) or plain.pop("refusal", "")
+    plain["content"] = _content(plain.get("content", "")) or plain.pop("refusal", "")
     legacy = plain.pop("function_call", None)
     calls = plain.pop("tool_calls", None) or ([{"id": "", "type": "function", "function": legacy}] if legacy else [])
     if calls:
@@ -48,8 +49,16 @@ def _message(message: Mapping[str, Any], names: dict[str, str], wants_none: bool
     return plain
 
 
-def _text(content: Any) -> str:
-    return content if isinstance(content, str) else "\n".join(part.get("text") or part.get("refusal") or "" for part in content)
+def _content(content: Any) -> str | list[dict[str, str]]:
+    if isinstance(content, str):
+        return content
+    if any(part.get("type") == "image" for part in content):
+        return [{"type": "image"} if part.get("type") == "image" else {"type": "text", "text": _text(part)} for part in content]
+    return "\n".join(map(_text, content))
+
+
+def _text(part: Mapping[str, Any]) -> str:
+    return part.get("text") or part.get("refusal") or ""
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +123,9 @@ def _told_to_user(messages: list[Message], text: str) -> list[Message]:
     at = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
     if at is None:
         return [{"role": "user", "content": text}, *messages]
-    asked = {**messages[at], "content": f"{text}\n\n{messages[at]['content']}"}
+    content = messages[at]["content"]
+    before = f"{text}\n\n"
+    asked = {**messages[at], "content": [{"type": "text", "text": before}, *content] if isinstance(content, list) else before + content}
     return [*messages[:at], asked, *messages[at + 1 :]]
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from service.checkpoint import find_checkpoint, open_gguf, read_json
 from service.codec.conversation import calls_in_words, template_messages, told
 from service.codec.reply_format import ReplyFormat, reply_format
@@ -20,6 +22,7 @@ from service.codec.tokenizer import Tokenizer
 from service.codec.tokenizer_files import token_text, tokenizer_from_gguf, tokenizer_from_json
 from service.codec.tools import ToolSet, tools_in_words
 from service.errors import RequestError, StartupError, WeightsError
+from service.vocabulary import PictureIds
 
 # Sampling defaults that a model may bring: our name, GGUF's name, least, most.
 _DEFAULTS = (
@@ -28,19 +31,25 @@ _DEFAULTS = (
     ("top_k", "top_k", 0.0, 2.0**31 - 1),
     ("min_p", "min_p", 0.0, 1.0),
     ("repetition_penalty", "penalty_repeat", 0.01, 100.0),
+    ("guidance_scale", "guidance_scale", 0.0, 20.0),
 )
+CAPTION_QUESTIONS = ("What is this?", "Describe the picture.")
+"""How a model is asked for a picture's caption, unless its generation_config.json says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
     """Everything about one model's text. template None: the model has none and can't chat. sampling_defaults: SamplingParams' names,
-    those that the model's files set. format: how the model answers."""
+    those that the model's files set, and the guidance_scale of drawings. pictures: which ids are codes, where it has any.
+    caption_questions: what it was taught to answer with a picture's caption. format: how the model answers."""
 
     name: str
     tokenizer: Tokenizer
     template: ChatTemplate | None
     sampling_defaults: Mapping[str, float | int]
     max_context: int
+    pictures: PictureIds | None = None
+    caption_questions: tuple[str, ...] = CAPTION_QUESTIONS
     format: ReplyFormat = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,8 +72,10 @@ class Codec:
         tools: ToolSet | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         reasoning_effort: str | None = None,
+        pictures: Sequence[Sequence[int]] = (),
     ) -> list[int]:
-        """Ids of a conversation. Text inside messages and tools that spells a special token is plain text.
+        """Ids of a conversation. Text inside messages and tools that spells a special token is plain text. pictures: the codes of every
+        part of the type image, in order.
 
         continue_final_message: the prompt ends inside the last message, the assistant's, whatever add_generation_prompt says.
         template_kwargs: the template's own variables; they go before what reasoning_effort means to it.
@@ -98,9 +109,10 @@ class Codec:
         if continue_final_message:
             rendered = _cut_at(seal, rendered)
         try:
-            return self.tokenizer.encode_prompt(rendered, marker)
+            ids = self.tokenizer.encode_prompt(rendered, marker)
         except UnicodeEncodeError:
             raise RequestError("messages hold half a surrogate pair, which is no character", param="messages") from None
+        return place_pictures(ids, pictures, self.pictures) if self.pictures is not None and pictures else ids
 
     def _template_messages(
         self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
@@ -142,6 +154,28 @@ class Codec:
             if not 0 <= token < self.vocab_size:
                 message = f"prompt has the id {token} at position {index}; the vocabulary has ids 0 to {self.vocab_size - 1}"
                 raise RequestError(message, param="prompt")
+
+
+def place_pictures(ids: Sequence[int], pictures: Sequence[Sequence[int]], marks: PictureIds) -> list[int]:
+    """Codes between the begin and end ids that the template wrote for each picture. Pictures that follow each other become the frames of a
+    film, as the model was taught. Raises: RequestError when the template did not write all of them."""
+    found: list[int] = []
+    left = iter(pictures)
+    count = 0
+    for place, token in enumerate(ids):
+        if token == marks.begin_id and ids[place + 1 : place + 2] == [marks.end_id]:
+            codes = next(left, None)
+            count += codes is not None
+            if found and found[-1] == marks.end_id:
+                found[-1] = marks.frame_id
+            else:
+                found.append(token)
+            found += codes or ()
+        else:
+            found.append(token)
+    if count != len(pictures):
+        raise RequestError("the model's chat template does not write all pictures of the messages", param="messages")
+    return found
 
 
 def load_codec(path: Path | str, *, name: str | None = None) -> Codec:
@@ -193,6 +227,8 @@ def _codec_from_folder(folder: Path, name: str) -> Codec:
         ChatTemplate(source, texts) if source else None,
         _sampling_defaults(generation, "generation_config.json"),
         _context(text_config.get("max_position_embeddings"), "max_position_embeddings"),
+        _pictures(config),
+        _caption_questions(generation),
     )
 
 
@@ -221,6 +257,24 @@ def _sampling_defaults(given: Mapping[str, Any], where: str) -> dict[str, float 
             raise StartupError(f"{where} sets {name} to {value!r}; it must be between {least:g} and {most:g}")
         found[name] = int(value) if name == "top_k" else value
     return found
+
+
+def _pictures(config: Mapping[str, Any]) -> PictureIds | None:
+    """Which ids are codes, of a config that has some; the engine reads the same words. Raises: WeightsError."""
+    image = config.get("image")
+    if image is None:
+        return None
+    try:
+        return msgspec.convert(image, PictureIds)
+    except msgspec.ValidationError as error:
+        raise WeightsError(f"the image section of config.json: {error}") from None
+
+
+def _caption_questions(generation: Mapping[str, Any]) -> tuple[str, ...]:
+    given = generation.get("caption_questions", CAPTION_QUESTIONS)
+    if not isinstance(given, list | tuple) or not given or not all(isinstance(each, str) for each in given):
+        raise StartupError("generation_config.json sets caption_questions to something other than a list of texts")
+    return tuple(given)
 
 
 def _context(value: Any, key: str) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from service.engine.messages import MAX_CHOICES, Generate, ModelInfo
+from service.engine.messages import MAX_CHOICES, MAX_DRAFT_LEN, MAX_GUIDANCE, Generate, ModelInfo, Picture
 from service.errors import RequestError
 from service.scheduling.plan import Drawn, PromptReading, StepPlan
 from service.scheduling.reading import Read
@@ -23,7 +23,8 @@ def check_request(wanted: Generate, info: ModelInfo) -> None:
         raise RequestError(f"the number of choices must be between 1 and {MAX_CHOICES}", param="n")
     if not wanted.prompt:
         raise RequestError("the prompt is empty", param="prompt")
-    if not (min(wanted.prompt) >= 0 and max(wanted.prompt) < info.vocab_size):
+    ids = (*wanted.prompt, *wanted.unconditional)
+    if not (min(ids) >= 0 and max(ids) < info.vocab_size):
         raise RequestError(f"the prompt holds a token id that is not in the vocabulary of {info.vocab_size}", param="prompt")
     if not (math.isfinite(wanted.timeout_s) and wanted.timeout_s >= 0):
         raise RequestError("timeout must be a number of seconds", param="timeout")
@@ -32,12 +33,47 @@ def check_request(wanted: Generate, info: ModelInfo) -> None:
         raise RequestError("seed + n must be at most 2**63", param="seed")
     if wanted.read is not None:
         check_read(wanted.read, len(wanted.prompt))
+    check_pictures(wanted, info)
     if not info.can_generate and (wanted.read is None or wanted.read.first or wanted.sampling.max_tokens):
         raise RequestError(f"the model {info.name} makes embeddings and no text", param="model")
     try:
         wanted.sampling.check(info.vocab_size, 0 if wanted.read is not None else 1)
     except ValueError as error:
         raise RequestError(str(error)) from None
+
+
+def check_pictures(wanted: Generate, info: ModelInfo) -> None:
+    """What is asked of a model's pictures. Raises: RequestError."""
+    if not (math.isfinite(wanted.guidance) and 0 <= wanted.guidance <= MAX_GUIDANCE):
+        raise RequestError(f"guidance_scale must be between 0 and {MAX_GUIDANCE}", param="guidance_scale")
+    if not 0 <= wanted.draft_len <= MAX_DRAFT_LEN:
+        raise RequestError(f"at most {MAX_DRAFT_LEN} codes can be guessed ahead")
+    if wanted.pictures is None:
+        return
+    if info.pictures is None:
+        raise RequestError(f"the model {info.name} has no pictures", param="model")
+    if wanted.grammar:
+        raise RequestError("an answer that follows a grammar has no pictures")
+    try:
+        wanted.pictures.check(info.pictures)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def check_picture(wanted: Picture, info: ModelInfo) -> None:
+    """Raises: RequestError."""
+    pictures = info.pictures
+    if pictures is None or not info.picture_pixels:
+        raise RequestError(f"the model {info.name} can't read or draw pictures", param="model")
+    if bool(wanted.pixels) == bool(wanted.codes):
+        raise RequestError("a picture is given as pixels or as codes")
+    height, width = info.picture_size
+    if wanted.pixels and len(wanted.pixels) != 3 * height * width:
+        raise RequestError(f"a picture has {3 * height * width} bytes, not {len(wanted.pixels)}")
+    if wanted.codes and (len(wanted.codes) != pictures.num_places or not all(map(pictures.is_code, wanted.codes))):
+        raise RequestError(f"a picture has {pictures.num_places} codes")
+    if not (math.isfinite(wanted.timeout_s) and wanted.timeout_s >= 0):
+        raise RequestError("timeout must be a number of seconds", param="timeout")
 
 
 def check_read(read: Read, prompt_len: int) -> None:

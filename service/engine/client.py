@@ -16,7 +16,7 @@ import time
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -40,15 +40,16 @@ from service.engine.messages import (
     Usage,
     Vocabulary,
 )
-from service.engine.stream import Stream
+from service.engine.stream import R, Stream
 from service.engine.vitals import IDLE, Vitals
-from service.errors import BraidError, ModelNotFoundError, RequestError, StartupError, UnavailableError
+from service.errors import BraidError, ModelNotFoundError, OverloadedError, RequestError, StartupError, UnavailableError
 
 log = logging.getLogger("braid.client")
 
 State = Literal["loading", "ready", "stalled", "draining", "dead"]
 WORKER = (sys.executable, "-m", "service.worker")
 
+MAX_PICTURES = 4096
 _TICK_S = 0.25
 _EXIT_WAIT_S = 5.0
 
@@ -87,7 +88,8 @@ class EngineClient:
         self._admission = Admission(max_requests=max_requests_in_flight, max_tokens=max_tokens_in_flight)
         self._stall_exit_s = stall_exit_s
         self._command = tuple(command)
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, Stream[Any]] = {}
+        self._num_pictures = 0
         self._models: dict[str, ModelInfo] = {}
         self._stats: dict[str, LaneStats] = {}
         self._progress = Progress(phase="starting", fraction=0.0)
@@ -201,8 +203,9 @@ class EngineClient:
 
     # Requests
 
-    def submit(self, request: Generate) -> Stream:
-        """Hands a request to the engine. request_id must be new.
+    def submit(self, request: R) -> Stream[R]:
+        """Hands a request to the engine. request_id must be new. A picture is part of a request that was let in, so only their number is
+        bounded.
 
         Raises: ModelNotFoundError, RequestError; OverloadedError when too much is in flight; UnavailableError unless ready.
         """
@@ -211,17 +214,23 @@ class EngineClient:
             raise ModelNotFoundError(f"The model `{request.model}` does not exist or you do not have access to it.", param="model")
         if not 1 <= request.num_choices <= MAX_CHOICES:
             raise RequestError(f"n must be between 1 and {MAX_CHOICES}", param="n")
-        if request.grammar and request.model not in self._taught:
+        if isinstance(request, Generate) and request.grammar and request.model not in self._taught:
             raise ValueError(f"the vocabulary of {request.model!r} has not been sent")
         if request.request_id in self._streams:
             raise ValueError(f"request_id {request.request_id!r} is in flight already")
-        self._admission.check(len(request.prompt), request.num_choices)
+        if isinstance(request, Generate):
+            self._admission.check(request.num_prompt_tokens, request.num_choices)
+        elif self._num_pictures >= MAX_PICTURES:
+            raise OverloadedError("too many pictures are being read and drawn at the moment", retry_after_s=1.0)
         try:
             line.send(request)
         except (FrameError, OverflowError, TypeError, ValueError) as error:
             raise RequestError("the request holds a number or a length that is out of range") from error
         stream = Stream(request, self._send_abort)
-        self._admission.enter(request.request_id, len(request.prompt), time.monotonic(), request.num_choices)
+        if isinstance(request, Generate):
+            self._admission.enter(request.request_id, request.num_prompt_tokens, time.monotonic(), request.num_choices)
+        else:
+            self._num_pictures += 1
         self._streams[request.request_id] = stream
         self._is_idle.clear()
         return stream
@@ -285,14 +294,18 @@ class EngineClient:
         stream = self._streams.get(event.request_id)
         if stream is None or not stream.push(event):
             return False
-        self._admission.grow(event.request_id, len(event.tokens))
+        if isinstance(stream.request, Generate):
+            self._admission.grow(event.request_id, len(event.tokens))
         if stream.is_finished:
             self._forget(stream)
         return True
 
-    def _forget(self, stream: Stream) -> None:
+    def _forget(self, stream: Stream[Any]) -> None:
         del self._streams[stream.request.request_id]
-        self._admission.leave(stream.request.request_id, time.monotonic())
+        if isinstance(stream.request, Generate):
+            self._admission.leave(stream.request.request_id, time.monotonic())
+        else:
+            self._num_pictures -= 1
         if not self._streams:
             self._is_idle.set()
 
@@ -304,7 +317,7 @@ class EngineClient:
                 choice,
                 [],
                 finish="error",
-                usage=Usage(len(stream.request.prompt), 0, 0, 0.0, 0.0, 0.0),
+                usage=Usage(stream.request.num_prompt_tokens, 0, 0, 0.0, 0.0, 0.0),
                 error=reason,
                 error_status=status,
             )

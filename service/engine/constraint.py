@@ -119,6 +119,14 @@ class Constraint:
             raise self.failure()
         return self.matcher.is_stopped()
 
+    def forced(self) -> tuple[int, ...]:
+        """None: the model keeps its own way to cut a text into tokens."""
+        return ()
+
+    @property
+    def num_free(self) -> int:
+        return 1
+
     def failure(self) -> GrammarError:
         """Why the matcher can't go on. A limit is the grammar's fault, and so is a text that can't be spelled; all else is ours."""
         error = self.matcher.get_error()

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from service.engine.checks import check_drawn, check_readings, check_request
+from service.engine.checks import check_drawn, check_picture, check_readings, check_request
 from service.engine.constraint import Constraint, Constraints, Waiting
-from service.engine.events import parcels, to_event
+from service.engine.events import merged, parcels
 from service.engine.mailbox import Mailbox
 from service.engine.messages import (
     MAX_CHOICES,
@@ -24,14 +24,19 @@ from service.engine.messages import (
     Generate,
     LaneStats,
     ModelInfo,
+    Picture,
     Shutdown,
     Unreadable,
     Usage,
     Vocabulary,
 )
 from service.engine.pace import Pulse, StepEstimate
+from service.engine.picture_masks import PictureMasks
 from service.errors import BraidError, EngineError, ModelNotFoundError, RequestError
-from service.scheduling.plan import Drawn, PromptReading, StepPlan
+from service.scheduling.grammar import Grammar
+from service.scheduling.picture_grammar import PictureGrammar, PictureRule
+from service.scheduling.pictures import PictureRequest
+from service.scheduling.plan import Drawn, PictureResult, PictureWork, PromptReading, StepPlan
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.sequence import Finish, Output, Request
 
@@ -56,19 +61,35 @@ class Runner(Protocol):
     def read(self, handle: Any) -> list[PromptReading]: ...
 
 
+class Painter(Protocol):
+    """Turns pictures into codes and codes into pictures, in a thread of its own. on_done: called there when there are results."""
+
+    on_done: Callable[[], None]
+
+    def begin(self, work: Sequence[PictureWork]) -> None: ...
+
+    def finished(self) -> list[PictureResult]:
+        """Of what was begun, each once, also what failed."""
+
+
 class BrokenEngineError(EngineError):
     """Steps keep failing; only a fresh process can help."""
 
 
 @dataclass(eq=False, slots=True)
 class Lane:
-    """One model: what it is, who decides, who computes, and how long its steps take."""
+    """One model: what it is, who decides, who computes, who paints, and how long its steps take."""
 
     info: ModelInfo
     scheduler: Scheduler
     runner: Runner
+    painter: Painter | None = None
     estimate: StepEstimate = field(default_factory=StepEstimate)
     constraints: Constraints | None = None  # once the model's vocabulary is known
+    masks: PictureMasks | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.masks = PictureMasks(self.info.pictures, self.info.vocab_size) if self.info.pictures is not None else None
 
     @property
     def is_compiling(self) -> bool:
@@ -105,6 +126,9 @@ class Engine:
         self._num_failures = 0
         self._is_stopping = False
         self._is_unchecked = False
+        for lane in lanes:
+            if lane.painter is not None:
+                lane.painter.on_done = mailbox.wake
 
     def run(self) -> None:
         """Until `Shutdown` or the end of the peer. Raises: BrokenEngineError."""
@@ -152,6 +176,8 @@ class Engine:
             match message:
                 case Generate():
                     self._admit(message)
+                case Picture():
+                    self._admit_picture(message)
                 case Abort():
                     self._abort(message)
                 case Vocabulary():
@@ -188,17 +214,41 @@ class Engine:
         """Hands a request to its scheduler. Raises: BraidError."""
         request = Request(
             request_id=wanted.request_id,
-            prompts=(tuple(wanted.prompt),),
+            prompts=(tuple(wanted.prompt), tuple(wanted.unconditional)) if wanted.unconditional else (tuple(wanted.prompt),),
             sampling=wanted.sampling,
             num_choices=wanted.num_choices,
             priority=wanted.priority,
             deadline=arrived + wanted.timeout_s if wanted.timeout_s else None,
             tenant=wanted.tenant,
-            grammars=tuple(constraints),
+            guidance=wanted.guidance,
+            grammars=tuple(constraints) or self._picture_grammars(lane, wanted),
+            draft_len=wanted.draft_len,
             read=wanted.read,
         )
         lane.scheduler.add(request, arrived)
         self._is_unchecked = True
+
+    @staticmethod
+    def _picture_grammars(lane: Lane, wanted: Generate) -> tuple[Grammar, ...]:
+        """A model with pictures follows a grammar always, so that its codes stand nowhere but in pictures."""
+        pictures, rule = lane.info.pictures, wanted.pictures or PictureRule()
+        if pictures is None or not wanted.sampling.max_tokens:
+            return ()
+        return tuple(PictureGrammar(pictures, rule, wanted.sampling.max_tokens) for _ in range(wanted.num_choices))
+
+    def _admit_picture(self, wanted: Picture) -> None:
+        try:
+            lane = self._lanes.get(wanted.model)
+            if lane is None:
+                raise ModelNotFoundError(f"there is no model {wanted.model!r} here", param="model")
+            check_picture(wanted, lane.info)
+            now = self._clock()
+            work = PictureWork(wanted.request_id, wanted.pixels, tuple(wanted.codes))
+            deadline = now + wanted.timeout_s if wanted.timeout_s else None
+            lane.scheduler.add_picture(PictureRequest(work, wanted.priority, deadline), now)
+            self._is_unchecked = True
+        except BraidError as error:
+            self._refuse(wanted.request_id, 1, 0, error)
 
     def _refuse_wanted(self, wanted: Generate, error: BraidError) -> None:
         if wanted.grammar and error.param is None and error.code in GRAMMAR_CODES:
@@ -276,12 +326,18 @@ class Engine:
 
     def _masks(self, lane: Lane, plan: StepPlan) -> Any:
         """The masks of a step; tells the scheduler of the choices that must not draw any more."""
-        if lane.constraints is None or not any(grammars := lane.scheduler.grammars(plan)):
-            return None
-        constraints = [grammar if isinstance(grammar, Constraint) else None for grammar in grammars]
-        masks, stops = lane.constraints.masks.fill(plan.samples, constraints)
-        for stop in stops:
-            lane.scheduler.conclude(plan, stop.index, stop.error)
+        grammars = lane.scheduler.grammars(plan)
+        masks = None
+        if lane.constraints is not None and any(isinstance(grammar, Constraint) for grammar in grammars):
+            constraints = [grammar if isinstance(grammar, Constraint) else None for grammar in grammars]
+            masks, stops = lane.constraints.masks.fill(plan.samples, constraints)
+            for stop in stops:
+                lane.scheduler.conclude(plan, stop.index, stop.error)
+        if lane.masks is not None and any(isinstance(grammar, PictureGrammar) for grammar in grammars):
+            masks = lane.masks.everything(len(grammars)) if masks is None else masks
+            for row, grammar in enumerate(grammars):
+                if isinstance(grammar, PictureGrammar):
+                    masks[row] = lane.masks.rows[grammar.allowed]
         return masks
 
     # Ends
@@ -300,6 +356,8 @@ class Engine:
     def _step(self, lane: Lane) -> bool:
         """One step of one model; False when it had nothing to compute."""
         started = self._clock()
+        if lane.painter is not None and (results := lane.painter.finished()):
+            self._take(lane.scheduler.commit_pictures(results, started))
         try:
             plan, outputs = lane.scheduler.plan(started)
         except Exception:
@@ -311,6 +369,8 @@ class Engine:
             if self._events:
                 self._deliver(0, 0.0)
             return False
+        if lane.painter is not None and (work := (*plan.encode, *plan.draw)):
+            lane.painter.begin(work)
         num_tokens = plan.num_tokens
         self.pulse.begin(started, lane.estimate.of(num_tokens))
         is_good = self._compute(lane, plan)
@@ -354,7 +414,7 @@ class Engine:
             raise BrokenEngineError(f"{self._num_failures} steps in a row failed")
 
     def _take(self, outputs: Sequence[Output]) -> None:
-        self._events.extend(to_event(output) for output in outputs)
+        self._events.extend(merged(outputs))
 
     def _deliver(self, num_tokens: int, seconds: float, model: str = "") -> None:
         *earlier, events = parcels(self._events)

@@ -5,6 +5,10 @@ Values in and out; nothing is sent here. Called by `engine` alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import msgspec
+
 from service.engine.checks import MAX_READ_LOGPROBS
 from service.engine.messages import Event, Reading, TokenLogprob, Usage
 from service.errors import EngineError
@@ -34,6 +38,24 @@ def to_reading(reading: PromptReading) -> Reading:
     return Reading([TokenLogprob(logprob, list(top)) for logprob, top in reading.logprobs], reading.vector)
 
 
+def merged(outputs: Sequence[Output]) -> list[Event]:
+    """The outputs of one step as they go up: one event for each choice."""
+    events: dict[tuple[str, int], Event] = {}
+    for output in outputs:
+        key = (output.request_id, output.choice)
+        event = to_event(output)
+        events[key] = _joined(events[key], event) if key in events else event
+    return list(events.values())
+
+
+def _joined(first: Event, second: Event) -> Event:
+    """Of one choice; only the second can be its end, and only the first tell of its prompt."""
+    logprobs = None if first.logprobs is None and second.logprobs is None else [*(first.logprobs or ()), *(second.logprobs or ())]
+    return msgspec.structs.replace(
+        second, tokens=[*first.tokens, *second.tokens], logprobs=logprobs, reading=first.reading or second.reading
+    )
+
+
 def to_event(output: Output) -> Event:
     """One choice's output as it goes up."""
     logprobs = None
@@ -41,10 +63,12 @@ def to_event(output: Output) -> Event:
     if output.token is not None and drawn is not None and drawn.logprob is not None:
         logprobs = [TokenLogprob(drawn.logprob, list(drawn.top))]
     usage = output.usage
+    picture = output.picture
+    codes = list(picture.codes) if picture is not None else []
     return Event(
         output.request_id,
         output.choice,
-        [] if output.token is None else [output.token],
+        codes if output.token is None else [output.token],
         logprobs,
         output.finish,
         output.stop_id,
@@ -62,4 +86,5 @@ def to_event(output: Output) -> Event:
         None if output.finish != "error" else STEP_FAILED if output.error is None else output.error.message,
         EngineError.status if output.error is None else output.error.status,
         reading=None if output.reading is None else to_reading(output.reading),
+        pixels=picture.pixels or None if picture is not None else None,
     )

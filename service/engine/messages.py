@@ -5,16 +5,19 @@ msgspec checks every field's type when it decodes; stdlib dataclasses (`Sampling
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import msgspec
 
+from service.scheduling.picture_grammar import PictureRule
 from service.scheduling.reading import Pool, Read
 from service.scheduling.sampling import SamplingParams
 from service.vocabulary import PictureIds
 
 FinishReason = Literal["stop", "length", "abort", "error", "deadline"]
 MAX_CHOICES = 128
+MAX_GUIDANCE = 20.0
+MAX_DRAFT_LEN = 64
 
 
 class ModelSource(msgspec.Struct, frozen=True):
@@ -44,7 +47,9 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     """num_choices sequences over one prompt; choice i draws with seed + i. tenant salts the prefix-cache keys. priority: smaller
     runs earlier, 0 is usual. timeout_s counts from arrival in the engine; 0 is none. grammar: text in llguidance's form that every
     choice has to follow, "" for none; its model's `Vocabulary` went ahead; grammar_param: the field that it came from, for errors.
-    read: what to tell about the prompt, by choice 0 alone; with it sampling.max_tokens may be 0."""
+    read: what to tell about the prompt, by choice 0 alone; with it sampling.max_tokens may be 0. pictures: which pictures the answer is
+    or may hold, of a model that has them; None for words alone. unconditional: the prompt that guidance compares with, [] for none.
+    draft_len: codes that may be guessed ahead, to save steps; the answer is the same."""
 
     request_id: str
     model: str
@@ -57,6 +62,31 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     grammar: str = ""
     read: Read | None = None
     grammar_param: str | None = None
+    pictures: PictureRule | None = None
+    unconditional: list[int] = []
+    guidance: float = 1.0
+    draft_len: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of both prompts."""
+        return len(self.prompt) + len(self.unconditional)
+
+
+class Picture(msgspec.Struct, frozen=True, tag=True):
+    """Pixels to be turned into codes, or codes into pixels: exactly one of the two is given. pixels: RGB, row by row, of the model's
+    picture size. codes: ids. Its only event has the codes as tokens, or the pixels."""
+
+    request_id: str
+    model: str
+    pixels: bytes = b""
+    codes: list[int] = []
+    priority: int = 0
+    timeout_s: float = 0.0
+
+    num_choices: ClassVar[int] = 1
+    num_prompt_tokens: ClassVar[int] = 0
+    grammar_param: ClassVar[str | None] = None
 
 
 class Vocabulary(msgspec.Struct, frozen=True, tag=True):
@@ -82,7 +112,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Finish nothing, deliver nothing more, exit 0."""
 
 
-Down = Load | Vocabulary | Generate | Abort | Shutdown
+Down = Load | Vocabulary | Generate | Picture | Abort | Shutdown
 
 
 class Unreadable(msgspec.Struct, frozen=True):
@@ -103,7 +133,8 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 class ModelInfo(msgspec.Struct, frozen=True):
     """What a loaded model can do. weight_bytes: that a decode step reads. kv_tokens: how many tokens its K/V pool
     holds. num_kv_blocks counts blocks of block_size. can_generate: an encoder can't. pool: how its hidden states become a vector
-    unless a request says otherwise, and vector_width numbers of it. pictures: which ids are codes, where it has any."""
+    unless a request says otherwise, and vector_width numbers of it. pictures: which ids are codes, where it has any; picture_pixels: of a
+    code's side, 0 where the model came without what turns pixels into codes."""
 
     name: str
     max_context: int
@@ -117,6 +148,12 @@ class ModelInfo(msgspec.Struct, frozen=True):
     pool: Pool = "last"
     vector_width: int = 0
     pictures: PictureIds | None = None
+    picture_pixels: int = 0
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width in pixels; (0, 0) without pictures."""
+        return (self.pictures.rows * self.picture_pixels, self.pictures.columns * self.picture_pixels) if self.pictures else (0, 0)
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -153,7 +190,7 @@ class Event(msgspec.Struct, frozen=True, array_like=True):
     """New ids of one choice (maybe none), and its end when finish is set. stop_id: the id that ended it, not among `tokens`.
     Exactly one event of each choice has finish and usage set, and it is the last. error: text for finish "error", and
     error_status: the HTTP status that fits it (`errors.py`), error_param and error_code: the field and the code of the body.
-    reading: with choice 0's first event after the prompt, where it was asked for."""
+    reading: with choice 0's first event after the prompt, where it was asked for. pixels: of a picture that was drawn."""
 
     request_id: str
     choice: int
@@ -167,6 +204,7 @@ class Event(msgspec.Struct, frozen=True, array_like=True):
     error_param: str | None = None
     error_code: str | None = None
     reading: Reading | None = None
+    pixels: bytes | None = None
 
 
 class LaneStats(msgspec.Struct, frozen=True):

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Generic, TypeVar
 
 import msgspec
 
-from service.engine.messages import Event, Generate
+from service.engine.messages import Event, Generate, Picture
 from service.errors import (
     BraidError,
     DeadlineError,
@@ -21,8 +22,10 @@ from service.errors import (
     UnavailableError,
 )
 
+R = TypeVar("R", bound=Generate | Picture)
 
-class Stream:
+
+class Stream(Generic[R]):
     """The events of all choices of one request. Iterate once: by event, or with `batches()` by what one delivery brought.
 
     The last event of each choice has `finish` set; after the last choice's the iteration ends. Ways of failure are events too
@@ -30,7 +33,7 @@ class Stream:
     early, by `break`, an exception or cancellation, aborts what is still running.
     """
 
-    def __init__(self, request: Generate, abort: Callable[[str, int | None, bool], None]) -> None:
+    def __init__(self, request: R, abort: Callable[[str, int | None, bool], None]) -> None:
         self.request = request
         self.num_generated = 0
         self._send_abort = abort

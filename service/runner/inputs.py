@@ -17,8 +17,8 @@ from service.scheduling.plan import StepPlan
 
 @dataclass(slots=True)
 class StepInputs:
-    """ids, positions int64 [T]; batches: a `PagedBatch` per K/V group; rows int64 [R]: the token whose logits each slice named by
-    a sample ends with, in the order samples name them."""
+    """ids, positions int64 [T]; batches: a `PagedBatch` per K/V group; rows int64 [R]: the tokens whose logits samples are drawn from,
+    in the order samples name them."""
 
     ids: Tensor
     positions: Tensor
@@ -42,7 +42,7 @@ def build_inputs(plan: StepPlan, num_groups: int, block_size: int, device: torch
     context_len = np.fromiter((piece.start + n for piece, n in zip(slices, lengths, strict=True)), dtype=np.int32, count=len(slices))
     num_decodes = sum(1 for n in lengths if n == 1)
     owner = np.repeat(np.arange(len(slices)), lengths)
-    rows = np.fromiter((query_start[i + 1] - 1 for sample in plan.samples for i in sample.slice_indexes), dtype=np.int64)
+    rows = np.fromiter((query_start[i + 1] - 1 - sample.back for sample in plan.samples for i in sample.slice_indexes), dtype=np.int64)
 
     def on_device(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)

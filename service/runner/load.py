@@ -5,7 +5,7 @@ Called once by `service/worker.py`. Numbers derived here (blocks, dtype) are ret
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,10 @@ from service.model.encoder import Encoder, build_encoder
 from service.model.encoder_config import EncoderConfig, read_encoder_config
 from service.model.families import read_config
 from service.model.transformer import Precision, Transformer, build_transformer
+from service.model.vq_files import FOLDER, read_image_tokenizer
 from service.model.weights import open_encoder_weights, open_weights
 from service.runner.encoder import EncoderRunner
+from service.runner.image_tokenizer import Painter
 from service.runner.kv_cache import KVCache, KVLayout, partition_layers
 from service.runner.runner import Runner
 from service.scheduling.plan import KVGroup, Slice, StepPlan
@@ -39,6 +41,7 @@ class Loaded:
     info: ModelInfo
     runner: Runner | EncoderRunner
     groups: tuple[KVGroup, ...]
+    painter: Painter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +97,10 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
             progress("weights", (before + fraction) / len(load.models))
 
         models.append((source, _load_model(source, load, ops, storage, device, report)))
+    painters = {source.name: painter for source, model in models if (painter := _load_painter(source, model, device)) is not None}
     num_decoders = sum(1 for _, model in models if isinstance(model, Transformer))
-    kv_bytes = _kv_budget(load, device, sum(model.held_bytes for _, model in models)) // max(num_decoders, 1)
+    held_bytes = sum(model.held_bytes for _, model in models) + sum(painter.held_bytes for painter in painters.values())
+    budgets = _kv_budgets(models, load, storage, _kv_budget(load, device, held_bytes))
     num_threads = torch.get_num_threads()
     loaded: list[Loaded] = []
     for source, model in models:
@@ -103,7 +108,7 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
         if isinstance(model, Encoder):
             loaded.append(_equip_encoder(source.name, model, load, num_threads))
         else:
-            loaded.append(_equip(source.name, model, load, storage, kv_bytes))
+            loaded.append(_equip(source.name, model, load, storage, budgets[source.name], painters.get(source.name)))
     if num_decoders and storage.precision.is_int8 and device.type == "cpu" and native_library() is not None:
         # Our own threads do the work; PyTorch's would spin beside them after each small op (16 rows: 8.7 ms a step instead of 13.4).
         torch.set_num_threads(1)
@@ -123,8 +128,32 @@ def _load_model(
         return build_encoder(encoder, open_encoder_weights(path, encoder), dtype=dtype, device=device, progress=progress)
     config = read_config(path)
     if load.max_context:
-        config = config.with_max_context(load.max_context)
+        # Of several models, one with a shorter context keeps its own; of one, it is a mistake.
+        config = config.with_max_context(min(load.max_context, config.max_context) if len(load.models) > 1 else load.max_context)
     return build_transformer(config, open_weights(path, config), ops, precision=storage.precision, device=device, progress=progress)
+
+
+def _load_painter(source: ModelSource, model: Transformer | Encoder, device: torch.device) -> Painter | None:
+    """None for a model without pictures, or one that came without its image tokenizer: it still reads and writes words."""
+    folder = Path(source.path) / FOLDER
+    if not isinstance(model, Transformer) or model.config.pictures is None or not folder.is_dir():
+        return None
+    return Painter(read_image_tokenizer(folder, device), model.config.pictures, device)
+
+
+def _kv_budgets(models: Sequence[tuple[ModelSource, Transformer | Encoder]], load: Load, storage: Storage, kv_bytes: int) -> dict[str, int]:
+    """Bytes of K/V by model: equal shares, but none gets more than it can use, which leaves more to the others."""
+    wishes = {}
+    for source, model in models:
+        if isinstance(model, Transformer):
+            layout = partition_layers(model.config)
+            block_bytes = layout.block_bytes(model.config, BLOCK_SIZE, storage.kv_dtype)
+            wishes[source.name] = _most_blocks(model.config, layout, load) * block_bytes
+    budgets, left = {}, kv_bytes
+    for place, name in enumerate(sorted(wishes, key=lambda name: wishes[name])):
+        budgets[name] = min(wishes[name], left // (len(wishes) - place))
+        left -= budgets[name]
+    return budgets
 
 
 def _kv_budget(load: Load, device: torch.device, weight_bytes: int) -> int:
@@ -141,7 +170,7 @@ def _kv_budget(load: Load, device: torch.device, weight_bytes: int) -> int:
     return min(available_bytes() // 2, MOST_KV_BYTES_CPU)
 
 
-def _equip(name: str, model: Transformer, load: Load, storage: Storage, kv_bytes: int) -> Loaded:
+def _equip(name: str, model: Transformer, load: Load, storage: Storage, kv_bytes: int, painter: Painter | None) -> Loaded:
     """Sizes and allocates the K/V pool."""
     config, device = model.config, model.final_norm.device
     layout = partition_layers(config)
@@ -158,8 +187,9 @@ def _equip(name: str, model: Transformer, load: Load, storage: Storage, kv_bytes
         block_size=BLOCK_SIZE,
         vector_width=config.width,
         pictures=config.pictures,
+        picture_pixels=painter.pixels_per_code if painter is not None else 0,
     )
-    return Loaded(info, Runner(model, cache, num_groups=len(layout.groups), device=device), layout.groups)
+    return Loaded(info, Runner(model, cache, num_groups=len(layout.groups), device=device), layout.groups, painter)
 
 
 def _equip_encoder(name: str, model: Encoder, load: Load, num_threads: int) -> Loaded:
@@ -188,14 +218,18 @@ def encoder_limits(config: EncoderConfig, max_context: int, max_batch_tokens: in
 
 
 def _num_blocks(config: ModelConfig, layout: KVLayout, load: Load, dtype: torch.dtype, kv_bytes: int) -> int:
-    """As many as the budget holds, but no more than max_sequences full contexts need. Raises: StartupError for too little."""
-    per_sequence = -(-config.max_context // BLOCK_SIZE) * len(layout.groups)
+    """As many as the budget holds and can be used. Raises: StartupError for too little."""
     fits = kv_bytes // layout.block_bytes(config, BLOCK_SIZE, dtype)
     if fits < 4 * len(layout.groups):
         raise StartupError(
             f"the memory left for K/V ({kv_bytes / 2**20:.1f} MiB) holds {fits} blocks of {BLOCK_SIZE} tokens; give more --memory"
         )
-    return int(min(fits, per_sequence * load.max_sequences))
+    return int(min(fits, _most_blocks(config, layout, load)))
+
+
+def _most_blocks(config: ModelConfig, layout: KVLayout, load: Load) -> int:
+    """That can ever be used."""
+    return -(-config.max_context // BLOCK_SIZE) * len(layout.groups) * load.max_sequences
 
 
 def _warm_up(loaded: Loaded, load: Load, device: torch.device) -> None:
@@ -216,5 +250,7 @@ def _warm_up(loaded: Loaded, load: Load, device: torch.device) -> None:
         pieces.append(Slice(sequence_id=-1, start=0, tokens=codes, tables=tables, grid_starts=(0,) * len(codes)))
     for step, piece in enumerate(pieces):
         loaded.runner.forward(StepPlan(step_id=-1 - step, slices=(piece,), samples=()))
+    if loaded.painter is not None and pictures is not None:
+        loaded.painter.warm_up()
     if device.type == "cuda":
         loaded.runner.capture_graphs(load.max_sequences)

@@ -6,6 +6,7 @@ Shape suffixes: R rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Ops, SampleRows
+from kernels.sample.reference import GREEDY_BELOW
 from service.scheduling.plan import Drawn, Sample, StepPlan
+from service.scheduling.sampling import SamplingParams
 
 
 @dataclass(slots=True)
@@ -44,7 +47,7 @@ class Sampler:
         samples = plan.samples
         if not samples:
             return []
-        logits = self._guided(logits, samples)
+        logits = self._guided(logits, samples, masks)
         self._add_bias(logits, samples)
         drawn = self.ops.sample(logits, self._rows(samples, masks))
         ids = drawn.ids.tolist()
@@ -61,15 +64,18 @@ class Sampler:
             for token, logprob, top, sample in zip(ids, logprobs, tops, samples, strict=True)
         ]
 
-    def _guided(self, logits: Tensor, samples: Sequence[Sample]) -> Tensor:
-        """Classifier-free guidance: one row out of each gang's two. Source: Ho and Salimans 2022, equation 6."""
+    def _guided(self, logits: Tensor, samples: Sequence[Sample], masks: Tensor | None) -> Tensor:
+        """Classifier-free guidance: one row out of each gang's two. What the conditional row itself finds unlikely (min-p) is no candidate,
+        however much guidance would like it. Source: Ho and Salimans 2022, equation 6."""
         if all(len(sample.slice_indexes) == 1 for sample in samples):
             return logits
         rows, at = [], 0
-        for sample in samples:
+        for index, sample in enumerate(samples):
             row = logits[at]
             if len(sample.slice_indexes) == 2:
-                row = logits[at + 1] + sample.guidance * (row - logits[at + 1])
+                candidates = _candidates(row, sample.params, None if masks is None else masks[index])
+                guided = logits[at + 1] + sample.guidance * (row - logits[at + 1])
+                row = guided if candidates is None else guided.masked_fill(~candidates, float("-inf"))
             rows.append(row)
             at += len(sample.slice_indexes)
         return torch.stack(rows)
@@ -82,7 +88,9 @@ class Sampler:
 
     def _rows(self, samples: Sequence[Sample], masks: Tensor | None) -> SampleRows:
         params = [sample.params for sample in samples]
-        floats = torch.tensor([(p.temperature, p.top_p, p.min_p) for p in params], device=self.device).T.contiguous()
+        # A guided row's min-p has chosen its candidates already.
+        min_ps = [p.min_p if len(s.slice_indexes) == 1 else 0.0 for p, s in zip(params, samples, strict=True)]
+        floats = torch.tensor([(p.temperature, p.top_p, m) for p, m in zip(params, min_ps, strict=True)], device=self.device).T.contiguous()
         ints = torch.tensor(
             [(_signed(p.seed), s.position) for p, s in zip(params, samples, strict=True)], dtype=torch.int64, device=self.device
         ).T.contiguous()
@@ -139,6 +147,18 @@ class Sampler:
         state.counts.index_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
         state.length = len(history)
         return state
+
+
+def _candidates(logits_V: Tensor, params: SamplingParams, mask: Tensor | None) -> Tensor | None:
+    """bool [V]: the ids whose probability is at least min_p of the likeliest allowed one's; None for all. Temperature 0 has no
+    probabilities to speak of: there those of temperature 1 count."""
+    if params.min_p <= 0:
+        return None
+    scores = logits_V.float() / (params.temperature if params.temperature >= GREEDY_BELOW else 1.0)
+    if mask is not None:
+        tokens = torch.arange(len(scores), device=scores.device)
+        scores = scores.masked_fill((mask[tokens // 32] >> (tokens % 32)) & 1 == 0, float("-inf"))
+    return scores >= scores.max() + math.log(params.min_p)
 
 
 def _signed(value: int) -> int:

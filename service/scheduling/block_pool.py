@@ -12,13 +12,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-Media = tuple[tuple[int, int, bytes], ...]
-"""Pictures that overlap a block: (start relative to the block's first position, length, digest)."""
-
 
 @dataclass(frozen=True, slots=True)
 class BlockKey:
-    """Names what a block holds: its tokens, the pictures over them, and all that came before (`parent`, or the tenant's root).
+    """Names what a block holds: its tokens, and all that came before (`parent`, or the tenant's root).
 
     The digest finds, the other fields are compared before a hit is believed.
     """
@@ -26,7 +23,6 @@ class BlockKey:
     digest: bytes
     parent: bytes
     tokens: tuple[int, ...]
-    media: Media = ()
 
     @staticmethod
     def root(tenant: str) -> bytes:
@@ -34,15 +30,12 @@ class BlockKey:
         return hashlib.sha256(b"tenant:" + tenant.encode(errors="surrogatepass")).digest()
 
     @staticmethod
-    def make(parent: bytes, tokens: Iterable[int], media: Media = ()) -> BlockKey:
+    def make(parent: bytes, tokens: Iterable[int]) -> BlockKey:
         """Every part has a fixed width or its length in front, so no two contents spell the same bytes."""
         ids = tuple(tokens)
         sha = hashlib.sha256(parent)
         sha.update(array("q", (len(ids), *ids)))
-        for start, length, digest in media:
-            sha.update(array("q", (start, length, len(digest))))
-            sha.update(digest)
-        return BlockKey(sha.digest(), parent, ids, media)
+        return BlockKey(sha.digest(), parent, ids)
 
 
 class BlockPool:

@@ -18,6 +18,13 @@ class Grammar(Protocol):
         Mutates: the grammar. Raises: GrammarError when the id does not fit or the grammar can't go on; that ends the choice with "error".
         """
 
+    def forced(self) -> tuple[int, ...]:
+        """Ids that have to come next and need not be drawn. Each is given to `accept` like the others."""
+
+    @property
+    def num_free(self) -> int:
+        """How many ids may be drawn one after the other under the mask that the next one has; 1 when nothing is known of the second."""
+
 
 class GrammarError(Exception):
     """A grammar could not go on. The message is fit for a client; status: of the HTTP answer, 400 when the grammar itself is at fault."""

@@ -56,8 +56,6 @@ class Intake:
                 raise RequestError(str(error)) from None
         if len(request.prompts) > self.max_gang:
             raise RequestError("guidance needs two sequences in one step, and this server runs one at a time")
-        if request.spans:
-            _check_spans(request)
 
     def max_new_tokens(self, request: Request) -> int:
         """How many ids could be drawn if the request had the pool to itself. The last one is never computed: it needs no place.
@@ -85,13 +83,3 @@ class Intake:
         if self.max_step is not None and sum(lengths) > self.max_step:
             return False
         return sum(sum(self.tables.peak_blocks(length)) for length in lengths) <= self.tables.pool.num_blocks
-
-
-def _check_spans(request: Request) -> None:
-    if len(request.spans) != len(request.prompts):
-        raise RequestError("spans must be given for every prompt or for none")
-    for prompt, spans in zip(request.prompts, request.spans, strict=True):
-        ends = [0, *(span.start + span.length for span in spans)]
-        starts = [*(span.start for span in spans), len(prompt)]
-        if any(span.length < 1 for span in spans) or any(end > start for end, start in zip(ends, starts, strict=True)):
-            raise RequestError("spans must be in order, apart, and inside their prompt")

@@ -21,12 +21,26 @@ class KVGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """The place of a picture in a prompt: `length` ids from `start` that stand for the media with this digest (32 bytes)."""
+class PictureWork:
+    """A picture to be turned into codes, or codes into a picture: exactly one of the two is given. pixels: RGB, a byte a colour, row by
+    row, of the size that the model's pictures have. codes: ids, row by row."""
 
-    start: int
-    length: int
-    digest: bytes
+    request_id: str
+    pixels: bytes = b""
+    codes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PictureResult:
+    """What became of one `PictureWork`: codes of pixels, pixels of codes, or neither when it failed."""
+
+    request_id: str
+    pixels: bytes = b""
+    codes: tuple[int, ...] = ()
+
+    @property
+    def is_failed(self) -> bool:
+        return not (self.pixels or self.codes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +65,8 @@ class Sample:
     """One id to draw after this step, from the last token of one slice, or of two (classifier-free guidance: first the
     conditional slice, then the unconditional one; logits = uncond + guidance * (cond - uncond)).
 
+    back: how many tokens before the last one of its slices it is drawn from; those behind it are drafts of this id and its followers.
+
     position: of the id to be drawn; with params.seed it keys the noise. num_generated: ids drawn for this gang so far.
     history: prompt and output ids so far, given only when params.has_penalties. prompt_len: how many of them are the prompt.
     banned: ids that must not be drawn now (stop ids before min_tokens).
@@ -65,6 +81,7 @@ class Sample:
     prompt_len: int = 0
     banned: tuple[int, ...] = ()
     guidance: float = 1.0
+    back: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +102,15 @@ class PromptRead:
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """What the runner does in one step. slices with one token come first. released: sequences whose state it may forget.
-    reads: at most one per slice. encode: spans whose embeddings or codes must exist before a later step reads them; nothing else waits
-    for them."""
+    reads: at most one per slice. encode, draw: pictures whose codes, and codes whose pictures are begun with this step; nothing in a plan
+    waits for them."""
 
     step_id: int
     slices: tuple[Slice, ...]
     samples: tuple[Sample, ...]
     released: tuple[int, ...] = ()
-    encode: tuple[Span, ...] = ()
+    encode: tuple[PictureWork, ...] = ()
+    draw: tuple[PictureWork, ...] = ()
     reads: tuple[PromptRead, ...] = ()
 
     @property

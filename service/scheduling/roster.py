@@ -22,7 +22,6 @@ from operator import attrgetter
 
 from service.scheduling.block_pool import BlockKey
 from service.scheduling.sequence import Gang, Sequence, State
-from service.scheduling.spans import SpanEncodings
 from service.scheduling.tables import BlockTables, Prefix
 
 Choice = dict[Gang, tuple[int, ...]]
@@ -34,14 +33,11 @@ _LAST = (math.inf, math.inf)
 
 
 class Roster:
-    """tables and spans are shared with the scheduler. max_batch_tokens: of a step. max_sequences: running at once. whole_prompts: a step
+    """tables are shared with the scheduler. max_batch_tokens: of a step. max_sequences: running at once. whole_prompts: a step
     computes all pending tokens of a gang or none."""
 
-    def __init__(
-        self, tables: BlockTables, spans: SpanEncodings, *, max_batch_tokens: int, max_sequences: int, whole_prompts: bool = False
-    ) -> None:
+    def __init__(self, tables: BlockTables, *, max_batch_tokens: int, max_sequences: int, whole_prompts: bool = False) -> None:
         self.tables = tables
-        self.spans = spans
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
         self.whole_prompts = whole_prompts
@@ -85,6 +81,27 @@ class Roster:
         if self.waiting and self.preemptions == preemptions:
             self._admit(chosen, budget)
         return chosen
+
+    def add_drafts(self, chosen: Choice) -> None:
+        """Guesses behind the last token of gangs that can have some, with what is left of the step and of free rows: they cost nobody a
+        place. Mutates: chosen, and the gangs' tokens and rows."""
+        budget = self.max_batch_tokens - sum(map(sum, chosen.values()))
+        for gang, counts in chosen.items():
+            if gang.drafter is None or gang.grammar is None or gang.reader is not None or sum(counts) < gang.num_pending:
+                continue
+            share = len(gang.sequences)
+            rows = self.tables.num_free_rows // share
+            room = min(self.tables.room(sequence, rows) - count for sequence, count in zip(gang.sequences, counts, strict=True))
+            most = min(gang.request.draft_len, gang.grammar.num_free - 1, gang.tokens_left - 1, budget // share, room)
+            if most < 1:
+                continue
+            guesses = gang.drafter.guess(gang.sequences[0].tokens, most)
+            for sequence, count in zip(gang.sequences, counts, strict=True):
+                sequence.tokens += guesses
+                self.tables.extend(sequence, count + len(guesses))
+            gang.num_drafts = len(guesses)
+            budget -= share * len(guesses)
+            chosen[gang] = tuple(count + len(guesses) for count in counts)
 
     def advance(self, gang: Gang, counts: tuple[int, ...]) -> None:
         """The chosen tokens of a running gang are computed: seals its full blocks, and nobody need wait for those any more."""
@@ -133,7 +150,7 @@ class Roster:
         because one id is drawn from both: while one can't, the other stops a token short."""
         counts = []
         for sequence in gang.sequences:
-            count = min(sequence.num_pending, budget, self.spans.limit(sequence), self.tables.room(sequence, rows))
+            count = min(sequence.num_pending, budget, self.tables.room(sequence, rows))
             rows -= self.tables.missing_rows(sequence, count)
             budget -= count
             counts.append(count)

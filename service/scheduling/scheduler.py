@@ -9,29 +9,28 @@ Long, because add, abort, plan, commit and fail are the transitions of one table
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from itertools import chain, count
+from itertools import count
 
 from service.errors import RequestError
 from service.scheduling.block_pool import BlockKey, BlockPool
+from service.scheduling.drafts import JacobiDrafter
 from service.scheduling.grammar import Grammar, GrammarError
 from service.scheduling.intake import Intake
-from service.scheduling.plan import Drawn, KVGroup, PromptRead, PromptReading, Sample, Slice, Span, StepPlan
+from service.scheduling.pictures import PictureQueue, PictureRequest
+from service.scheduling.plan import Drawn, KVGroup, PictureResult, PictureWork, PromptRead, PromptReading, Sample, Slice, StepPlan
 from service.scheduling.reader import PromptReader
 from service.scheduling.roster import Choice, Roster
 from service.scheduling.sequence import Finish, Gang, Output, Request, Sequence, State, Stats
-from service.scheduling.spans import SpanEncodings
 from service.scheduling.tables import BlockTables
 from service.vocabulary import PictureIds
-
-MAX_STEP_ENCODES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """The step that was planned and not yet committed; `sampled` in the order of its samples, `readers` in that of its reads. `ending`:
+    """The step that was planned and not yet committed; `sampled` has each sample's gang, `readers` are in the order of its reads. `ending`:
     the gangs that end with their prompt, because they want no id. `concluded`: indexes of samples whose grammars allow no id."""
 
     plan: StepPlan
@@ -76,10 +75,8 @@ class Scheduler:
             raise ValueError("every size of a scheduler must be at least 1")
         self._pool = BlockPool(num_blocks, len(groups))
         self._tables = BlockTables(self._pool, groups, block_size, has_prefix_cache=has_prefix_cache, whole_prompts=whole_prompts)
-        self._spans = SpanEncodings()
-        self._roster = Roster(
-            self._tables, self._spans, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, whole_prompts=whole_prompts
-        )
+        self._roster = Roster(self._tables, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, whole_prompts=whole_prompts)
+        self._work = PictureQueue()
         self._intake = Intake(
             self._tables,
             max_context=max_context,
@@ -100,7 +97,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live)
+        return bool(self._live) or len(self._work) > 0
 
     @property
     def num_running(self) -> int:
@@ -134,7 +131,7 @@ class Scheduler:
 
         Raises: RequestError for a malformed one, ContextLengthError when it can never fit, OverloadedError when the queue is full.
         """
-        if request.request_id in self._live:
+        if request.request_id in self._live or request.request_id in self._work:
             raise RequestError("a request with this id is being served")
         self._intake.check_request(request)
         max_tokens = min(request.sampling.max_tokens, self._intake.max_new_tokens(request))
@@ -142,16 +139,27 @@ class Scheduler:
         live = _Live(request, {index: self._make_gang(request, index, max_tokens, now) for index in range(request.num_choices)})
         self._live[request.request_id] = live
         for gang in live.gangs.values():
-            self._spans.hold(gang)
             self._roster.enqueue(gang)
         if request.deadline is not None:
             self._earliest_deadline = min(self._earliest_deadline, request.deadline)
+
+    def add_picture(self, request: PictureRequest, now: float) -> None:
+        """Takes in a picture to be read or drawn. Raises: RequestError for an id that is in use."""
+        if request.work.request_id in self._live or request.work.request_id in self._work:
+            raise RequestError("a request with this id is being served")
+        self._work.add(request, now)
+        if request.deadline is not None:
+            self._earliest_deadline = min(self._earliest_deadline, request.deadline)
+
+    def commit_pictures(self, results: Iterable[PictureResult], now: float) -> list[Output]:
+        """Some of what plans told to encode or draw is done. May come at any time."""
+        return self._work.commit(results, now)
 
     def abort(self, request_id: str, choice: int | None, finish: Finish, now: float) -> list[Output]:
         """Ends all choices of a request, or one, in whatever state; unknown and ended ones are no error. Blocks are free at once."""
         live = self._live.get(request_id)
         if live is None:
-            return []
+            return self._work.abort(request_id, finish, now)
         return [self._end(gang, finish, now) for gang in list(live.gangs.values()) if choice is None or gang.choice == choice]
 
     def expire(self, now: float) -> list[Output]:
@@ -162,6 +170,8 @@ class Scheduler:
         outputs = [self._end(gang, "deadline", now) for live in late for gang in list(live.gangs.values())]
         deadlines = (live.request.deadline for live in self._live.values())
         self._earliest_deadline = min((deadline for deadline in deadlines if deadline is not None), default=math.inf)
+        outputs += self._work.expire(now)
+        self._earliest_deadline = min(self._earliest_deadline, self._work.earliest_deadline)
         return outputs
 
     # -- steps --
@@ -174,16 +184,17 @@ class Scheduler:
         if self._flight is not None:
             raise RuntimeError(f"step {self._flight.plan.step_id} was planned and not committed")
         outputs = self.expire(now)
-        if not self._live:
+        if not self.has_work:
             return None, outputs
         chosen = self._roster.choose()
-        encode = self._choose_encodes()
-        if not chosen and not encode:
+        work = self._work.take(now)
+        if not chosen and not work:
             return None, outputs
         for gang in chosen:
             if gang.first_slice_at is None:
                 self._start(gang, now)
-        self._flight = self._make_flight(chosen, encode)
+        self._roster.add_drafts(chosen)
+        self._flight = self._make_flight(chosen, work)
         self._steps += 1
         self._released = []
         return self._flight.plan, outputs
@@ -199,15 +210,22 @@ class Scheduler:
         if len(readings) != len(plan.reads):
             raise ValueError(f"{len(readings)} readings came for {len(plan.reads)} reads")
         flight = self._land(plan)
-        self._spans.mark_ready(plan.encode)
+        by_gang: dict[Gang, list[Drawn]] = {}
+        for gang, one in zip(flight.sampled, drawn, strict=True):
+            by_gang.setdefault(gang, []).append(one)
+        num_right = {gang: _settle_drafts(gang, ids) for gang, ids in by_gang.items() if gang.num_drafts}
         for gang, counts in flight.chosen.items():
             if gang.state is State.RUNNING:  # else aborted while the step ran
-                self._roster.advance(gang, counts)
+                num_wrong = len(by_gang[gang]) - 1 - num_right[gang] if gang in num_right else 0
+                self._roster.advance(gang, tuple(count - num_wrong for count in counts) if num_wrong else counts)
         for reader, reading in zip(flight.readers, readings, strict=True):
             reader.take(reading)
         concluded = [(flight.sampled[index], error) for index, error in flight.concluded.items()]
         outputs = [self._conclude(gang, error, now) for gang, error in concluded if gang.state is State.RUNNING]
-        outputs += [self._accept(gang, one, now) for gang, one in zip(flight.sampled, drawn, strict=True) if gang.state is State.RUNNING]
+        for gang, ids in by_gang.items():
+            last = num_right.get(gang, 0)
+            for place, one in enumerate(ids[: last + 1]):
+                outputs += self._accept(gang, one, now, is_known=place < last)
         return outputs + [self._complete(gang, now) for gang in flight.ending if gang.state is State.RUNNING]
 
     def grammars(self, plan: StepPlan) -> list[Grammar | None]:
@@ -220,18 +238,12 @@ class Scheduler:
         self._require_flight(plan).concluded[index] = error
 
     def fail(self, plan: StepPlan, now: float) -> list[Output]:
-        """The step failed: ends with "error" the gangs in it, and those for whose pictures it was to encode; others live on.
+        """The step failed: ends with "error" the gangs in it; others live on, and so do pictures, which are worked on elsewhere.
 
         Raises: RuntimeError when this is not the plan in flight.
         """
         flight = self._land(plan)
-        digests = {span.digest for span in plan.encode}
-        guilty = [
-            gang
-            for gang in self._roster.running
-            if gang in flight.chosen or (digests and any(span.digest in digests for span in self._missing_spans(gang)))
-        ]
-        return [self._end(gang, "error", now) for gang in guilty]
+        return [self._end(gang, "error", now) for gang in flight.chosen if gang.state is State.RUNNING]
 
     def check(self) -> None:
         """Integrity of everything; cheap enough for tests and idle moments. Raises: AssertionError naming the first broken promise."""
@@ -251,29 +263,33 @@ class Scheduler:
             raise AssertionError("a choice went on without what it read")
         if any(sequence.num_sealed > len(sequence.keys) for gang in gangs for sequence in gang.sequences) and self._tables.has_prefix_cache:
             raise AssertionError("a sealed block has no key")
-        self._spans.check(gangs)
+        if self._flight is None and any(gang.num_drafts for gang in gangs):
+            raise AssertionError("a guess outlived its step")
+        self._work.check()
 
     # -- making plans --
 
     def _make_gang(self, request: Request, choice: int, max_tokens: int, now: float) -> Gang:
         groups = len(self._tables.groups)
         root = BlockKey.root(request.tenant)
-        spans = request.spans or ((),) * len(request.prompts)
+        grammar = request.grammars[choice] if request.grammars else None
+        has_drafts = request.draft_len > 0 and grammar is not None and self._pictures is not None and not request.sampling.has_penalties
         return Gang(
             request=request,
             choice=choice,
             params=replace(request.sampling, seed=request.sampling.seed + choice, max_tokens=max_tokens),
             sequences=tuple(
-                Sequence(next(self._sequence_ids), list(prompt), root, [[] for _ in range(groups)], [0] * groups, places)
-                for prompt, places in zip(request.prompts, spans, strict=True)
+                Sequence(next(self._sequence_ids), list(prompt), root, [[] for _ in range(groups)], [0] * groups)
+                for prompt in request.prompts
             ),
             rank=(request.priority, next(self._arrivals)),
             arrived_at=now,
-            grammar=request.grammars[choice] if request.grammars else None,
+            grammar=grammar,
+            drafter=JacobiDrafter(self._pictures) if has_drafts and self._pictures is not None else None,
             reader=PromptReader(request.read, request.prompts[0]) if request.read is not None and choice == 0 else None,
         )
 
-    def _make_flight(self, chosen: Choice, encode: tuple[Span, ...]) -> _Flight:
+    def _make_flight(self, chosen: Choice, work: tuple[PictureWork, ...]) -> _Flight:
         pieces = [
             (sequence, tokens) for gang, counts in chosen.items() for sequence, tokens in zip(gang.sequences, counts, strict=True) if tokens
         ]
@@ -281,28 +297,22 @@ class Scheduler:
         indexes = {sequence: index for index, (sequence, _) in enumerate(pieces)}
         slices = tuple(_make_slice(sequence, tokens, self._pictures) for sequence, tokens in pieces)
         whole = [gang for gang, counts in chosen.items() if _is_complete(gang, counts)]
-        sampled = [gang for gang in whole if gang.params.max_tokens]
-        samples = tuple(_make_sample(gang, tuple(indexes[sequence] for sequence in gang.sequences)) for gang in sampled)
+        drawing = [gang for gang in whole if gang.params.max_tokens]
+        sampled = [gang for gang in drawing for _ in range(gang.num_drafts + 1)]
+        samples = tuple(
+            _make_sample(gang, tuple(indexes[sequence] for sequence in gang.sequences), ahead)
+            for gang in drawing
+            for ahead in range(gang.num_drafts + 1)
+        )
         reads = [
             (gang.reader, read)
             for gang, counts in chosen.items()
             if gang.reader is not None and counts[0] and (read := _make_read(gang.reader, gang, counts[0], indexes)) is not None
         ]
-        plan = StepPlan(self._steps, slices, samples, tuple(self._released), encode, tuple(read for _, read in reads))
-        ending = [gang for gang in whole if not gang.params.max_tokens] if len(sampled) < len(whole) else []
+        encode, draw = tuple(one for one in work if one.pixels), tuple(one for one in work if one.codes)
+        plan = StepPlan(self._steps, slices, samples, tuple(self._released), encode, draw, tuple(read for _, read in reads))
+        ending = [gang for gang in whole if not gang.params.max_tokens] if len(drawing) < len(whole) else []
         return _Flight(plan, chosen, sampled, ending, [reader for reader, _ in reads])
-
-    def _choose_encodes(self) -> tuple[Span, ...]:
-        """The next pictures that running gangs need, the best rank first; a bounded number, so that a step stays short."""
-        spans: dict[bytes, Span] = {}
-        for span in chain.from_iterable(map(self._missing_spans, self._roster.running)):
-            spans.setdefault(span.digest, span)
-            if len(spans) == MAX_STEP_ENCODES:
-                break
-        return tuple(spans.values())
-
-    def _missing_spans(self, gang: Gang) -> Iterator[Span]:
-        return chain.from_iterable(map(self._spans.missing, gang.sequences)) if gang.request.spans else iter(())
 
     def _start(self, gang: Gang, now: float) -> None:
         """Its first slice: the first choice to come here takes its request out of the count of those that wait."""
@@ -325,8 +335,16 @@ class Scheduler:
         self._flight = None
         return flight
 
-    def _accept(self, gang: Gang, drawn: Drawn, now: float) -> Output:
-        """Appends a drawn id to every sequence of the gang, or ends it. Mutates: gang."""
+    def _accept(self, gang: Gang, drawn: Drawn, now: float, *, is_known: bool = False) -> list[Output]:
+        """A drawn id, and those that have to follow it; nothing of a gang that has ended. Mutates: gang."""
+        outputs = [self._append(gang, drawn, now, is_known)] if gang.state is State.RUNNING else []
+        while gang.state is State.RUNNING and gang.grammar is not None and not is_known and (forced := gang.grammar.forced()):
+            certain = Drawn(forced[0], None if gang.params.logprobs is None else 0.0)
+            outputs.append(self._append(gang, certain, now, False))
+        return outputs
+
+    def _append(self, gang: Gang, drawn: Drawn, now: float, is_known: bool) -> Output:
+        """Appends an id to every sequence of the gang, or ends it. is_known: it was guessed, and stands there already. Mutates: gang."""
         if gang.first_token_at is None:
             gang.first_token_at = now
         gang.num_generated += 1
@@ -341,7 +359,7 @@ class Scheduler:
             return self._end(gang, "stop", now, drawn=drawn)
         if gang.num_generated >= gang.params.max_tokens:
             return self._end(gang, "length", now, drawn=drawn)
-        for sequence in gang.sequences:
+        for sequence in gang.sequences if not is_known else ():
             sequence.tokens.append(drawn.token)
         if gang.reader is None:
             return Output(gang.request.request_id, gang.choice, drawn.token, drawn)
@@ -367,7 +385,6 @@ class Scheduler:
     ) -> Output:
         """The one place where a choice ends. Mutates: everything that knew it."""
         self._roster.remove(gang)
-        self._spans.drop(gang)
         if gang.first_slice_at is not None:
             self._released.extend(sequence.sequence_id for sequence in gang.sequences)
         live = self._live[gang.request.request_id]
@@ -404,16 +421,32 @@ def _tell(gang: Gang) -> PromptReading | None:
     return reader.reading()
 
 
-def _make_sample(gang: Gang, slice_indexes: tuple[int, ...]) -> Sample:
+def _settle_drafts(gang: Gang, drawn: SequenceOf[Drawn]) -> int:
+    """How many leading guesses of a gang were drawn; its sequences keep those alone. Mutates: gang."""
+    tokens, count = gang.sequences[0].tokens, gang.num_drafts
+    guessed = tokens[len(tokens) - count :]
+    num_right = next((place for place in range(count) if guessed[place] != drawn[place].token), count)
+    if gang.drafter is not None:
+        gang.drafter.learn(len(tokens) - count, [one.token for one in drawn])
+    for sequence in gang.sequences:
+        sequence.drop(count - num_right)
+    gang.num_drafts = 0
+    return num_right
+
+
+def _make_sample(gang: Gang, slice_indexes: tuple[int, ...], ahead: int) -> Sample:
+    """ahead: how many guesses come before the id."""
     first = gang.sequences[0]
+    num_generated = gang.num_generated + ahead
     return Sample(
         sequence_id=first.sequence_id,
         slice_indexes=slice_indexes,
         params=gang.params,
-        position=len(first.tokens),
-        num_generated=gang.num_generated,
+        position=len(first.tokens) - gang.num_drafts + ahead,
+        num_generated=num_generated,
         history=tuple(first.tokens) if gang.params.has_penalties else None,
         prompt_len=gang.prompt_len,
-        banned=gang.params.stop_ids if gang.num_generated < gang.params.min_tokens else (),
+        banned=gang.params.stop_ids if num_generated < gang.params.min_tokens else (),
         guidance=gang.request.guidance,
+        back=gang.num_drafts - ahead,
     )

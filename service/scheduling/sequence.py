@@ -11,8 +11,9 @@ from enum import Enum
 from typing import Literal
 
 from service.scheduling.block_pool import BlockKey
+from service.scheduling.drafts import Drafter
 from service.scheduling.grammar import Grammar, GrammarError
-from service.scheduling.plan import Drawn, PromptReading, Span
+from service.scheduling.plan import Drawn, PictureResult, PromptReading
 from service.scheduling.reader import PromptReader
 from service.scheduling.reading import Read
 from service.scheduling.sampling import SamplingParams
@@ -25,10 +26,10 @@ Finish = Literal["stop", "length", "abort", "error", "deadline"]
 class Request:
     """prompts: one, or two for a guided gang (conditional, unconditional). Choice i draws with seed + i. priority: smaller first.
 
-    deadline: absolute, on the clock of every `now`. tenant salts the prefix-cache keys. spans: per prompt, in order of start; empty
-    when no prompt has any. guidance is read only with two prompts. grammars: one per choice, or none at all.
-    read: what choice 0 tells of its (conditional) prompt; with it sampling.max_tokens may be 0: a choice then ends with "length" once its
-    prompt is computed.
+    deadline: absolute, on the clock of every `now`. tenant salts the prefix-cache keys. guidance is read only with two prompts. grammars:
+    one per choice, or none at all. draft_len: ids that may be guessed ahead of what is drawn, where its grammar has room for guesses; they
+    change no id. read: what choice 0 tells of its (conditional) prompt; with it sampling.max_tokens may be 0: a choice then ends with
+    "length" once its prompt is computed.
     """
 
     request_id: str
@@ -38,9 +39,9 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     tenant: str = ""
-    spans: tuple[tuple[Span, ...], ...] = ()
     guidance: float = 1.0
     grammars: tuple[Grammar, ...] = ()
+    draft_len: int = 0
     read: Read | None = None
 
     @property
@@ -69,7 +70,7 @@ class Usage:
 class Output:
     """News of one choice. token: None when it only ends. drawn: the token with its logprobs. finish is set once, in its last output,
     and `usage` with it. stop_id: the id that ended it; it is neither `token` nor in the text. error: why, when its grammar ended it.
-    reading: with the first output after the prompt, of a choice that reads."""
+    reading: with the first output after the prompt, of a choice that reads. picture: of a request for one."""
 
     request_id: str
     choice: int
@@ -80,6 +81,7 @@ class Output:
     usage: Usage | None = None
     error: GrammarError | None = None
     reading: PromptReading | None = None
+    picture: PictureResult | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,6 @@ class Sequence:
     root: bytes
     tables: list[list[int]]
     num_trimmed: list[int]
-    spans: tuple[Span, ...] = ()
     num_computed: int = 0
     num_sealed: int = 0
     keys: list[BlockKey] = field(default_factory=list)
@@ -136,13 +137,19 @@ class Sequence:
     def find_grid_starts(self, pictures: PictureIds, start: int, end: int) -> tuple[int, ...]:
         """Of its tokens start ... end - 1: where the picture that each is a code of begins, -1 for others; empty when none is a code.
 
-        Mutates: grid_starts. Tokens never change, so what was found stays right, also when they are computed again.
+        Mutates: grid_starts. Tokens that were drawn never change, so what was found stays right, also when they are computed again.
         """
         found = self.grid_starts
         if len(found) < end:
             found += pictures.grid_starts(self.tokens[len(found) : end], len(found), found[-1] if found else -1)
         wanted = found[start:end]
         return tuple(wanted) if max(wanted) >= 0 else ()
+
+    def drop(self, count: int) -> None:
+        """Takes back its last tokens, which were guessed and are not computed."""
+        if count:
+            del self.tokens[-count:]
+            del self.grid_starts[len(self.tokens) :]
 
     def freeze_tables(self) -> tuple[tuple[int, ...], ...]:
         """The tables as tuples, made anew only after a block came or went. Mutates: frozen_tables."""
@@ -158,7 +165,7 @@ class Gang:
     rank: (priority, order of arrival); smaller goes first and loses its blocks last. params: the request's, with this choice's seed
     and max_tokens held to what fits. awaits: key of the block that another gang computes for it. grammar: takes each id once, also
     when the gang is preempted and computed again. reader: of choice 0, where the request reads its prompt; for the first sequence, until
-    it has told what it read.
+    it has told what it read. drafter: guesses its next ids. num_drafts: of its sequences' last tokens, between plan and commit.
     """
 
     request: Request
@@ -169,6 +176,8 @@ class Gang:
     arrived_at: float
     grammar: Grammar | None = None
     reader: PromptReader | None = None
+    drafter: Drafter | None = None
+    num_drafts: int = 0
     state: State = State.WAITING
     num_generated: int = 0
     preemptions: int = 0

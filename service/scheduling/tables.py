@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from service.scheduling.block_pool import BlockKey, BlockPool, Media
+from service.scheduling.block_pool import BlockKey, BlockPool
 from service.scheduling.plan import KVGroup
 from service.scheduling.sequence import Sequence
 
@@ -143,7 +143,7 @@ class BlockTables:
         keys, size = sequence.keys, self.block_size
         for row in range(len(keys), rows):
             parent = keys[-1].digest if keys else sequence.root
-            keys.append(BlockKey.make(parent, sequence.tokens[row * size : (row + 1) * size], self._media(sequence, row)))
+            keys.append(BlockKey.make(parent, sequence.tokens[row * size : (row + 1) * size]))
         return keys[:rows]
 
     # -- integrity --
@@ -212,11 +212,3 @@ class BlockTables:
                 break
             rows = min(missing)
         return rows
-
-    def _media(self, sequence: Sequence, row: int) -> Media:
-        start, end = row * self.block_size, (row + 1) * self.block_size
-        return tuple(
-            (span.start - start, span.length, span.digest)
-            for span in sequence.spans
-            if span.start < end and start < span.start + span.length
-        )

@@ -71,11 +71,13 @@ def solo_reading(request: Request) -> PromptReading:
 
 @dataclass
 class CountingGrammar:
-    """Complete after `length` ids, or broken by the first `refused` one; remembers what it was given."""
+    """Complete after `length` ids, or broken by the first `refused` one; remembers what it was given. runs: what has to follow when so many
+    ids were taken."""
 
     length: int
     refused: int | None = None
     taken: list[int] = field(default_factory=list)
+    runs: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def accept(self, token: int) -> bool:
         if token == self.refused:
@@ -83,6 +85,21 @@ class CountingGrammar:
         self.taken.append(token)
         assert len(self.taken) <= self.length, "it was complete"
         return len(self.taken) == self.length
+
+    def certain(self, place: int) -> int | None:
+        """The id that has to be the one at a place."""
+        return next((run[place - at] for at, run in self.runs.items() if at <= place < min(at + len(run), self.length)), None)
+
+    def forced(self) -> tuple[int, ...]:
+        run = []
+        while (token := self.certain(len(self.taken) + len(run))) is not None:
+            run.append(token)
+        return tuple(run)
+
+    @property
+    def num_free(self) -> int:
+        ends = [at for at in self.runs if at > len(self.taken)]
+        return min([*ends, self.length]) - len(self.taken)
 
 
 def solo(request: Request, choice: int, max_tokens: int) -> tuple[list[int], str, int | None]:
@@ -96,6 +113,8 @@ def solo(request: Request, choice: int, max_tokens: int) -> tuple[list[int], str
     while True:
         banned = request.sampling.stop_ids if len(tokens) < request.sampling.min_tokens else ()
         token = draw(states, params, banned)
+        if isinstance(grammar, CountingGrammar) and tokens and (certain := grammar.certain(len(tokens))) is not None:
+            token = certain
         if token in request.sampling.stop_ids:
             return tokens, "stop", token
         if isinstance(grammar, CountingGrammar) and token == grammar.refused:
@@ -122,6 +141,7 @@ class FakeRunner:
     computed: int = 0
     rows: list[list[bytes]] = field(default_factory=list)
     sums: dict[int, list[bytes]] = field(default_factory=dict)
+    guessed: int = 0
     histories: dict[bytes, tuple[int, ...]] = field(default_factory=lambda: {START: ()})
 
     def run(self, plan: StepPlan) -> list[Drawn]:
@@ -134,11 +154,11 @@ class FakeRunner:
         written: set[tuple[int, int]] = set()
         before = [[self._look_back(piece, group) for group in range(len(self.groups))] for piece in plan.slices]
         self.rows = [self._write(piece, states, written) for piece, states in zip(plan.slices, before, strict=True)]
-        states = [rows[-1] for rows in self.rows]
         for sequence_id in plan.released:
             self.sums.pop(sequence_id, None)
         self.computed += plan.num_tokens
-        return [self._sample(plan, sample, states) for sample in plan.samples]
+        self.guessed += sum(1 for sample in plan.samples if sample.back)
+        return [self._sample(plan, sample) for sample in plan.samples]
 
     def read(self, plan: StepPlan) -> list[PromptReading]:
         assert len({read.slice_index for read in plan.reads}) == len(plan.reads), "a slice is read twice"
@@ -210,12 +230,12 @@ class FakeRunner:
         expected = grid_starts_of(history, self.pictures)[piece.start :]
         assert piece.grid_starts == (expected if max(expected) >= 0 else ()), "a code's picture begins somewhere else"
 
-    def _sample(self, plan: StepPlan, sample: Sample, states: list[bytes]) -> Drawn:
+    def _sample(self, plan: StepPlan, sample: Sample) -> Drawn:
         first = plan.slices[sample.slice_indexes[0]]
         assert first.sequence_id == sample.sequence_id
-        assert sample.position == first.start + len(first.tokens)
+        assert sample.position == first.start + len(first.tokens) - sample.back
         assert sample.num_generated == sample.position - sample.prompt_len
-        return Drawn(draw([states[index] for index in sample.slice_indexes], sample.params, sample.banned))
+        return Drawn(draw([self.rows[index][-1 - sample.back] for index in sample.slice_indexes], sample.params, sample.banned))
 
 
 @dataclass

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from service.errors import ContextLengthError, OverloadedError, RequestError
-from service.scheduling.plan import KVGroup, Span, StepPlan
+from service.scheduling.pictures import PictureRequest
+from service.scheduling.plan import KVGroup, PictureResult, PictureWork, StepPlan
 from service.scheduling.reading import Read
 from service.scheduling.sampling import SamplingParams
 from service.scheduling.sequence import Request
@@ -52,7 +53,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.is_whole = bool(sizes["whole_prompts"])
         self.requests: dict[str, Request] = {}
         self.outside: set[tuple[str, int]] = set()  # choices that something other than the model has ended
-        self.encoded: set[bytes] = set()
+        self.pictures: set[str] = set()
+        self.painting: list[PictureWork] = []
         self.plan = None
 
     @rule(
@@ -71,10 +73,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.sampled_from((0, 0, 0, -1, 1)),
         patience=st.sampled_from((None, None, None, None, 0, 3, 10, 30)),
         tenant=st.sampled_from(("", "", "other")),
-        picture=st.sampled_from((None, None, (0, 1), (1, 4), (5, 3))),
         read=st.none() | st.none() | st.builds(Read, st.integers(0, 16), st.integers(0, 3), st.sampled_from(("", "last", "mean", "cls"))),
         only_reads=st.booleans(),
-        grammar=st.none() | st.builds(CountingGrammar, st.integers(1, 12), st.sampled_from((None, None, 3))),
+        grammar=st.none()
+        | st.builds(
+            CountingGrammar,
+            st.integers(1, 16),
+            st.sampled_from((None, None, 3)),
+            runs=st.sampled_from(({}, {}, {2: (9,)}, {1: (4, 4, 10), 7: (9, 9)})),
+        ),
+        draft_len=st.sampled_from((0, 2, 7)),
     )
     def add(
         self,
@@ -86,15 +94,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority: int,
         patience: int | None,
         tenant: str,
-        picture: tuple[int, int] | None,
         read: Read | None,
         only_reads: bool,
         grammar: CountingGrammar | None,
+        draft_len: int,
     ) -> None:
         prompts = (row[:length],) if second is None else (row[:length], row[3 : 3 + second])
-        spans: tuple[tuple[Span, ...], ...] = ()
-        if picture is not None and sum(picture) <= length:
-            spans = ((Span(*picture, digest=bytes([picture[0]]) * 32),), *((),) * (len(prompts) - 1))
         if read is not None:
             read = replace(read, first=min(read.first, length))
             read = read if read.first or read.pool else None
@@ -109,10 +114,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             priority,
             deadline,
             tenant,
-            spans,
             1.0 if second is None else 3.0,
             read=read,
             grammars=() if grammar is None else tuple(replace(grammar, taken=[]) for _ in range(num_choices)),
+            draft_len=draft_len,
         )
         before = self.bench.scheduler.stats
         try:
@@ -143,19 +148,47 @@ class SchedulerMachine(RuleBasedStateMachine):
         named = range(request.num_choices) if choice is None else (choice,)
         assert all((request.request_id, index) in self.bench.ends for index in named)
 
+    @rule(is_drawn=st.booleans(), patience=st.sampled_from((None, None, 0, 3)), priority=st.integers(-1, 1))
+    def add_picture(self, is_drawn: bool, patience: int | None, priority: int) -> None:
+        name = f"p{len(self.pictures)}"
+        work = PictureWork(name, codes=(3, 4)) if is_drawn else PictureWork(name, pixels=b"abc")
+        deadline = None if patience is None else self.bench.now + patience
+        self.bench.scheduler.add_picture(PictureRequest(work, priority, deadline), self.bench.now)
+        self.pictures.add(name)
+
+    @precondition(lambda self: self.pictures)
+    @rule(data=st.data())
+    def abort_picture(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.pictures)))
+        self.bench.take(self.bench.scheduler.abort(name, None, "abort", self.bench.now))
+        assert (name, 0) in self.bench.ends
+
+    @precondition(lambda self: self.painting)
+    @rule(count=st.integers(1, 8), is_good=st.booleans())
+    def paint(self, count: int, is_good: bool) -> None:
+        done, self.painting = self.painting[:count], self.painting[count:]
+        results = [PictureResult(one.request_id, codes=(1,) if is_good else ()) for one in done]
+        self.bench.take(self.bench.scheduler.commit_pictures(results, self.bench.now))
+        assert all((one.request_id, 0) in self.bench.ends for one in done)
+
     @precondition(lambda self: self.plan is None)
     @rule()
     def make_plan(self) -> None:
         known = set(self.bench.ends)
         self.plan = self.bench.plan()
+        if self.plan is not None and (work := [*self.plan.encode, *self.plan.draw]):
+            assert not self.painting, "two batches are out"
+            self.painting = work
         for key in self.bench.ends.keys() - known:
+            if key[0] in self.pictures:
+                continue
             deadline = self.requests[key[0]].deadline
             assert self.bench.ends[key].finish == "deadline"
             assert deadline is not None
             assert deadline <= self.bench.now
             self.outside.add(key)
         if self.plan is None:
-            assert not self.bench.scheduler.has_work, "something waits and nothing happens"
+            assert self.painting or not self.bench.scheduler.has_work, "something waits and nothing happens"
 
     @precondition(lambda self: self.plan is not None)
     @rule()
@@ -201,13 +234,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not self.bench.scheduler.has_work:
                 break
             self.step(1)
+            if self.painting and self.plan is None:
+                self.paint(8, True)
         scheduler = self.bench.scheduler
         stats = scheduler.stats
         assert not scheduler.has_work, "it never ends"
         assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
         for request in self.requests.values():
             self._judge(request)
-        assert len(self.bench.ends) == sum(request.num_choices for request in self.requests.values())
+        assert len(self.bench.ends) == sum(request.num_choices for request in self.requests.values()) + len(self.pictures)
 
     def _judge(self, request: Request) -> None:
         for choice in range(request.num_choices):

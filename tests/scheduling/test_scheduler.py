@@ -8,10 +8,8 @@ import time
 import pytest
 
 from service.errors import ContextLengthError, OverloadedError, RequestError
-from service.scheduling.plan import Drawn, KVGroup, Span
+from service.scheduling.plan import Drawn, KVGroup
 from tests.scheduling.model import VOCAB, Bench, make_bench, make_request, solo
-
-PICTURE = Span(4, 4, b"p" * 32)
 
 
 def finish_of(bench: Bench, request_id: str, choice: int = 0) -> str | None:
@@ -280,12 +278,12 @@ def test_a_prompt_under_way_takes_blocks_from_a_decode_planned_in_the_same_step(
 
 
 def test_blocks_that_a_prompt_under_way_still_needs_are_not_given_to_newcomers() -> None:
-    bench = make_bench(num_blocks=10)
-    bench.add(make_request("a", range(30), max_tokens=1, spans=((PICTURE,),)))  # stops short of the picture in the first step
+    bench = make_bench(num_blocks=10, max_batch_tokens=8)
+    bench.add(make_request("a", range(30), max_tokens=1))  # the first step computes a part of it
     bench.add(make_request("b", range(50, 66), max_tokens=1))
     plan = bench.plan()
     assert plan is not None
-    assert (bench.scheduler.num_running, bench.scheduler.stats.kv_blocks_used) == (1, 1)
+    assert (bench.scheduler.num_running, bench.scheduler.stats.kv_blocks_used) == (1, 2)
     bench.commit(plan)
     bench.drain()
     assert bench.scheduler.stats.preemptions == 0
@@ -314,78 +312,6 @@ def test_a_large_request_is_not_starved_by_small_ones() -> None:
             break
     assert finish_of(bench, "large") == "length"
     assert not any(key[0].isdigit() for key in bench.ends), "a small one behind it ended before it"
-
-
-# -- pictures --
-
-
-def test_only_the_sequence_with_the_picture_waits_for_it() -> None:
-    bench = make_bench()
-    bench.add(make_request("a", range(12), max_tokens=2, spans=((PICTURE,),)))
-    bench.add(make_request("b", range(20, 26), max_tokens=2))
-    first, second = bench.step(), bench.step()
-    assert first is not None
-    assert second is not None
-    assert first.encode == (PICTURE,)
-    assert [piece.tokens for piece in first.slices] == [tuple(range(4)), tuple(range(20, 26))]
-    assert second.encode == ()
-    assert second.slices[1].tokens == tuple(range(4, 12))
-    bench.drain()
-
-
-def test_a_picture_at_the_start_makes_a_plan_without_slices() -> None:
-    bench = make_bench()
-    bench.add(make_request("a", range(12), max_tokens=2, spans=((Span(0, 3, b"q" * 32),),)))
-    plan = bench.step()
-    assert plan is not None
-    assert (plan.slices, len(plan.encode)) == ((), 1)
-    bench.drain()
-    assert finish_of(bench, "a") == "length"
-
-
-def test_equal_pictures_are_encoded_once_and_few_in_a_step() -> None:
-    bench = make_bench()
-    pictures = tuple(Span(index, 1, bytes([index // 2]) * 32) for index in range(12))
-    bench.add(make_request("a", range(12), max_tokens=1, spans=(pictures,)))
-    encoded = []
-    while bench.scheduler.has_work:
-        plan = bench.step()
-        assert plan is not None
-        assert len(plan.encode) <= 4
-        encoded += [span.digest for span in plan.encode]
-    assert len(encoded) == len(set(encoded)) == 6
-
-
-def test_a_cached_picture_is_not_encoded_again() -> None:
-    bench = make_bench()
-    encodes = []
-    for name in "ab":
-        bench.add(make_request(name, range(12), max_tokens=1, spans=((PICTURE,),)))
-        count = 0
-        while bench.scheduler.has_work:
-            plan = bench.step()
-            assert plan is not None
-            count += len(plan.encode)
-        encodes.append(count)
-    assert encodes == [1, 0]
-
-
-def test_a_failed_encoding_ends_those_who_needed_it() -> None:
-    bench = make_bench()
-    bench.add(make_request("a", range(12), spans=((Span(0, 3, b"q" * 32),),)))
-    bench.step()
-    bench.add(make_request("b", range(12), spans=((Span(0, 3, b"x" * 32),),), max_tokens=1))
-    plan = bench.plan()
-    assert plan is not None
-    bench.commit(plan)
-    bench.add(make_request("c", range(30, 40), spans=((Span(0, 3, b"z" * 32),),), max_tokens=1))
-    plan = bench.plan()
-    assert plan is not None
-    assert [span.digest for span in plan.encode] == [b"z" * 32]
-    bench.take(bench.scheduler.fail(plan, bench.now))
-    assert finish_of(bench, "c") == "error"
-    bench.scheduler.check()
-    bench.drain()
 
 
 # -- ends --
@@ -494,10 +420,6 @@ def test_times_and_counts_of_a_finished_choice() -> None:
         ({"prompts": ((1,), (2,), (3,))}, RequestError),
         ({"max_tokens": 0}, RequestError),
         ({"num_choices": 0}, RequestError),
-        ({"prompt": range(8), "spans": ((Span(6, 3, b""),),)}, RequestError),
-        ({"prompt": range(8), "spans": ((Span(0, 3, b""), Span(2, 2, b"")),)}, RequestError),
-        ({"prompt": range(8), "spans": ((Span(0, 0, b""),),)}, RequestError),
-        ({"prompt": range(8), "spans": ((), ())}, RequestError),
         ({"request_id": "taken"}, RequestError),
     ],
 )
@@ -554,18 +476,15 @@ def test_sizes_must_be_positive() -> None:
 def test_nothing_is_left_behind() -> None:
     bench = make_bench(num_blocks=12, max_sequences=4)
     for index in range(60):
-        spans = ((Span(0, 2, bytes([index]) * 32),),)
-        bench.add(
-            make_request(str(index), (index, *range(index % 9)), num_choices=2, deadline=bench.now + 9, spans=spans if index % 9 else ())
-        )
+        bench.add(make_request(str(index), (index, *range(index % 9)), num_choices=2, deadline=bench.now + 9))
         bench.step()
         if index % 3 == 0:
             bench.take(bench.scheduler.abort(str(index), 0, "abort", bench.now))
     bench.drain()
     scheduler = bench.scheduler
-    roster, spans_kept = scheduler._roster, scheduler._spans
-    maps = (scheduler._live, roster.running, roster.waiting, roster._producers, spans_kept._holders, spans_kept._ready)
-    assert [len(kept) for kept in maps] == [0] * 6
+    roster = scheduler._roster
+    maps = (scheduler._live, roster.running, roster.waiting, roster._producers)
+    assert [len(kept) for kept in maps] == [0] * 4
     assert (scheduler._intake.num_requests, scheduler._intake.num_tokens, roster._num_sequences) == (0, 0, 0)
     assert len(bench.ends) == 120
 

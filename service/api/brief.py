@@ -1,0 +1,111 @@
+"""From what a client wants drawn to an `Order`: prompts with and without the brief, sampling with the model's own defaults, what is kept.
+
+No HTTP. Called by the picture and video routes.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.api.backend import Caller
+from service.api.easel import Codes, Easel, Order
+from service.api.images_schema import DrawFields
+from service.api.strict import Warnings
+from service.codec.prompt import Codec
+from service.errors import RequestError
+from service.scheduling.picture_grammar import PictureRule
+from service.scheduling.sampling import SamplingParams
+from service.vocabulary import PictureIds
+
+USUAL_JACOBI = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Brief:
+    """text: what is wanted. pictures: codes of those that come before it. kept: of the picture to be drawn, as `PictureRule` has it.
+    num_frames: pictures that are wanted of each choice."""
+
+    text: str
+    pictures: tuple[Codes, ...] = ()
+    kept: Codes = ()
+    num_frames: int = 1
+
+
+def make_order(
+    easel: Easel, model: str, brief: Brief, wanted: DrawFields, caller: Caller, warnings: Warnings, *, num_choices: int = 1
+) -> Order:
+    """Mutates: warnings. Raises: RequestError, UnavailableError."""
+    codec, marks = easel.backend.codecs[model], easel.marks(model)
+    guidance = wanted.guidance_scale if wanted.guidance_scale is not None else float(codec.sampling_defaults.get("guidance_scale", 1.0))
+    if guidance == 1.0 and wanted.negative_prompt:
+        warnings.note("negative_prompt", "negative_prompt has no effect while guidance_scale is 1")
+    rule = PictureRule(brief.num_frames, kept=brief.kept)
+    given = brief.kept[: rule.num_known]
+    negative = wanted.negative_prompt or ""
+    num_new = brief.num_frames * (marks.num_places + 1) - 1 - rule.num_known
+    return Order(
+        model=model,
+        prompt=(*_prompt(codec, marks, brief.text, brief.pictures), *given),
+        unconditional=(*_prompt(codec, marks, negative, brief.pictures), *given) if guidance != 1.0 else (),
+        rule=rule,
+        sampling=_sampling(codec, wanted, num_new),
+        caller=caller,
+        num_choices=num_choices,
+        guidance=guidance,
+        draft_len=USUAL_JACOBI if wanted.jacobi is None else wanted.jacobi,
+        priority=wanted.priority,
+        timeout_s=wanted.timeout or 0.0,
+        cache_salt=wanted.cache_salt,
+    )
+
+
+def _prompt(codec: Codec, marks: PictureIds, text: str, pictures: Sequence[Codes]) -> Codes:
+    """Ends with the beginning of the picture."""
+    parts = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
+    content: Any = parts if pictures else text
+    return (*codec.encode_chat([{"role": "user", "content": content}], pictures=pictures), marks.begin_id)
+
+
+def _sampling(codec: Codec, wanted: DrawFields, max_tokens: int) -> SamplingParams:
+    def number(name: str, usual: float) -> float:
+        given = getattr(wanted, name)
+        return float(codec.sampling_defaults.get(name, usual) if given is None else given)
+
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=number("temperature", 1.0),
+        top_k=max(int(number("top_k", 0)), 0),
+        top_p=number("top_p", 1.0),
+        min_p=number("min_p", 0.0),
+        seed=secrets.randbits(62) if wanted.seed is None else wanted.seed,
+    )
+
+
+def kept_outside(codes: Codes, marks: PictureIds, mask: NDArray[np.bool_]) -> Codes:
+    """What a masked redraw keeps: the codes of whose pixels none is to be redrawn. mask bool [rows, columns of pixels], any size.
+
+    Raises: RequestError when that is all of them.
+    """
+    height, width = mask.shape
+    kept = []
+    for place, code in enumerate(codes):
+        row, column = divmod(place, marks.columns)
+        top, bottom = row * height // marks.rows, max((row + 1) * height // marks.rows, row * height // marks.rows + 1)
+        left, right = column * width // marks.columns, max((column + 1) * width // marks.columns, column * width // marks.columns + 1)
+        kept.append(-1 if mask[top:bottom, left:right].any() else code)
+    if min(kept) >= 0:
+        raise RequestError("the mask has no transparent pixel, so nothing is to be redrawn", param="mask")
+    return tuple(kept)
+
+
+def kept_at_random(codes: Codes, strength: float, seed: int) -> Codes:
+    """What a variation keeps: all but a share `strength` of the codes, chosen by the seed; at least one is redrawn."""
+    count = max(1, round(strength * len(codes)))
+    redrawn = set(np.random.default_rng(seed % 2**64).permutation(len(codes))[:count].tolist())
+    return tuple(-1 if place in redrawn else code for place, code in enumerate(codes))

@@ -1,0 +1,215 @@
+"""POST /v1/images/generations, /edits and /variations: pictures from words, from pictures and words, and from pictures alone.
+
+The road of a request through the server; its bounds stand in `images_schema`, its form in `images_shape`, the drawing in `easel`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.datastructures import FormData, UploadFile
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.api.body import BodyLimits, checked, parse
+from service.api.brief import Brief, kept_at_random, kept_outside, make_order
+from service.api.easel import Easel, Order, Painting, Preview
+from service.api.form import FormLimits, is_form, read_form
+from service.api.gallery import Gallery
+from service.api.images_schema import MAX_INPUTS, EditRequest, ImageRequest, PictureFields
+from service.api.images_shape import ImagesShape, Result
+from service.api.improve import caption_score, refined
+from service.api.media import Media
+from service.api.routes import caller_of, json_answer, warnings_header
+from service.api.sse import ByteStream, while_connected
+from service.api.strict import Warnings
+from service.codec.pixels import decode_mask
+from service.errors import RequestError
+
+_FORM_FILES = ("image", "image[]", "mask")
+_MAX_FORM_FIELDS = 64
+_MAX_FIELD_BYTES = 128 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request's work. base_url: of the server, as the client called it."""
+
+    model: str
+    order: Order
+    wanted: PictureFields
+    caption: str
+    warnings: Warnings
+    is_edit: bool
+    base_url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Studio:
+    """What the picture routes work with."""
+
+    easel: Easel
+    media: Media
+    gallery: Gallery
+
+    async def answer(self, request: Request, job: Job) -> Response:
+        native = self.easel.backend.info(job.model).picture_size
+        shape = ImagesShape(job.wanted, native, int(time.time()), self.media, is_edit=job.is_edit)
+        if shape.size != native:
+            height, width = native
+            text = f"the model draws {width}x{height}; the picture was resampled to {shape.size[1]}x{shape.size[0]}"
+            job.warnings.note("size", text)
+        if job.wanted.stream:
+            return ByteStream(self._events(job, shape), warnings_header(job.warnings))
+        results = await while_connected(request, self._results(job))
+        url_of = None if job.wanted.response_format == "b64_json" else lambda data, kind: job.base_url + self.gallery.keep(data, kind)
+        return json_answer(await shape.whole(results, url_of), job.warnings)
+
+    async def _results(self, job: Job) -> list[Result]:
+        """The best n of what was drawn."""
+        paintings = await self.easel.paintings(job.order)
+        results = list(await asyncio.gather(*(self._finished(job, painting) for painting in paintings)))
+        if len(results) > job.wanted.n:
+            results = await self._best(job, results)
+        return results
+
+    async def _finished(self, job: Job, painting: Painting) -> Result:
+        """Refined where that was asked for, and drawn."""
+        (codes,), seed = painting.frames, job.order.sampling.seed + painting.choice
+        num_drawn, scores = len(codes) - job.order.rule.num_known, None
+        if job.wanted.refine:
+            codes, scores = await refined(self.easel, job.order, codes, seed, job.wanted.refine)
+        pixels = await self.easel.draw(job.model, codes)
+        return Result(painting.choice, seed, codes, pixels, painting.usage, num_drawn, scores)
+
+    async def _best(self, job: Job, results: Sequence[Result]) -> list[Result]:
+        codec = self.easel.backend.codecs[job.model]
+        scores = await asyncio.gather(*(caption_score(self.easel, codec, job.order, result.codes, job.caption) for result in results))
+        ranked = sorted(zip(scores, results, strict=True), key=lambda pair: -pair[0])[: job.wanted.n]
+        return [replace(result, caption_score=score) for score, result in ranked]
+
+    async def _events(self, job: Job, shape: ImagesShape) -> AsyncGenerator[bytes, None]:
+        """Previews as they come, and each picture as soon as it is done."""
+        finishing: set[asyncio.Task[Result]] = set()
+        try:
+            async with aclosing(self.easel.paint(job.order)) as items:
+                async for item in items:
+                    if isinstance(item, Preview):
+                        yield await shape.preview(item)
+                    elif isinstance(item, Painting):
+                        finishing.add(asyncio.create_task(self._finished(job, item)))
+                    for task in [task for task in finishing if task.done()]:
+                        finishing.discard(task)
+                        yield await shape.completed(task.result())
+            for done in asyncio.as_completed(list(finishing)):
+                yield await shape.completed(await done)
+        finally:
+            for task in finishing:
+                task.cancel()
+
+
+def images_router(studio: Studio, limits: BodyLimits) -> APIRouter:
+    """Raises, when called: RequestError and its kinds, OverloadedError, UnavailableError, DeadlineError."""
+    router = APIRouter(redirect_slashes=False)
+    easel = studio.easel
+
+    @router.post("/v1/images/generations")
+    async def create_image(request: Request) -> Response:
+        wanted, warnings = await parse(request, ImageRequest, limits)
+        model = easel.choose(wanted.model)
+        return await studio.answer(request, _job(request, easel, model, Brief(wanted.prompt), wanted, warnings))
+
+    @router.post("/v1/images/edits")
+    async def edit_image(request: Request) -> Response:
+        wanted, warnings, pictures, mask = await _read_edit(request, limits)
+        return await _edit(request, wanted, warnings, pictures, mask)
+
+    @router.post("/v1/images/variations")
+    async def vary_image(request: Request) -> Response:
+        wanted, warnings, pictures, mask = await _read_edit(request, limits)
+        for name, value in (("prompt", wanted.prompt), ("mask", mask)):
+            if value:
+                raise RequestError(f"a variation has no {name}; /v1/images/edits takes one", param=name)
+        return await _edit(request, wanted, warnings, pictures, mask)
+
+    async def _edit(
+        request: Request, wanted: EditRequest, warnings: Warnings, pictures: Sequence[str | bytes], mask: str | bytes | None
+    ) -> Response:
+        model = easel.choose(wanted.model)
+        brief = await _edit_brief(studio, model, wanted, pictures, mask)
+        return await studio.answer(request, _job(request, easel, model, brief, wanted, warnings))
+
+    return router
+
+
+def _job(request: Request, easel: Easel, model: str, brief: Brief, wanted: PictureFields, warnings: Warnings) -> Job:
+    """Mutates: warnings. Raises: RequestError."""
+    if wanted.num_drawn > wanted.n and wanted.stream:
+        raise RequestError("best_of greater than n is only allowed when stream is false: the best are known at the end", param="best_of")
+    for name in ("quality", "style"):
+        if getattr(wanted, name) not in (None, "auto", "standard"):
+            warnings.note(name, f"{name} has no effect on this model")
+    order = make_order(easel, model, brief, wanted, caller_of(request), warnings, num_choices=wanted.num_drawn)
+    rows, count = easel.marks(model).rows, wanted.partial_images
+    order = replace(order, preview_rows=tuple(sorted({max(1, rows * (index + 1) // (count + 1)) for index in range(count)})))
+    return Job(model, order, wanted, brief.text, warnings, isinstance(wanted, EditRequest), str(request.base_url).rstrip("/"))
+
+
+async def _edit_brief(studio: Studio, model: str, wanted: EditRequest, pictures: Sequence[str | bytes], mask: str | bytes | None) -> Brief:
+    """Raises: RequestError naming the picture."""
+    easel, media = studio.easel, studio.media
+    size, marks = easel.backend.info(model).picture_size, easel.marks(model)
+    if not pictures:
+        raise RequestError("image is required", param="image", code="missing_required_parameter")
+    if len(pictures) > 1:
+        raise RequestError("the model edits one picture at a time", param="image")
+    codes = await easel.encode(model, await media.pixels(pictures[0], size, "image"))
+    if mask is not None:
+        data = await media.bytes_of(mask, "mask")
+        region = await media.apart(lambda: decode_mask(data, media.limits.picture), "mask")
+        return Brief(wanted.prompt, kept=kept_outside(codes, marks, region))
+    if not wanted.prompt:
+        return Brief("", kept=kept_at_random(codes, wanted.strength, wanted.seed or 0))
+    return Brief(wanted.prompt, pictures=(codes,))
+
+
+Edit = tuple[EditRequest, Warnings, list[str | bytes], "str | bytes | None"]
+
+
+async def _read_edit(request: Request, limits: BodyLimits) -> Edit:
+    """Of JSON or of a form. Raises: RequestError and its kinds."""
+    if not is_form(request):
+        wanted, warnings = await parse(request, EditRequest, limits)
+        return wanted, warnings, [each.image_url for each in wanted.images], wanted.mask.image_url if wanted.mask else None
+    form_limits = FormLimits(limits.max_bytes, MAX_INPUTS + 1, _MAX_FORM_FIELDS, _MAX_FIELD_BYTES, limits.idle_s, "image")
+    async with read_form(request, form_limits) as form:
+        wanted, warnings = checked(_texts(form), EditRequest, limits.is_strict, is_form=True)
+        pictures: list[str | bytes] = [await _file(form, name, value) for name, value in form.multi_items() if name in _FORM_FILES[:2]]
+        mask = await _file(form, "mask", form["mask"]) if "mask" in form else None
+    return wanted, warnings, pictures, mask
+
+
+def _texts(form: FormData) -> dict[str, Any]:
+    """The fields that are no files. Raises: RequestError."""
+    texts: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if name in _FORM_FILES:
+            continue
+        if not isinstance(value, str):
+            raise RequestError(f"{name} must be a text and no file", param=name)
+        if name in texts:
+            raise RequestError(f"{name} was given twice", param=name)
+        texts[name] = value
+    return texts
+
+
+async def _file(form: FormData, name: str, value: UploadFile | str) -> bytes:
+    if not isinstance(value, UploadFile):
+        raise RequestError(f"{name} must be a file, with a filename", param=name.removesuffix("[]"))
+    return await value.read()
