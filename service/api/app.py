@@ -28,7 +28,7 @@ from service.api.envelope import CLIENT_GONE, Envelope
 from service.api.errors import error_response
 from service.api.files import files_router
 from service.api.gallery import Gallery, gallery_router
-from service.api.images import Studio, images_router
+from service.api.images import images_router
 from service.api.media import Media, MediaLimits
 from service.api.messages import messages_router
 from service.api.methods import HeadAsGet, with_head
@@ -38,6 +38,7 @@ from service.api.page import page_router
 from service.api.rerank import rerank_router
 from service.api.responses import responses_router
 from service.api.responses_store import StoreLimits
+from service.api.studio import Studio
 from service.api.tokenize import tokenize_router
 from service.codec.prompt import Codec
 from service.engine.client import EngineClient
@@ -71,18 +72,18 @@ def build_app(
     names that the server answers to; none for any. desk: files and batches; None where the server keeps none."""
     limits = limits or Limits()
     backend = Backend(engine, codecs, metrics, limits.max_requests)
+    studio = Studio(Easel(backend), Media(limits.media), Gallery())
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_api_route("/v1/chat/completions", chat_route(backend, limits.body), methods=["POST"])
+    app.add_api_route("/v1/chat/completions", chat_route(studio, limits.body), methods=["POST"])
     app.add_api_route("/v1/completions", completion_route(backend, limits.body), methods=["POST"])
-    app.include_router(responses_router(backend, limits.body, limits.responses))
+    app.include_router(responses_router(studio, limits.body, limits.responses))
     app.include_router(embedding_router(backend, limits.body))
     app.include_router(rerank_router(backend, limits.body))
     app.include_router(classify_router(backend, limits.body))
-    app.include_router(messages_router(backend, limits.body))
+    app.include_router(messages_router(studio, limits.body))
     app.include_router(tokenize_router(backend, limits.body))
     app.include_router(files_router(desk, limits.body))
     app.include_router(batches_router(desk, limits.body))
-    studio = Studio(Easel(backend), Media(limits.media), Gallery())
     app.include_router(images_router(studio, limits.body))
     app.include_router(gallery_router(studio.gallery))
     app.include_router(models_router(backend))

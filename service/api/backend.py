@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 from service.api.auth import salted
-from service.api.choice import Choice, Echo, Reply
+from service.api.choice import Choice, Echo, PictureReader, Reply
 from service.api.generation import Generation
 from service.api.schema import SamplingFields
 from service.codec.prompt import Codec
@@ -23,8 +23,10 @@ from service.engine.messages import Generate, ModelInfo, Vocabulary
 from service.engine.stream import Stream
 from service.errors import ContextLengthError, ModelNotFoundError, OverloadedError, RequestError, UnavailableError
 from service.metrics import Metrics
+from service.scheduling.picture_grammar import PictureRule
 from service.scheduling.reading import Read
 from service.scheduling.sampling import SamplingParams
+from service.vocabulary import PictureIds
 
 # Below this many characters an encoding takes less time than going to another thread.
 INLINE_CHARS = 8192
@@ -53,13 +55,16 @@ class Caller:
 class Terms:
     """Under which terms prompts are continued. grammar: what every choice follows, "" for nothing; grammar_param: the field that asked
     for it. reads: what to tell about each prompt, none at all when empty. reply: how the text is read. echoes: what comes before the text
-    of each prompt's choices, nothing when empty."""
+    of each prompt's choices, nothing when empty. show: makes a file of a picture's codes, where the answer may have some; marks: which
+    ids codes are."""
 
     grammar: str = ""
     grammar_param: str | None = None
     reads: Sequence[Read | None] = ()
     reply: Reply = PLAIN
     echoes: Sequence[Echo | None] = ()
+    show: Callable[[tuple[int, ...]], Awaitable[bytes]] | None = None
+    marks: PictureIds | None = None
 
 
 class Backend:
@@ -159,6 +164,7 @@ class Backend:
                     grammar=terms.grammar,
                     grammar_param=terms.grammar_param,
                     read=terms.reads[index] if terms.reads else None,
+                    pictures=PictureRule(is_free=True) if terms.marks is not None else None,
                 )
                 streams.append(self.start(generate, caller.arrival))
         except BaseException as error:
@@ -167,7 +173,8 @@ class Backend:
             for stream in streams:
                 stream.leave()
             raise
-        return Generation(streams, _choices(streams, codec, request, terms), caller.arrival, request.n)
+        choices = _choices(streams, codec, request, terms)
+        return Generation(streams, choices, caller.arrival, request.n, show=terms.show, pictures=codec.pictures)
 
     def _check_room(self, prompts: list[list[int]], request: SamplingFields) -> None:
         """What would be refused even by an idle server is no overload: a client must not try it again for ever. Raises: RequestError."""
@@ -217,6 +224,7 @@ def _choices(streams: list[Stream[Generate]], codec: Codec, request: SamplingFie
             terms.reply,
             has_ids=request.return_token_ids,
             echo=terms.echoes[index] if terms.echoes else None,
+            pictures=PictureReader(terms.marks) if terms.marks is not None else None,
         )
         for index, stream in enumerate(streams)
         for number in range(request.num_drawn)

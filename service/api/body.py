@@ -204,7 +204,7 @@ def _check_unbuilt(data: dict[str, Any], kind: type[R]) -> None:
 
 def _validate(data: dict[str, Any], kind: type[R], is_form: bool = False) -> R:
     try:
-        return kind.model_validate_strings(data) if is_form else kind.model_validate(data)
+        return kind.model_validate_strings(data, strict=False) if is_form else kind.model_validate(data)
     except ValidationError as error:
         raise _request_error(error.errors(include_url=False, include_input=False)[0], data) from None
 

@@ -5,6 +5,7 @@ No sampling, no tokens of the engine: those are in `backend` and `generation`.
 
 from __future__ import annotations
 
+import base64
 import time
 import uuid
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.api.backend import Backend
 from service.api.body import BodyLimits, parse
 from service.api.choice import Piece
 from service.api.dialogue import converse
@@ -22,19 +22,25 @@ from service.api.logprobs import chat_entries, prompt_entries
 from service.api.routes import answer, caller_of, fingerprint
 from service.api.schema_chat import ChatRequest
 from service.api.shape import Shape, Tokens
+from service.api.studio import Studio
 from service.codec.reply import CallDelta
 from service.codec.tokenizer import Tokenizer
 
 
-def chat_route(backend: Backend, limits: BodyLimits) -> Any:
+def chat_route(studio: Studio, limits: BodyLimits) -> Any:
     """The endpoint. Raises, when called: RequestError and its kinds, OverloadedError, UnavailableError, DeadlineError."""
 
     async def create_chat_completion(request: Request) -> Response:
         wanted, warnings = await parse(request, ChatRequest, limits)
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
-        dialogue = await converse(backend, wanted, caller_of(request), request_id, warnings)
+        dialogue = await converse(studio, wanted, caller_of(request), request_id, warnings)
         model, generation = dialogue.model, dialogue.generation
-        head = {"id": request_id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint(backend, model)}
+        head = {
+            "id": request_id,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": fingerprint(studio.easel.backend, model),
+        }
         if wanted.service_tier is not None:
             head["service_tier"] = "default"
         form = ChatForm(dialogue.codec.tokenizer, wanted, generation)
@@ -57,6 +63,7 @@ class ChatForm:
         self._tokenizer = tokenizer
         self._wanted = wanted
         self._generation = generation
+        self._num_images = [0] * len(generation.choices)
 
     def opening(self, choice: int) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": ""}}
@@ -76,6 +83,9 @@ class ChatForm:
             found.append({"reasoning_content": piece.reasoning, "reasoning": piece.reasoning})
         if piece.text:
             found.append({"content": piece.text})
+        if piece.images:
+            found.append({"images": _image_parts(piece.images, self._num_images[piece.choice])})
+            self._num_images[piece.choice] += len(piece.images)
         for call in piece.calls:
             found += self._call_deltas(call)
         return [{"delta": each} for each in found]
@@ -100,6 +110,8 @@ class ChatForm:
         reasoning = "".join(piece.reasoning for piece in pieces)
         calls = _joined([call for piece in pieces for call in piece.calls])
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+        if images := [image for piece in pieces for image in piece.images]:
+            message["images"] = _image_parts(images)
         if reasoning:
             message |= {"reasoning_content": reasoning, "reasoning": reasoning}
         if calls and self._wanted.is_legacy:
@@ -119,6 +131,12 @@ class ChatForm:
 
 # What a kind of call names the text that it is called with.
 _TEXT_OF = {"function": "arguments", "custom": "input"}
+
+
+def _image_parts(images: Sequence[bytes], first: int = 0) -> list[dict[str, Any]]:
+    """As OpenRouter's clients know them. first: the number of the first one in its answer."""
+    urls = ("data:image/png;base64," + base64.b64encode(image).decode("ascii") for image in images)
+    return [{"type": "image_url", "image_url": {"url": url}, "index": index} for index, url in enumerate(urls, first)]
 
 
 def _joined(deltas: Sequence[CallDelta]) -> list[CallDelta]:

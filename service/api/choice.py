@@ -16,6 +16,7 @@ from service.codec.text import TextStream
 from service.engine.messages import Event, Reading, TokenLogprob, Usage
 from service.engine.stream import error_of
 from service.errors import UnavailableError
+from service.vocabulary import PictureIds
 
 # An id and what is known of its likelihood: nothing of a prompt's first.
 Token = tuple[int, TokenLogprob | None]
@@ -24,7 +25,8 @@ Token = tuple[int, TokenLogprob | None]
 class Piece(msgspec.Struct):  # made for every token: a dataclass takes four times as long
     """What one event brought for one choice: reasoning, then text, then tool calls. tokens: those whose text is now shown whole, kept
     only where logprobs were asked for. ids: the new ids, only where they were asked for. finish: "stop", "length" or "tool_calls" with
-    the choice's last piece. stop_reason: the client's stop string or id that ended it."""
+    the choice's last piece. stop_reason: the client's stop string or id that ended it. pictures: codes of those that became whole; images:
+    their files."""
 
     choice: int
     text: str
@@ -34,6 +36,29 @@ class Piece(msgspec.Struct):  # made for every token: a dataclass takes four tim
     reasoning: str = ""
     calls: Sequence[CallDelta] = ()
     ids: Sequence[int] = ()
+    pictures: Sequence[tuple[int, ...]] = ()
+    images: Sequence[bytes] = ()
+
+
+class PictureReader:
+    """Finds the pictures among a choice's ids."""
+
+    def __init__(self, marks: PictureIds) -> None:
+        self.num_codes = 0
+        self._marks = marks
+        self._codes: list[int] = []
+
+    def push(self, ids: Sequence[int]) -> list[tuple[int, ...]]:
+        """The pictures that these ids complete. Mutates: the reader."""
+        found = []
+        for token in ids:
+            if self._marks.is_code(token):
+                self.num_codes += 1
+                self._codes.append(token)
+                if len(self._codes) == self._marks.num_places:
+                    found.append(tuple(self._codes))
+                    self._codes = []
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +101,7 @@ class Choice:
         *,
         has_ids: bool = False,
         echo: Echo | None = None,
+        pictures: PictureReader | None = None,
     ) -> None:
         self.index = index
         self.usage: Usage | None = None
@@ -90,7 +116,8 @@ class Choice:
         self._is_named = reply.is_named
         self._has_text = reply.has_text
         self._has_ids = has_ids
-        self._is_plain = self._parser is None and not has_ids
+        self._is_plain = self._parser is None and not has_ids and pictures is None
+        self._pictures = pictures
         self._echo = echo
         self._held: deque[Token] = deque()
         self._stop_string: str | None = None
@@ -104,6 +131,11 @@ class Choice:
         if self.usage is None or self._is_cut:
             return self._text.num_tokens_used
         return self.usage.completion_tokens
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Codes that were drawn, where the answer may have pictures."""
+        return self._pictures.num_codes if self._pictures is not None else 0
 
     @property
     def mean_logprob(self) -> float:
@@ -136,6 +168,8 @@ class Choice:
             if delta.stopped:
                 self._stop(delta.stop_string, event)
             return
+        if self._pictures is not None:
+            piece.pictures = self._pictures.push(event.tokens)
         before = self._text.num_tokens_used
         if event.logprobs is not None:
             self._held.extend(zip(event.tokens, event.logprobs, strict=True))

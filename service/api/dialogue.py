@@ -5,8 +5,9 @@ Knows no HTTP and no form of answer: what comes back are the pieces of a `Genera
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -14,10 +15,13 @@ import msgspec
 from service.api.backend import Backend, Caller, Terms
 from service.api.choice import Echo, Reply
 from service.api.constraint import rule_of
+from service.api.easel import Codes
 from service.api.generation import Generation
 from service.api.schema_chat import ChatRequest
 from service.api.strict import Warnings
+from service.api.studio import Studio
 from service.codec.prompt import Codec
+from service.errors import RequestError
 from service.scheduling.reading import Read
 
 # Of templates that can tell a model how much to reason; they may be set for any model, and may mean nothing to it.
@@ -33,21 +37,47 @@ class Dialogue:
     generation: Generation
 
 
-async def converse(backend: Backend, wanted: ChatRequest, caller: Caller, request_id: str, warnings: Warnings) -> Dialogue:
+async def converse(studio: Studio, wanted: ChatRequest, caller: Caller, request_id: str, warnings: Warnings) -> Dialogue:
     """Mutates: warnings, about what is asked for and not done. Raises: RequestError and its kinds, OverloadedError, UnavailableError;
     nothing is left running then."""
-    model = backend.choose(wanted.model, generates=True)
+    backend = studio.easel.backend
+    needs_pictures = bool(wanted.pictures) or wanted.wants_pictures
+    model = backend.choose(wanted.model, generates=True, draws=needs_pictures and wanted.model is None)
     codec = backend.codecs[model]
     _note_idle(codec, wanted, warnings)
     size = _check_size(backend, model, wanted)
-    prompt, terms = await backend.encode(model, lambda: _prepare(codec, wanted), size)
+    pictures = await _see_all(studio, model, wanted) if needs_pictures else []
+    prompt, terms = await backend.encode(model, lambda: _prepare(codec, wanted, pictures), size)
+    if wanted.wants_pictures:
+        terms = replace(terms, show=lambda codes: studio.show(model, codes), marks=studio.easel.marks(model))
     return Dialogue(model, codec, backend.submit(request_id, model, [prompt], wanted, caller, terms))
 
 
 async def encode_prompt(backend: Backend, model: str, wanted: ChatRequest) -> list[int]:
     """The ids of the conversation, as `converse` sends them; for the routes that only count. Raises: RequestError, OverloadedError."""
     codec = backend.codecs[model]
-    return await backend.encode(model, lambda: _encode(codec, wanted), _check_size(backend, model, wanted))
+    marks = codec.pictures
+    if wanted.pictures and marks is None:
+        raise _takes_no_pictures(model, wanted)
+    # How many codes a picture has is known before it is seen.
+    pictures = [(marks.first_code,) * marks.num_places for _ in wanted.pictures] if marks is not None else []
+    return await backend.encode(model, lambda: _encode(codec, wanted, pictures), _check_size(backend, model, wanted))
+
+
+async def _see_all(studio: Studio, model: str, wanted: ChatRequest) -> list[Codes]:
+    """The codes of all pictures, in order. Raises: RequestError naming the part."""
+    if not studio.easel.backend.info(model).picture_pixels:
+        raise _takes_no_pictures(model, wanted)
+    if len(wanted.pictures) > studio.media.limits.max_count:
+        text = f"a request may have {studio.media.limits.max_count} pictures, not {len(wanted.pictures)}"
+        raise RequestError(text, param=next(iter(wanted.pictures)))
+    return list(await asyncio.gather(*(studio.see(model, url, param) for param, url in wanted.pictures.items())))
+
+
+def _takes_no_pictures(model: str, wanted: ChatRequest) -> RequestError:
+    if wanted.pictures:
+        return RequestError(f"the model {model} takes text only: a part must have type text", param=next(iter(wanted.pictures)))
+    return RequestError(f"the model {model} writes text only", param="modalities", code="unsupported_parameter")
 
 
 def _check_size(backend: Backend, model: str, wanted: ChatRequest) -> int:
@@ -63,9 +93,9 @@ def _check_size(backend: Backend, model: str, wanted: ChatRequest) -> int:
     return num_chars + sum(map(len, others)) + num_form_chars + len(msgspec.json.encode(constraint and constraint[1]))
 
 
-def _prepare(codec: Codec, wanted: ChatRequest) -> tuple[list[int], Terms]:
+def _prepare(codec: Codec, wanted: ChatRequest, pictures: Sequence[Codes]) -> tuple[list[int], Terms]:
     """Raises: RequestError."""
-    prompt = _encode(codec, wanted)
+    prompt = _encode(codec, wanted, pictures)
     tools = wanted.offered
     begins_reasoning = codec.format.is_reasoning(prompt)
     rule = rule_of(wanted)
@@ -73,13 +103,15 @@ def _prepare(codec: Codec, wanted: ChatRequest) -> tuple[list[int], Terms]:
         grammar = codec.format.grammar(tools, is_reasoning=begins_reasoning, text=rule)
     else:
         grammar = codec.format.after_reasoning(rule, is_reasoning=begins_reasoning) if rule else ""
+    if grammar and wanted.wants_pictures:
+        raise RequestError("modalities with image can't be combined with an answer that follows a grammar", param="modalities")
     reply = _reply(codec, wanted, begins_reasoning)
     read = None if wanted.prompt_logprobs is None else Read(first=1, num_top=wanted.prompt_logprobs)
     echo = Echo(wanted.messages[-1].text()) if wanted.echo and wanted.continues else None
     return prompt, Terms(grammar, _grammar_param(wanted) if grammar else None, [read] if read else (), reply, [echo] if echo else ())
 
 
-def _encode(codec: Codec, wanted: ChatRequest) -> list[int]:
+def _encode(codec: Codec, wanted: ChatRequest, pictures: Sequence[Codes]) -> list[int]:
     messages: Sequence[dict[str, Any]] = [message.as_template_input() for message in wanted.messages]
     return codec.encode_chat(
         messages,
@@ -88,6 +120,7 @@ def _encode(codec: Codec, wanted: ChatRequest) -> list[int]:
         tools=wanted.offered,
         template_kwargs=wanted.chat_template_kwargs,
         reasoning_effort=wanted.reasoning_effort,
+        pictures=pictures,
     )
 
 

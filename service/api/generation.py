@@ -8,20 +8,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from service.api.choice import Choice, Piece
 from service.engine.messages import Event, Generate, Reading
 from service.engine.stream import Stream
+from service.vocabulary import PictureIds
 
 log = logging.getLogger("braid.requests")
 
 
 class Generation:
     """All choices of one HTTP request: n for each of its prompts. Read once by `pieces`; ends what still runs when it is left.
-    num_kept: how many choices of each prompt are the answer; the best of those that were drawn. readings: of each prompt, once it came."""
+    num_kept: how many choices of each prompt are the answer; the best of those that were drawn. readings: of each prompt, once it came.
+    show: makes a file of a picture's codes. pictures: which ids are codes, of a model that has some."""
 
-    def __init__(self, streams: list[Stream[Generate]], choices: list[Choice], arrival: float, num_kept: int | None = None) -> None:
+    def __init__(
+        self,
+        streams: list[Stream[Generate]],
+        choices: list[Choice],
+        arrival: float,
+        num_kept: int | None = None,
+        *,
+        show: Callable[[tuple[int, ...]], Awaitable[bytes]] | None = None,
+        pictures: PictureIds | None = None,
+    ) -> None:
         self.choices = choices
         self.num_prompt_tokens = sum(len(stream.request.prompt) for stream in streams)
         self.prompts = [stream.request.prompt for stream in streams]
@@ -30,6 +41,8 @@ class Generation:
         self._num_kept = num_kept or self.num_per_prompt
         self._streams = streams
         self._arrival = arrival
+        self._show = show
+        self._pictures = pictures
         self._late: list[list[Event]] = [[] for _ in streams]
 
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
@@ -40,7 +53,11 @@ class Generation:
                 first = index * self.num_per_prompt
                 if self._streams[index].request.read is not None:
                     events = self._note_reading(index, events)
-                yield [self.choices[first + event.choice].take(event) for event in events]
+                pieces = [self.choices[first + event.choice].take(event) for event in events]
+                if self._show is not None:
+                    for piece in pieces:
+                        piece.images = [await self._show(codes) for codes in piece.pictures]
+                yield pieces
         finally:
             await batches.aclose()
             self.leave()
@@ -91,12 +108,17 @@ class Generation:
         """In OpenAI's shape; may be asked at any time. A prompt counts once, however many choices it has."""
         firsts = [choice.usage for choice in self.choices[:: self.num_per_prompt]]
         completion = sum(choice.num_tokens for choice in self.choices)
+        read = {"cached_tokens": sum(usage.cached_tokens for usage in firsts if usage)}
+        written = {"reasoning_tokens": sum(choice.num_reasoning_tokens for choice in self.choices)}
+        if self._pictures is not None:
+            read["image_tokens"] = sum(1 for prompt in self.prompts for token in prompt if self._pictures.is_code(token))
+            written["image_tokens"] = sum(choice.num_image_tokens for choice in self.choices)
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.num_prompt_tokens + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in firsts if usage)},
-            "completion_tokens_details": {"reasoning_tokens": sum(choice.num_reasoning_tokens for choice in self.choices)},
+            "prompt_tokens_details": read,
+            "completion_tokens_details": written,
         }
 
     def timings(self) -> dict[str, float]:

@@ -21,14 +21,13 @@ from service.api.body import BodyLimits, checked, parse
 from service.api.brief import Brief, kept_at_random, kept_outside, make_order
 from service.api.easel import Easel, Order, Painting, Preview
 from service.api.form import FormLimits, is_form, read_form
-from service.api.gallery import Gallery
 from service.api.images_schema import MAX_INPUTS, EditRequest, ImageRequest, PictureFields
 from service.api.images_shape import ImagesShape, Result
 from service.api.improve import caption_score, refined
-from service.api.media import Media
 from service.api.routes import caller_of, json_answer, warnings_header
 from service.api.sse import ByteStream, while_connected
 from service.api.strict import Warnings
+from service.api.studio import Studio
 from service.codec.pixels import decode_mask
 from service.errors import RequestError
 
@@ -50,13 +49,13 @@ class Job:
     base_url: str
 
 
-@dataclass(frozen=True, slots=True)
-class Studio:
-    """What the picture routes work with."""
+class ImageAnswers:
+    """Draws what jobs ask for, and answers them whole or as events."""
 
-    easel: Easel
-    media: Media
-    gallery: Gallery
+    def __init__(self, studio: Studio) -> None:
+        self.easel = studio.easel
+        self.media = studio.media
+        self.gallery = studio.gallery
 
     async def answer(self, request: Request, job: Job) -> Response:
         native = self.easel.backend.info(job.model).picture_size
@@ -117,13 +116,13 @@ class Studio:
 def images_router(studio: Studio, limits: BodyLimits) -> APIRouter:
     """Raises, when called: RequestError and its kinds, OverloadedError, UnavailableError, DeadlineError."""
     router = APIRouter(redirect_slashes=False)
-    easel = studio.easel
+    easel, answers = studio.easel, ImageAnswers(studio)
 
     @router.post("/v1/images/generations")
     async def create_image(request: Request) -> Response:
         wanted, warnings = await parse(request, ImageRequest, limits)
         model = easel.choose(wanted.model)
-        return await studio.answer(request, _job(request, easel, model, Brief(wanted.prompt), wanted, warnings))
+        return await answers.answer(request, _job(request, easel, model, Brief(wanted.prompt), wanted, warnings))
 
     @router.post("/v1/images/edits")
     async def edit_image(request: Request) -> Response:
@@ -143,7 +142,7 @@ def images_router(studio: Studio, limits: BodyLimits) -> APIRouter:
     ) -> Response:
         model = easel.choose(wanted.model)
         brief = await _edit_brief(studio, model, wanted, pictures, mask)
-        return await studio.answer(request, _job(request, easel, model, brief, wanted, warnings))
+        return await answers.answer(request, _job(request, easel, model, brief, wanted, warnings))
 
     return router
 
@@ -164,12 +163,12 @@ def _job(request: Request, easel: Easel, model: str, brief: Brief, wanted: Pictu
 async def _edit_brief(studio: Studio, model: str, wanted: EditRequest, pictures: Sequence[str | bytes], mask: str | bytes | None) -> Brief:
     """Raises: RequestError naming the picture."""
     easel, media = studio.easel, studio.media
-    size, marks = easel.backend.info(model).picture_size, easel.marks(model)
+    marks = easel.marks(model)
     if not pictures:
         raise RequestError("image is required", param="image", code="missing_required_parameter")
     if len(pictures) > 1:
         raise RequestError("the model edits one picture at a time", param="image")
-    codes = await easel.encode(model, await media.pixels(pictures[0], size, "image"))
+    codes = await studio.see(model, pictures[0], "image")
     if mask is not None:
         data = await media.bytes_of(mask, "mask")
         region = await media.apart(lambda: decode_mask(data, media.limits.picture), "mask")

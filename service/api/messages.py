@@ -11,7 +11,6 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.api.backend import Backend
 from service.api.body import BodyLimits, checked, parse
 from service.api.dialogue import converse, encode_prompt
 from service.api.messages_error import renamed
@@ -22,9 +21,10 @@ from service.api.routes import caller_of, warnings_header
 from service.api.schema_chat import ChatRequest
 from service.api.sse import EventStream, WholeAnswer
 from service.api.strict import Warnings
+from service.api.studio import Studio
 
 
-def messages_router(backend: Backend, limits: BodyLimits) -> APIRouter:
+def messages_router(studio: Studio, limits: BodyLimits) -> APIRouter:
     """Raises, when called: RequestError and its kinds, OverloadedError, UnavailableError, DeadlineError."""
     router = APIRouter(redirect_slashes=False)
 
@@ -40,7 +40,7 @@ def messages_router(backend: Backend, limits: BodyLimits) -> APIRouter:
         wanted, warnings = await parse(request, MessagesRequest, limits)
         chat = translated(wanted, warnings)
         message_id = f"msg_{uuid.uuid4().hex}"
-        dialogue = await converse(backend, chat, caller_of(request), message_id, warnings)
+        dialogue = await converse(studio, chat, caller_of(request), message_id, warnings)
         warnings[:] = map(renamed, warnings)
         request_id = _request_id(request)
         shape = MessagesShape({"id": message_id, "model": dialogue.model}, dialogue.generation, request_id, warnings)
@@ -51,8 +51,8 @@ def messages_router(backend: Backend, limits: BodyLimits) -> APIRouter:
     async def count_tokens(request: Request) -> Response:
         wanted, warnings = await parse(request, CountTokensRequest, limits)
         chat = translated(wanted, warnings)
-        model = backend.choose(chat.model)
-        num_tokens = len(await encode_prompt(backend, model, chat))
+        model = studio.easel.backend.choose(chat.model)
+        num_tokens = len(await encode_prompt(studio.easel.backend, model, chat))
         headers = {**warnings_header(warnings), "request-id": _request_id(request)}
         return JSONResponse({"input_tokens": num_tokens}, headers=headers)
 

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from service.api.backend import Backend, Caller, context_of
+from service.api.backend import Caller, context_of
 from service.api.body import BodyLimits, checked, parse
 from service.api.dialogue import Dialogue, converse, encode_prompt
 from service.api.listing import is_descending, page_limit
@@ -30,15 +30,16 @@ from service.api.schema import INT32
 from service.api.schema_chat import ChatRequest
 from service.api.sse import EventStream, WholeAnswer
 from service.api.strict import Warnings
+from service.api.studio import Studio
 from service.errors import ContextLengthError, NotFoundError, RequestError
 
 _MAX_PAGE = 100
 _SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
-def responses_router(backend: Backend, limits: BodyLimits, stored: StoreLimits | None = None) -> APIRouter:
+def responses_router(studio: Studio, limits: BodyLimits, stored: StoreLimits | None = None) -> APIRouter:
     """Raises, when called: RequestError and its kinds, OverloadedError, UnavailableError, DeadlineError."""
-    responses = Responses(backend, limits, ResponseStore(stored))
+    responses = Responses(studio, limits, ResponseStore(stored))
     router = APIRouter()
     router.add_api_route("/v1/responses", responses.create, methods=["POST"])
     router.add_api_route("/v1/responses/input_tokens", responses.count, methods=["POST"])
@@ -50,9 +51,10 @@ def responses_router(backend: Backend, limits: BodyLimits, stored: StoreLimits |
 
 
 class Responses:
-    def __init__(self, backend: Backend, limits: BodyLimits, store: ResponseStore) -> None:
+    def __init__(self, studio: Studio, limits: BodyLimits, store: ResponseStore) -> None:
         self.store = store
-        self._backend = backend
+        self._studio = studio
+        self._backend = studio.easel.backend
         self._limits = limits
         self._background = Background(self._keep_job, store.limits.max_bytes)
 
@@ -67,7 +69,7 @@ class Responses:
         response_id = f"resp_{uuid.uuid4().hex}"
         with in_our_words():
             chat = await self._chat(wanted, found.items, warnings)
-            dialogue = await converse(self._backend, chat, caller, response_id, warnings)
+            dialogue = await converse(self._studio, chat, caller, response_id, warnings)
         warnings[:] = map(renamed, warnings)
         own = head(wanted, response_id, dialogue.model, _defaults(dialogue), warnings)
         headers = warnings_header(warnings)

@@ -29,7 +29,6 @@ from service.api.schema import (
     Word,
     bounded,
     content_kind,
-    equals,
     is_empty,
     never,
     type_of,
@@ -54,7 +53,6 @@ _UNBUILT_CHAT: dict[str, Callable[[Any], bool]] = {
     "chat_template": never,
     "documents": is_empty,
     "mm_processor_kwargs": is_empty,
-    "modalities": equals(["text"]),
     "thinking_token_budget": never,
     "web_search_options": never,
 }
@@ -70,6 +68,20 @@ class TextPart(Strict):
 class RefusalPart(Strict):
     type: Literal["refusal"]
     refusal: Text
+
+
+class ImageUrl(Strict):
+    url: Text
+    detail: Literal["auto", "low", "high", "original"] = "auto"
+
+
+class ImagePart(Strict):
+    """A picture, as a data URL or one of a host that the operator lists. In an assistant's message: one that it drew. index: of its place
+    in the answer, as clients send it back."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+    index: int | None = None
 
 
 class CalledFunction(Strict):
@@ -107,8 +119,8 @@ ToolCall = Annotated[
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("text")] | Annotated[RefusalPart, Tag("refusal")],
-    Discriminator(type_of, custom_error_type="content_part", custom_error_message="this model takes text only: a part must have type text"),
+    Annotated[TextPart, Tag("text")] | Annotated[RefusalPart, Tag("refusal")] | Annotated[ImagePart, Tag("image_url")],
+    Discriminator(type_of, custom_error_type="content_part", custom_error_message="a part must have type text or image_url"),
 ]
 Content = Annotated[
     Annotated[Text, Tag("text")] | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("parts")],
@@ -119,7 +131,8 @@ Content = Annotated[
 
 
 class Message(Strict):
-    """reasoning_content and reasoning are two names of one thing. prefix: of the last message, which the answer then continues."""
+    """reasoning_content and reasoning are two names of one thing. prefix: of the last message, which the answer then continues. images: of
+    an assistant's message; they stand behind its text."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content | None = None
@@ -131,6 +144,7 @@ class Message(Strict):
     reasoning_content: Text | None = None
     reasoning: Text | None = None
     prefix: bool = False
+    images: Annotated[list[ImagePart], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
 
     def check_role(self, param: str) -> None:
         """Raises: RequestError when the role asks for a field that is not there, or has one that is another's."""
@@ -141,8 +155,12 @@ class Message(Strict):
         for field in ("tool_calls", "function_call"):
             if getattr(self, field) and self.role != "assistant":
                 raise RequestError(f"only assistant messages can have {field}", param=f"{param}.{field}")
+        if self.images and self.role != "assistant":
+            raise RequestError("only assistant messages can have images; others have parts of type image_url", param=f"{param}.images")
+        if self.role not in ("user", "assistant") and (place := next(iter(self.pictures(param)), None)) is not None:
+            raise RequestError("only messages of the user and the assistant can have pictures", param=place)
         thought = self.reasoning_content or self.reasoning  # of an answer that was cut while it reasoned
-        has_other = self.tool_calls or self.function_call or self.refusal is not None or thought
+        has_other = self.tool_calls or self.function_call or self.refusal is not None or thought or self.images
         if self.content is None and not (self.role == "assistant" and has_other):
             raise RequestError(f"a message of role {self.role} needs content", param=f"{param}.content")
 
@@ -150,6 +168,11 @@ class Message(Strict):
         """The fields that templates know, those that were given; what has an older or another form in the form of functions."""
         wanted = {"role", "content", "name", "tool_call_id", "refusal"}
         given = self.model_dump(include=wanted, exclude_none=True)
+        if any(True for _ in self.pictures("")):
+            text = given.get("content") or ""
+            parts = text if isinstance(text, list) else [{"type": "text", "text": text}] if text else []
+            parts = [{"type": "image"} if part["type"] == "image_url" else part for part in parts]
+            given["content"] = [*parts, *({"type": "image"} for _ in self.images or ())]
         if self.role == "function":
             given["role"] = "tool"
         if (reasoning := self.reasoning_content if self.reasoning_content is not None else self.reasoning) is not None:
@@ -162,8 +185,15 @@ class Message(Strict):
     def text(self) -> str:
         """Of the content, parts joined."""
         if isinstance(self.content, list):
-            return "\n".join(part.text if isinstance(part, TextPart) else part.refusal for part in self.content)
+            texts = (part for part in self.content if not isinstance(part, ImagePart))
+            return "\n".join(part.text if isinstance(part, TextPart) else part.refusal for part in texts)
         return self.content or ""
+
+    def pictures(self, param: str) -> dict[str, str]:
+        """URLs of its pictures by their fields, in the order in which the model reads them. param: of the message."""
+        parts = self.content if isinstance(self.content, list) else []
+        found = {f"{param}.content[{index}]": part.image_url.url for index, part in enumerate(parts) if isinstance(part, ImagePart)}
+        return {**found, **{f"{param}.images[{index}]": part.image_url.url for index, part in enumerate(self.images or ())}}
 
 
 def _as_function(call: FunctionToolCall | CustomToolCall) -> dict[str, Any]:
@@ -203,6 +233,7 @@ class ChatRequest(FormatFields):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     echo: bool = False
+    modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1, max_length=2, default_factory=lambda: ["text"])]
     # Accepted, of no effect on the text here.
     prediction: Prediction | None = None
     verbosity: Verbosity | None = None
@@ -257,6 +288,16 @@ class ChatRequest(FormatFields):
         if offered is not None and offered.mode == "required" and self.constraint is not None:
             param = self.constraint[2]
             raise RequestError(f"{param} can't be combined with a tool_choice that demands a call", param=param)
+
+    @property
+    def wants_pictures(self) -> bool:
+        """May the answer have some?"""
+        return "image" in self.modalities
+
+    @cached_property
+    def pictures(self) -> dict[str, str]:
+        """URLs of all pictures by their fields, in order."""
+        return {place: url for index, message in enumerate(self.messages) for place, url in message.pictures(f"messages[{index}]").items()}
 
     @property
     def continues(self) -> bool:

@@ -86,7 +86,7 @@ class Shape:
     def chunk(self, piece: Piece) -> bytes:
         """The events of one piece, its choice's end included; empty when there is nothing to tell."""
         data = b""
-        if not self._is_plain or piece.reasoning or piece.calls:
+        if not self._is_plain or piece.reasoning or piece.calls or piece.images:
             data = self._news(piece)
         elif piece.text:
             data = self._before[piece.choice] + msgspec.json.encode(piece.text) + self._after

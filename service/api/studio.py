@@ -1,0 +1,30 @@
+"""What the routes share that take or give pictures: where pictures come from, where they are read and drawn, and where they are kept.
+
+No HTTP and no form of an answer. Made once, by the app.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from service.api.easel import Codes, Easel
+from service.api.gallery import Gallery
+from service.api.media import Media
+from service.codec.pixels import encode_picture
+
+
+@dataclass(frozen=True, slots=True)
+class Studio:
+    easel: Easel
+    media: Media
+    gallery: Gallery
+
+    async def see(self, model: str, source: str | bytes, param: str) -> Codes:
+        """The codes of a picture that a client brought. Raises: RequestError naming param; OverloadedError, UnavailableError."""
+        size = self.easel.backend.info(model).picture_size
+        return await self.easel.encode(model, await self.media.pixels(source, size, param))
+
+    async def show(self, model: str, codes: Codes) -> bytes:
+        """A PNG of codes, in the size that the model draws. Raises: OverloadedError, UnavailableError, EngineError."""
+        pixels = await self.easel.draw(model, codes)
+        return await self.media.apart(lambda: encode_picture(pixels, "png"), "modalities")
