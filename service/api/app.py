@@ -40,6 +40,7 @@ from service.api.responses import responses_router
 from service.api.responses_store import StoreLimits
 from service.api.studio import Studio
 from service.api.tokenize import tokenize_router
+from service.api.videos import videos_router
 from service.codec.prompt import Codec
 from service.engine.client import EngineClient
 from service.errors import BraidError, EngineError, MethodError, RequestError, RouteNotFoundError
@@ -86,6 +87,7 @@ def build_app(
     app.include_router(batches_router(desk, limits.body))
     app.include_router(images_router(studio, limits.body))
     app.include_router(gallery_router(studio.gallery))
+    app.include_router(videos_router(studio, limits.body))
     app.include_router(models_router(backend))
     app.include_router(ops_router(backend, metrics))
     app.include_router(page_router())

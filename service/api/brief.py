@@ -40,7 +40,7 @@ class Brief:
 def make_order(
     easel: Easel, model: str, brief: Brief, wanted: DrawFields, caller: Caller, warnings: Warnings, *, num_choices: int = 1
 ) -> Order:
-    """Mutates: warnings. Raises: RequestError, UnavailableError."""
+    """Mutates: warnings. Raises: RequestError, ContextLengthError, UnavailableError."""
     codec, marks = easel.backend.codecs[model], easel.marks(model)
     guidance = wanted.guidance_scale if wanted.guidance_scale is not None else float(codec.sampling_defaults.get("guidance_scale", 1.0))
     if guidance == 1.0 and wanted.negative_prompt:
@@ -49,7 +49,7 @@ def make_order(
     given = brief.kept[: rule.num_known]
     negative = wanted.negative_prompt or ""
     num_new = brief.num_frames * (marks.num_places + 1) - 1 - rule.num_known
-    return Order(
+    order = Order(
         model=model,
         prompt=(*_prompt(codec, marks, brief.text, brief.pictures), *given),
         unconditional=(*_prompt(codec, marks, negative, brief.pictures), *given) if guidance != 1.0 else (),
@@ -63,6 +63,8 @@ def make_order(
         timeout_s=wanted.timeout or 0.0,
         cache_salt=wanted.cache_salt,
     )
+    easel.check_room(order)
+    return order
 
 
 def _prompt(codec: Codec, marks: PictureIds, text: str, pictures: Sequence[Codes]) -> Codes:

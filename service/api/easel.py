@@ -161,12 +161,19 @@ class Easel:
                             for index, rows, codes in sketches[event.choice].take(event):
                                 start(preview(event.choice, index, rows, codes))
                             for item in sketches[event.choice].news(event):
-                                news.put_nowait(item)
-                while len(tasks) > 1:  # itself aside, previews that are still being drawn
+                                # Behind the choice's previews, which are still being drawn.
+                                waits = [task for task in tasks if task is not asyncio.current_task()] if isinstance(item, Painting) else []
+                                start(tell(item, waits))
+                while len(tasks) > 1:  # itself aside
                     await asyncio.wait([task for task in tasks if task is not asyncio.current_task()])
                 news.put_nowait(None)
             except Exception as error:
                 news.put_nowait(error)
+
+        async def tell(item: Frame | Painting, waits: Sequence[asyncio.Task[None]]) -> None:
+            if waits:
+                await asyncio.wait(waits)
+            news.put_nowait(item)
 
         start(follow())
         try:
@@ -180,6 +187,17 @@ class Easel:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def check_room(self, order: Order) -> None:
+        """Raises: ContextLengthError where prompt and pictures do not fit together; UnavailableError."""
+        context = context_of(self.backend.info(order.model))
+        longest = max(len(order.prompt), len(order.unconditional)) + order.sampling.max_tokens
+        if longest > context:
+            raise ContextLengthError(
+                f"This model's maximum context length is {context} tokens. However, the prompt and its pictures have {longest}: "
+                "the prompt is too long. Please reduce its length.",
+                param="prompt",
+            )
+
     async def paintings(self, order: Order) -> list[Painting]:
         """Of all choices, in their order, without previews."""
         async with aclosing(self.paint(replace(order, preview_rows=()))) as items:
@@ -187,14 +205,6 @@ class Easel:
         return sorted(found, key=lambda painting: painting.choice)
 
     def _submit(self, order: Order) -> Stream[Generate]:
-        info = self.backend.info(order.model)
-        longest = max(len(order.prompt), len(order.unconditional)) + order.sampling.max_tokens
-        if longest > context_of(info):
-            raise ContextLengthError(
-                f"This model's maximum context length is {context_of(info)} tokens. However, the prompt and its picture have {longest}: "
-                "the prompt is too long. Please reduce its length.",
-                param="prompt",
-            )
         wanted = Generate(
             request_id=_new_id(),
             model=order.model,

@@ -50,7 +50,7 @@ def model_view(backend: Backend, name: str, created: int) -> dict[str, Any]:
         "created": created,
         "owned_by": "braid",
         "max_model_len": context_of(info) if info is not None else codec.max_context,
-        "modalities": {"input": ["text"], "output": ["text" if meta["capabilities"]["completion"] else "embedding"]},
+        "modalities": _modalities(meta["capabilities"]),
         "meta": meta,
         "type": "model",
         "display_name": name,
@@ -65,12 +65,18 @@ def capabilities(backend: Backend, name: str) -> dict[str, bool]:
     info = backend.engine.models().get(name)
     makes_text = info.can_generate if info is not None else codec.tokenizer.ends.closing_id is None
     can_chat = makes_text and codec.template is not None
+    has_pictures = info is not None and info.picture_pixels > 0
     return {
         "chat": can_chat,
         "completion": makes_text,
         "embedding": info is None or info.vector_width > 0,
         "tools": can_chat,
         "structured_output": makes_text,
-        "vision": False,
-        "image_generation": False,
+        "vision": has_pictures and can_chat,
+        "image_generation": has_pictures,
     }
+
+
+def _modalities(capabilities: dict[str, bool]) -> dict[str, list[str]]:
+    pictures = ["image"] if capabilities["image_generation"] else []
+    return {"input": ["text", *pictures], "output": ["text" if capabilities["completion"] else "embedding", *pictures]}

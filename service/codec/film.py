@@ -13,7 +13,6 @@ from fractions import Fraction
 from types import MappingProxyType
 from typing import Literal
 
-import numpy as np
 from PIL import Image
 
 from service.codec.pixels import Pixels, picture_image
@@ -38,7 +37,6 @@ _MIN_FRAME_S = 0.001
 _MAX_FILM_S = 600
 # Browsers show a GIF's frame that lasts less for 100 ms.
 _MIN_GIF_CS = 2
-_MAX_GIF_COLOURS = 256
 
 
 def encode_film(frames: Sequence[Pixels], frame_s: float, kind: FilmKind) -> bytes:
@@ -71,7 +69,6 @@ def _mp4(frames: Sequence[Pixels], frame_s: float) -> bytes:
         stream = container.add_stream(codec, rate=1 / period, options=_CODEC_OPTIONS[codec])
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.colorspace = stream.color_primaries = stream.color_trc = _BT709
-        stream.color_range = _LIMITED
         for index, frame in enumerate(frames):
             rgb = av.VideoFrame.from_ndarray(frame.array, "rgb24")
             picture = rgb.reformat(format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED)
@@ -105,8 +102,10 @@ def _webp(frames: Sequence[Pixels], frame_s: float) -> bytes:
 
 
 def _gif(frames: Sequence[Pixels], frame_s: float) -> bytes:
+    # By median cut: colours that are few enough all become their own.
+    images = [picture_image(frame).quantize(256) for frame in frames]
     hundredths = _durations(len(frames), max(frame_s * 100, _MIN_GIF_CS))
-    return _animation([_with_palette(frame) for frame in frames], "GIF", [10 * each for each in hundredths], optimize=False)
+    return _animation(images, "GIF", [10 * each for each in hundredths])
 
 
 def _animation(images: Sequence[Image.Image], form: str, durations_ms: Sequence[int], **options: bool) -> bytes:
@@ -119,13 +118,3 @@ def _durations(count: int, each: float) -> list[int]:
     """Whole ones, none further from its place than half a unit: rounded one by one, a film would run away."""
     ends = [math.floor(index * each + 0.5) for index in range(count + 1)]
     return [end - start for start, end in itertools.pairwise(ends)]
-
-
-def _with_palette(frame: Pixels) -> Image.Image:
-    """Every colour as it is where they are few enough; else the 256 that fit best, dithered."""
-    colours, places = np.unique(frame.array.reshape(-1, 3), axis=0, return_inverse=True)
-    if len(colours) > _MAX_GIF_COLOURS:
-        return picture_image(frame).quantize(_MAX_GIF_COLOURS)
-    image = Image.frombytes("P", (frame.width, frame.height), places.astype(np.uint8).tobytes())
-    image.putpalette(colours.tobytes())
-    return image

@@ -237,8 +237,8 @@ def _orientation(exif: bytes) -> int:
         (start,) = struct.unpack_from(order + "I", tiff, 4)
         (count,) = struct.unpack_from(order + "H", tiff, start)
         for at in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, at)
-            if tag == _ORIENTATION_TAG and kind == 3:
+            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, at)
+            if tag == _ORIENTATION_TAG:
                 return int(value)
     except struct.error:
         pass
@@ -246,7 +246,7 @@ def _orientation(exif: bytes) -> int:
 
 
 def _pare_png(data: bytes, limits: PictureLimits) -> _Pared:
-    """IHDR, PLTE, tRNS and one IDAT, each checksum compared: Pillow compares none of the pixels'. Source: PNG, third edition, 5."""
+    """IHDR, PLTE, tRNS and one IDAT, each checksum compared, as new ones are written. Source: PNG, third edition, 5."""
     kept: dict[bytes, bytes] = {}
     pixels: list[memoryview] = []
     view, at = memoryview(data), 8
@@ -318,8 +318,6 @@ def _pare_jpeg(data: bytes, limits: PictureLimits) -> _Pared:
         (length,) = struct.unpack_from(">H", data, at)
         segment, at = data[start : at + length], at + length
         if code in _JPEG_FRAMES:
-            if width:
-                raise ValueError("two frames")
             height, width = struct.unpack_from(">HH", segment, 5)
             _check_size(width, height, limits)
         if code == 0xE1 and segment.startswith(b"Exif\0\0", 4):

@@ -61,7 +61,7 @@ def mean_errors(decoded: Sequence[NDArray[np.uint8]], frames: Sequence[Pixels]) 
 
 
 @pytest.mark.parametrize("codec", ["h264", "mpeg4"])
-@pytest.mark.parametrize("frame_s", [0.5, 0.1, 1 / 30, 1001 / 30000, 2.25, 10.0])
+@pytest.mark.parametrize("frame_s", [0.5, 0.1, 1 / 30, 1001 / 30000, 0.0123456789, 2.25, 10.0])
 def test_mp4(frame_s: float, codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if codec == "mpeg4":
         monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libx264"})

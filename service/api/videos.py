@@ -1,0 +1,240 @@
+"""The routes under /v1/videos: films drawn frame by frame as jobs that are asked about until they are done.
+
+Jobs and films are kept in memory, each tenant's its own: a restart forgets them, and the oldest make room for new ones. The frames come
+from `easel`, as every other picture does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from service.api.body import BodyLimits, checked, parse
+from service.api.brief import Brief, make_order
+from service.api.easel import Codes, Frame, Order
+from service.api.form import FormLimits, is_form, read_form
+from service.api.images_schema import VideoRequest
+from service.api.listing import is_descending, page, page_limit
+from service.api.routes import caller_of, json_answer
+from service.api.strict import Warnings
+from service.api.studio import Studio
+from service.codec.film import FILM_TYPES, encode_film
+from service.codec.pixels import Pixels, encode_picture, enlarged, fitted
+from service.errors import BraidError, ConflictError, ContextLengthError, EngineError, NotFoundError, OverloadedError, RequestError
+
+log = logging.getLogger("braid.http")
+
+LIFETIME_S = 3600
+MAX_RUNNING = 64
+MAX_KEPT = 512
+MAX_BYTES = 128 * 2**20
+POLL_MS = "200"
+_MAX_LIST = 100
+_DRAWN_SHARE = 90  # of the progress when all codes are there; the rest is pixels and the file
+
+Status = Literal["queued", "in_progress", "completed", "failed"]
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One film. thumbnail: a PNG of its first frame."""
+
+    id: str
+    tenant: str
+    wanted: VideoRequest
+    order: Order
+    size: tuple[int, int]
+    created_at: int
+    warnings: Warnings
+    status: Status = "queued"
+    progress: int = 0
+    completed_at: int | None = None
+    film: bytes = b""
+    thumbnail: bytes = b""
+    error: BraidError | None = None
+    task: asyncio.Task[None] | None = field(default=None, repr=False)
+
+    def view(self) -> dict[str, Any]:
+        error = None if self.error is None else {"code": self.error.code or self.error.type, "message": self.error.message}
+        return {
+            "id": self.id,
+            "object": "video",
+            "model": self.order.model,
+            "status": self.status,
+            "progress": self.progress,
+            "created_at": self.created_at,
+            "completed_at": self.completed_at,
+            "expires_at": None if self.completed_at is None else self.completed_at + LIFETIME_S,
+            "prompt": self.wanted.prompt,
+            "size": f"{self.size[1]}x{self.size[0]}",
+            "seconds": str(self.wanted.seconds),
+            "num_frames": self.wanted.num_frames,
+            "seed": self.order.sampling.seed,
+            "remixed_from_video_id": None,
+            "error": error,
+        }
+
+
+class Videos:
+    """All jobs, the oldest first."""
+
+    def __init__(self, studio: Studio) -> None:
+        self._studio = studio
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+
+    def find(self, tenant: str, job_id: str) -> Job:
+        """Raises: NotFoundError."""
+        self._forget()
+        job = self._jobs.get(job_id)
+        if job is None or job.tenant != tenant:
+            raise NotFoundError("there is no such video; videos are kept for an hour, and not over a restart of the server")
+        return job
+
+    def of_tenant(self, tenant: str) -> list[Job]:
+        self._forget()
+        return [job for job in self._jobs.values() if job.tenant == tenant]
+
+    def start(self, job: Job) -> None:
+        """Raises: OverloadedError."""
+        self._forget()
+        if sum(1 for each in self._jobs.values() if each.completed_at is None) >= MAX_RUNNING:
+            raise OverloadedError("too many videos are being made at the moment", retry_after_s=1.0)
+        self._jobs[job.id] = job
+        job.task = asyncio.create_task(self._run(job), name=job.id)
+
+    def delete(self, job: Job) -> None:
+        """Also one that is being made, which ends. Mutates: the jobs."""
+        del self._jobs[job.id]
+        if job.task is not None:
+            job.task.cancel()
+
+    def _forget(self) -> None:
+        over = [job for job in self._jobs.values() if job.completed_at is not None]
+        num_bytes = sum(len(job.film) for job in over)
+        for place, job in enumerate(over):
+            is_late = job.completed_at is not None and job.completed_at + LIFETIME_S < time.time()
+            if is_late or num_bytes > MAX_BYTES or len(over) - place > MAX_KEPT:
+                num_bytes -= len(job.film)
+                del self._jobs[job.id]
+
+    async def _run(self, job: Job) -> None:
+        """Until the film is there, or why it is not. Mutates: the job."""
+        try:
+            job.status = "in_progress"
+            frames = await self._draw(job)
+            height, width = job.size
+            wanted = job.wanted
+
+            def work() -> tuple[bytes, bytes]:
+                is_same_shape = frames[0].height * width == frames[0].width * height
+                resampled = [(enlarged if is_same_shape else fitted)(frame, height, width) for frame in frames]
+                film = encode_film(resampled, float(wanted.seconds) / len(resampled), wanted.output_format)
+                return film, encode_picture(resampled[0], "png")
+
+            job.film, job.thumbnail = await self._studio.media.apart(work, "size")
+            job.status, job.progress = "completed", 100
+        except BraidError as error:
+            job.status, job.error = "failed", error
+        except Exception:
+            log.exception("video %s failed", job.id)
+            job.status, job.error = "failed", EngineError("The server had an error while it made this video.")
+        finally:
+            job.completed_at = int(time.time())
+
+    async def _draw(self, job: Job) -> list[Pixels]:
+        easel, drawing = self._studio.easel, list[asyncio.Task[Pixels]]()
+        try:
+            async with aclosing(easel.paint(job.order)) as items:
+                async for item in items:
+                    if isinstance(item, Frame):
+                        drawing.append(asyncio.create_task(easel.draw(job.order.model, item.codes)))
+                        job.progress = _DRAWN_SHARE * len(drawing) // job.wanted.num_frames
+            return list(await asyncio.gather(*drawing))
+        finally:
+            for task in drawing:
+                task.cancel()
+
+
+def videos_router(studio: Studio, limits: BodyLimits) -> APIRouter:
+    """Raises, when called: RequestError and its kinds, OverloadedError, UnavailableError, DeadlineError."""
+    router = APIRouter(redirect_slashes=False)
+    videos = Videos(studio)
+
+    @router.post("/v1/videos")
+    async def create_video(request: Request) -> Response:
+        wanted, warnings, reference = await _read(request, limits)
+        model = studio.easel.choose(wanted.model)
+        pictures: Sequence[Codes] = [await studio.see(model, reference, "input_reference")] if reference is not None else []
+        brief = Brief(wanted.prompt, tuple(pictures), num_frames=wanted.num_frames)
+        caller = caller_of(request)
+        size = wanted.size_of(studio.easel.backend.info(model).picture_size)
+        if size[0] % 2 or size[1] % 2:
+            raise RequestError("size must have an even width and height", param="size")
+        try:
+            order = make_order(studio.easel, model, brief, wanted, caller, warnings)
+        except ContextLengthError as error:
+            error.param = "num_frames" if wanted.num_frames > 1 else "prompt"
+            raise
+        job = Job(f"video_{uuid.uuid4().hex}", caller.tenant, wanted, order, size, int(time.time()), warnings)
+        videos.start(job)
+        return json_answer(job.view(), warnings)
+
+    @router.get("/v1/videos")
+    async def list_videos(request: Request) -> Response:
+        query = request.query_params
+        limit, is_reversed = page_limit(query, 20, _MAX_LIST), is_descending(query)
+        found = [job.view() for job in videos.of_tenant(caller_of(request).tenant)]
+        return JSONResponse(page(found[::-1] if is_reversed else found, query.get("after"), limit))
+
+    @router.get("/v1/videos/{video_id}")
+    async def retrieve_video(request: Request, video_id: str) -> Response:
+        job = videos.find(caller_of(request).tenant, video_id)
+        headers = {} if job.completed_at is not None else {"openai-poll-after-ms": POLL_MS}
+        return JSONResponse(job.view(), headers=headers)
+
+    @router.get("/v1/videos/{video_id}/content")
+    async def video_content(request: Request, video_id: str) -> Response:
+        job = videos.find(caller_of(request).tenant, video_id)
+        variant = request.query_params.get("variant", "video")
+        if variant not in ("video", "thumbnail"):
+            raise RequestError("variant must be video or thumbnail", param="variant")
+        if job.status != "completed":
+            raise ConflictError(f"the video is {job.status.replace('_', ' ')}; there is nothing to fetch")
+        data, kind = (job.film, FILM_TYPES[job.wanted.output_format]) if variant == "video" else (job.thumbnail, "image/png")
+        return Response(data, media_type=kind, headers={"x-content-type-options": "nosniff"})
+
+    @router.delete("/v1/videos/{video_id}")
+    async def delete_video(request: Request, video_id: str) -> Response:
+        job = videos.find(caller_of(request).tenant, video_id)
+        videos.delete(job)
+        return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
+
+    return router
+
+
+async def _read(request: Request, limits: BodyLimits) -> tuple[VideoRequest, Warnings, str | bytes | None]:
+    """Of JSON or of a form. Raises: RequestError and its kinds."""
+    if not is_form(request):
+        wanted, warnings = await parse(request, VideoRequest, limits)
+        return wanted, warnings, wanted.input_reference.image_url if wanted.input_reference is not None else None
+    async with read_form(request, FormLimits(limits.max_bytes, 1, 32, 128 * 1024, limits.idle_s, "input_reference")) as form:
+        texts = {name: value for name, value in form.multi_items() if name != "input_reference"}
+        if any(not isinstance(value, str) for value in texts.values()):
+            raise RequestError("input_reference alone is a file", param="input_reference")
+        wanted, warnings = checked(texts, VideoRequest, limits.is_strict, is_form=True)
+        given = form.get("input_reference")
+        if isinstance(given, str):
+            raise RequestError("input_reference must be a file, with a filename", param="input_reference")
+        return wanted, warnings, await given.read() if isinstance(given, UploadFile) else None

@@ -1,0 +1,162 @@
+"""Guesses change no id and cost nobody a place; right ones save steps."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.scheduling.drafts import JacobiDrafter
+from service.scheduling.picture_grammar import PictureGrammar, PictureRule
+from service.scheduling.plan import Drawn, StepPlan
+from service.vocabulary import PictureIds
+from tests.scheduling.model import Bench, CountingGrammar, make_bench, make_request, solo
+
+PICTURES = PictureIds(first_code=0, num_codes=11, rows=4, columns=5, begin_id=20, frame_id=21, end_id=22)
+
+
+class Oracle:
+    """Guesses what it was told, from a position on."""
+
+    def __init__(self, start: int, ids: list[int]) -> None:
+        self.start, self.ids = start, ids
+
+    def guess(self, tokens: list[int], count: int) -> list[int]:
+        return self.ids[len(tokens) - self.start :][:count]
+
+    def learn(self, position: int, drawn: list[int]) -> None:
+        pass
+
+
+def run(bench: Bench, ids: list[int] | None, *, draft_len: int, max_tokens: int = 20, **more: object) -> int:
+    """Steps that a request took whose drafter guesses ids (its own guesses for None)."""
+    request = make_request("a", (1, 2, 3), max_tokens, grammars=(CountingGrammar(max_tokens),), draft_len=draft_len, **more)
+    bench.add(request)
+    if ids is not None:
+        gang = bench.scheduler._live["a"].gangs[0]
+        gang.drafter = Oracle(3, ids)
+    steps = bench.drain()
+    assert bench.tokens["a", 0] == solo(make_request("a", (1, 2, 3), max_tokens, **more), 0, max_tokens)[0]
+    return steps
+
+
+def true_ids(**more: object) -> list[int]:
+    return solo(make_request("a", (1, 2, 3), 20, **more), 0, 20)[0]
+
+
+@pytest.mark.parametrize("draft_len", [1, 3, 7, 64])
+def test_right_guesses_save_steps(draft_len: int) -> None:
+    steps = run(make_bench(pictures=PICTURES), true_ids(), draft_len=draft_len)
+    assert steps == -(-20 // (draft_len + 1))
+
+
+def test_wrong_guesses_cost_no_step_and_no_id() -> None:
+    wrong = [(token + 1) % 11 for token in true_ids()]
+    bench = make_bench(pictures=PICTURES)
+    assert run(bench, wrong, draft_len=4) == 20
+    assert bench.runner.guessed > 0
+
+
+def test_half_right() -> None:
+    ids = true_ids()
+    ids[5] = (ids[5] + 1) % 11
+    assert run(make_bench(pictures=PICTURES), ids, draft_len=4) == 5  # 0-4, 5, 6-10, 11-15, 16-19
+
+
+def test_guided_gangs_guess_in_both_rows() -> None:
+    prompts = ((1, 2, 3), (4,))
+    want = solo(make_request("a", prompts=prompts, max_tokens=20), 0, 20)[0]
+    bench = make_bench(pictures=PICTURES)
+    bench.add(make_request("a", prompts=prompts, max_tokens=20, guidance=2.0, grammars=(CountingGrammar(20),), draft_len=4))
+    bench.scheduler._live["a"].gangs[0].drafter = Oracle(3, want)
+    assert bench.drain() == 4
+    assert bench.tokens["a", 0] == want
+
+
+def test_what_is_left_of_a_step_is_all_that_guesses_get() -> None:
+    """Budget and rows go to those who draw and to prompts first."""
+    bench = make_bench(pictures=PICTURES, max_batch_tokens=4, num_blocks=64)
+    bench.add(make_request("a", (1, 2, 3), 20, grammars=(CountingGrammar(20),), draft_len=16))
+    for name in "bc":
+        bench.add(make_request(name, range(9), 6))
+    sizes = []
+    while bench.scheduler.has_work:
+        plan = bench.step()
+        assert plan is not None
+        sizes.append(plan.num_tokens)
+    assert max(sizes) <= 4
+    assert bench.tokens["a", 0] == true_ids()
+
+
+def test_without_rows_nobody_is_preempted_for_a_guess() -> None:
+    bench = make_bench(pictures=PICTURES, num_blocks=7, block_size=4)
+    bench.add(make_request("a", (1, 2, 3), 17, grammars=(CountingGrammar(17),), draft_len=64))
+    bench.add(make_request("b", (1, 2, 4), 4))
+    bench.drain()
+    assert bench.scheduler.stats.preemptions == 0
+
+
+@pytest.mark.parametrize("more", [{"presence_penalty": 1.0}, {"draft_len": 0}])
+def test_penalties_and_no_wish_mean_no_guess(more: dict[str, float]) -> None:
+    bench = make_bench(pictures=PICTURES)
+    bench.add(make_request("a", (1, 2, 3), 20, grammars=(CountingGrammar(20),), **{"draft_len": 4, **more}))
+    bench.drain()
+    assert bench.runner.guessed == 0
+
+
+def test_a_stop_id_among_right_guesses_ends_there() -> None:
+    ids = true_ids()
+    stop = ids[4]
+    request = make_request("a", (1, 2, 3), 20, stop_ids=(stop,), grammars=(CountingGrammar(20),), draft_len=16)
+    bench = make_bench(pictures=PICTURES)
+    bench.add(request)
+    bench.scheduler._live["a"].gangs[0].drafter = Oracle(3, ids)
+    bench.drain()
+    assert bench.tokens["a", 0] == ids[: ids.index(stop)]
+    assert bench.ends["a", 0].stop_id == stop
+    assert bench.scheduler.stats.kv_blocks_used == 0
+
+
+def test_aborted_while_guesses_are_in_flight() -> None:
+    bench = make_bench(pictures=PICTURES)
+    bench.add(make_request("a", (1, 2, 3), 20, grammars=(CountingGrammar(20),), draft_len=8))
+    bench.add(make_request("b", (1, 2, 3), 20))
+    bench.step()
+    plan: StepPlan | None = bench.plan()
+    assert plan is not None
+    assert len(plan.samples) > len(plan.slices)
+    bench.take(bench.scheduler.abort("a", None, "abort", bench.now))
+    bench.commit(plan)
+    bench.drain()
+    assert bench.tokens["b", 0] == true_ids()
+
+
+def test_samples_say_where_they_stand() -> None:
+    bench = make_bench(pictures=PICTURES)
+    bench.add(make_request("a", (1, 2, 3), 20, grammars=(CountingGrammar(20),), draft_len=2))
+    plan = bench.plan()
+    assert plan is not None
+    assert [(sample.position, sample.num_generated, sample.back) for sample in plan.samples] == [(3, 0, 2), (4, 1, 1), (5, 2, 0)]
+    wrong = Drawn((plan.slices[0].tokens[3] + 1) % 11)
+    outputs = bench.scheduler.commit(plan, [wrong, Drawn(1), Drawn(2)], 0.0)
+    assert [output.token for output in outputs] == [wrong.token]
+
+
+def test_jacobi_guesses_what_was_drawn_there_then_the_code_above() -> None:
+    drafter = JacobiDrafter(PICTURES)
+    row = [3, 4, 5, 6, 7]
+    assert drafter.guess([20, *row], 6) == [*row, 3]
+    drafter.learn(6, [8, 9])
+    assert drafter.guess([20, *row], 3) == [8, 9, 5]
+    assert drafter.guess([20, *row, 8], 2) == [9, 5]
+    assert JacobiDrafter(PICTURES).guess([20], 2) == [0, 0], "a first guess is a code, whatever stands before"
+
+
+def test_jacobi_in_a_picture_ends_with_it() -> None:
+    """No guess reaches beyond the codes that are drawn in one run."""
+    grammar = PictureGrammar(PICTURES, PictureRule(2), 100)
+    bench = make_bench(pictures=PICTURES, max_batch_tokens=64, max_context=100)
+    bench.add(make_request("a", (1, 20), 60, grammars=(grammar,), draft_len=64))
+    bench.drain()
+    tokens = bench.tokens["a", 0]
+    assert len(tokens) == 41
+    assert [index for index, token in enumerate(tokens) if token == 21] == [20]
+    assert bench.ends["a", 0].finish == "stop"
