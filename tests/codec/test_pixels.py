@@ -410,6 +410,15 @@ def test_a_size_that_pillow_reads_otherwise_is_refused() -> None:
     assert refusal(bmp_header(1, -0x200_0000)).code == "invalid_image"
 
 
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_both_readings_of_a_header_agree(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were a way found to make ours see less than Pillow's, the limit would hold still."""
+    data = saved(Image.fromarray(noise(9, 8)), form)
+    formats = [each._replace(pare=lambda data, _: pixels_module._Pared(1, 1, data)) for each in pixels_module._FORMATS]
+    monkeypatch.setattr(pixels_module, "_FORMATS", tuple(formats))
+    assert refusal(data).code == "invalid_image"
+
+
 @pytest.mark.parametrize("data", [
     b"", b"\0", b"hello", b"BM", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP", b"RIFF\0\0\0\0WEBPVP8X",
     b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'><script>alert(1)</script></svg>",

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from service.engine.picture_masks import PictureMasks
 from service.model.transformer import Transformer
 from service.runner.kv_cache import KVCache, partition_layers
 from service.runner.runner import Runner
+from service.scheduling.picture_grammar import PictureGrammar
+from service.scheduling.plan import StepPlan
 from service.scheduling.sampling import SamplingParams
 from service.scheduling.scheduler import Scheduler
-from service.scheduling.sequence import Request
+from service.scheduling.sequence import Request, Usage
 
 
 @dataclass
@@ -34,31 +39,65 @@ def generate(
     kv_dtype: torch.dtype = torch.bfloat16,
 ) -> Generated:
     """All prompts at once, to the end of each. num_blocks: few of them make the scheduler preempt."""
-    layout = partition_layers(model.config)
-    cpu = torch.device("cpu")
-    cache = KVCache(model.config, layout, num_blocks=num_blocks, block_size=16, dtype=kv_dtype, device=cpu)
-    runner = Runner(model, cache, num_groups=len(layout.groups), device=cpu)
-    scheduler = Scheduler(
-        num_blocks=num_blocks,
-        block_size=16,
-        groups=layout.groups,
-        max_batch_tokens=max_batch_tokens,
-        max_sequences=64,
-        max_context=model.config.max_context,
-        pictures=model.config.pictures,
-    )
-    result = Generated([[] for _ in prompts], cached_tokens=[0] * len(prompts))
-    for number, prompt in enumerate(prompts):
-        scheduler.add(Request(str(number), (tuple(prompt),), sampling), now=0.0)
-    while scheduler.has_work:
-        plan, _ = scheduler.plan(0.0)
-        assert plan is not None
-        for output in scheduler.commit(plan, runner.sample(runner.forward(plan)), 0.0):
-            if output.token is not None:
-                result.ids[int(output.request_id)].append(output.token)
-            if output.usage is not None:
-                assert output.finish in ("stop", "length")
-                result.cached_tokens[int(output.request_id)] = output.usage.cached_tokens
-    scheduler.check()
-    result.preemptions = scheduler.stats.preemptions
-    return result
+    desk = Desk(model, num_blocks=num_blocks, max_batch_tokens=max_batch_tokens, kv_dtype=kv_dtype)
+    desk.run([Request(str(number), (tuple(prompt),), sampling) for number, prompt in enumerate(prompts)])
+    names = [str(number) for number in range(len(prompts))]
+    cached = [desk.usages[name, 0].cached_tokens for name in names]
+    return Generated([desk.ids[name, 0] for name in names], desk.scheduler.stats.preemptions, cached)
+
+
+class Desk:
+    """A scheduler and a runner that live on from run to run, so that later requests meet what earlier ones left in the prefix cache."""
+
+    def __init__(
+        self, model: Transformer, *, num_blocks: int = 2048, max_batch_tokens: int = 512, kv_dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        layout = partition_layers(model.config)
+        cpu, pictures = torch.device("cpu"), model.config.pictures
+        cache = KVCache(model.config, layout, num_blocks=num_blocks, block_size=16, dtype=kv_dtype, device=cpu)
+        self.runner = Runner(model, cache, num_groups=len(layout.groups), device=cpu)
+        self.scheduler = Scheduler(
+            num_blocks=num_blocks,
+            block_size=16,
+            groups=layout.groups,
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=64,
+            max_context=model.config.max_context,
+            pictures=pictures,
+        )
+        self.masks = PictureMasks(pictures, model.config.vocab_size) if pictures is not None else None
+        self.ids: dict[tuple[str, int], list[int]] = {}
+        self.usages: dict[tuple[str, int], Usage] = {}
+        self.num_steps = 0
+        self.most_used = [0] * len(layout.groups)
+
+    def run(self, requests: Sequence[Request]) -> None:
+        """To the end of each. Mutates: ids and usages, by request and choice."""
+        scheduler = self.scheduler
+        for request in requests:
+            scheduler.add(request, now=0.0)
+            self.ids |= {(request.request_id, choice): [] for choice in range(request.num_choices)}
+        while scheduler.has_work:
+            plan, _ = scheduler.plan(0.0)
+            assert plan is not None
+            self.num_steps += 1
+            for group in range(len(self.most_used)):
+                held = {block for piece in plan.slices for block in piece.tables[group] if block >= 0}
+                self.most_used[group] = max(self.most_used[group], len(held))
+            for output in scheduler.commit(plan, self.runner.sample(self.runner.forward(plan), self._masks(plan)), 0.0):
+                if output.token is not None:
+                    self.ids[output.request_id, output.choice].append(output.token)
+                if output.usage is not None:
+                    assert output.finish in ("stop", "length"), output
+                    self.usages[output.request_id, output.choice] = output.usage
+        scheduler.check()
+
+    def _masks(self, plan: StepPlan) -> NDArray[np.int32] | None:
+        grammars = self.scheduler.grammars(plan)
+        if self.masks is None or not any(grammars):
+            return None
+        masks = self.masks.everything(len(grammars))
+        for row, grammar in enumerate(grammars):
+            if isinstance(grammar, PictureGrammar):
+                masks[row] = self.masks.rows[grammar.allowed]
+        return masks

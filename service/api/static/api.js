@@ -26,7 +26,8 @@ export async function models() {
   return list.filter((model) => model.meta?.capabilities?.chat ?? true);
 }
 
-export const seesPictures = (model) => model?.modalities?.input?.includes("image") ?? false;
+export const seesPictures = (model) => model?.meta?.capabilities?.vision === true;
+export const drawsPictures = (model) => model?.meta?.capabilities?.image_generation === true;
 
 // Yields the JSON of each event until [DONE]. Throws ApiError, also for an error in the middle of the stream.
 export async function* chat(body, signal) {

@@ -1,17 +1,21 @@
 // The chat page: conversations kept in this browser, one of them open, one answer at a time.
-// A message is {role, text, images, reasoning, calls, stats, note, error}; a conversation {id, title, model, settings, messages}.
+// A message is {role, text, images, numLost, reasoning, calls, stats, note, error}, where numLost counts the pictures that could not be
+// kept; a conversation {id, title, model, settings, messages}.
+// Long, because all that is seen hangs on the one conversation that is open; what does not has files of its own.
 
-import { ApiError, chat, key, models, seesPictures } from "./api.js";
+import { ApiError, chat, drawsPictures, key, models, seesPictures } from "./api.js";
 import { MarkdownView } from "./markdown.js";
+import { MAX_PICTURES, drawing, isPicture, picture, urlOf } from "./pictures.js";
 
 const $ = (id) => document.getElementById(id);
-const STORE = "braid.conversations", THEME = "braid.theme", MAX_KEPT = 100, MAX_PICTURE_BYTES = 4 * 2 ** 20, MAX_TITLE = 48;
+const STORE = "braid.conversations", THEME = "braid.theme", MAX_KEPT = 100, MAX_TITLE = 48, MAX_ALT = 120;
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
 
 let served = [];
 let kept = load();
 let open = fresh();
-let attached = [];
+let attached = []; // {url, name} of the message that is being written
+let numReading = 0; // files that are becoming one of them
 let running = null;
 
 // ---- keeping
@@ -28,14 +32,33 @@ function load() {
 function keep() {
   if (!open.messages.length) return;
   kept = [open, ...kept.filter((one) => one.id !== open.id)].slice(0, MAX_KEPT);
-  while (kept.length) {
-    try {
-      localStorage.setItem(STORE, JSON.stringify(kept));
-      return;
-    } catch {
-      kept.pop(); // no room: the oldest goes
-    }
+  save();
+}
+
+// Where there is no room, pictures go before words, and the oldest before the newest. The open chat stays whole as long as it is open.
+function save() {
+  let stored = kept;
+  while (!store(STORE, JSON.stringify(stored)) && stored.length) {
+    const at = stored.findLastIndex(hasPictures);
+    stored = at < 0 ? stored.slice(0, -1) : stored.map((one, index) => (index === at ? withoutPictures(one) : one));
   }
+  kept = stored.map((one) => (one.id === open.id ? open : one));
+}
+
+function store(name, value) {
+  try {
+    localStorage.setItem(name, value);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+const hasPictures = (one) => one.messages.some((message) => message.images?.length);
+
+function withoutPictures(one) {
+  const bare = (message) => ({ ...message, images: [], numLost: message.images.length });
+  return { ...one, messages: one.messages.map((message) => (message.images?.length ? bare(message) : message)) };
 }
 
 function fresh() {
@@ -59,14 +82,6 @@ function button(text, action, label = "") {
   return made;
 }
 
-function picture(url) {
-  const image = element("img");
-  if (/^data:image\/(png|jpeg|webp|gif);base64,/.test(url)) image.src = url;
-  image.alt = "Picture";
-  image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth <= 128));
-  return image;
-}
-
 // ---- the list of chats
 
 function showList() {
@@ -84,7 +99,7 @@ function showList() {
 
 function remove(one) {
   kept = kept.filter((other) => other.id !== one.id);
-  localStorage.setItem(STORE, JSON.stringify(kept));
+  save();
   if (one.id === open.id) show(fresh());
   else showList();
 }
@@ -109,11 +124,13 @@ function drawn(message, index) {
   const box = element("article", `message ${message.role}`);
   box.ariaLabel = message.role === "user" ? "You" : "Model";
   if (message.reasoning) box.append(thoughts(message.reasoning));
-  if (message.images?.length) box.append(pictures(message.images));
   const text = element("div", "text");
   if (message.role === "user") text.textContent = message.text;
   else new MarkdownView(text).finish(message.text);
   if (message.text) box.append(text);
+  const urls = (message.images ?? []).filter(isPicture);
+  if (urls.length && message.role === "user") text.before(pictures(urls.map((url, at) => picture(url, `Attached picture ${at + 1}`))));
+  else if (urls.length) box.append(pictures(urls.map((url, at) => drawing(url, altOf(index, at + 1), at + 1))));
   box.append(...(message.calls ?? []).map(drawnCall), ...notes(message), line(message, index));
   return box;
 }
@@ -124,16 +141,23 @@ function thoughts(text) {
   return details;
 }
 
-function pictures(urls) {
+function pictures(made) {
   const box = element("div", "pictures");
-  box.append(...urls.map(picture));
+  box.append(...made);
   return box;
+}
+
+// What is known of a drawing is what was asked for. index: of its message.
+function altOf(index, number) {
+  const asked = open.messages[index - 1]?.text ?? "";
+  return `Picture ${number}, drawn by the model${asked && `, for: ${asked.length > MAX_ALT ? `${asked.slice(0, MAX_ALT)}…` : asked}`}`;
 }
 
 const drawnCall = (call) => element("pre", "call", `${call.name}(${call.arguments})`);
 
 function notes(message) {
   const found = (message.warnings ?? []).map((text) => element("p", "note", text));
+  if (message.numLost) found.push(element("p", "note", "There was no room in this browser to keep the pictures of this message."));
   if (message.note) found.push(element("p", "note", message.note));
   if (message.error) found.push(element("p", "note bad", message.error));
   return found;
@@ -146,7 +170,7 @@ function line(message, index) {
     return row;
   }
   if (message.stats) row.append(element("span", "stats", message.stats));
-  row.append(button("Copy", () => navigator.clipboard.writeText(message.text)));
+  if (message.text) row.append(button("Copy", () => navigator.clipboard.writeText(message.text)));
   if (index === open.messages.length - 1) row.append(button("Try again", () => again(index)));
   return row;
 }
@@ -155,7 +179,7 @@ function edit(index) {
   if (running) return;
   const message = open.messages[index];
   open.messages.length = index;
-  attached = (message.images ?? []).map((url) => ({ url }));
+  attached = (message.images ?? []).filter(isPicture).map((url) => ({ url, name: "" }));
   show(open);
   $("prompt").value = message.text;
   showAttached();
@@ -173,25 +197,44 @@ function again(index) {
 
 function request() {
   const settings = open.settings;
-  const body = { model: $("model").value, messages: settings.system ? [{ role: "system", content: settings.system }] : [] };
-  for (const message of open.messages) {
-    if (message.role === "assistant" && !message.text) continue;
-    const parts = (message.images ?? []).map((url) => ({ type: "image_url", image_url: { url } }));
-    const isRich = message.role === "user" && parts.length > 0;
-    body.messages.push({ role: message.role, content: isRich ? [...parts, { type: "text", text: message.text }] : message.text });
-  }
+  const body = { model: $("model").value, messages: turns() };
+  if (settings.system) body.messages.unshift({ role: "system", content: settings.system });
+  if (drawsPictures(chosen())) body.modalities = ["text", "image"];
   for (const name of NUMBERS) if (settings[name] !== undefined && settings[name] !== "") body[name] = Number(settings[name]);
   if (settings.reasoning_effort) body.reasoning_effort = settings.reasoning_effort;
   return body;
 }
 
+// The conversation as the server takes it; of its pictures the newest, as many as fit, and none for a model that is blind.
+function turns() {
+  const found = [];
+  const canSee = seesPictures(chosen());
+  let room = MAX_PICTURES;
+  for (const message of [...open.messages].reverse()) {
+    const urls = canSee && room ? (message.images ?? []).filter(isPicture).slice(-room) : [];
+    room -= urls.length;
+    const turn = turnOf(message, urls.map((url) => ({ type: "image_url", image_url: { url } })));
+    if (turn) found.unshift(turn);
+  }
+  return found;
+}
+
+function turnOf({ role, text }, images) {
+  if (role === "user") {
+    return { role, content: images.length ? [...images, ...(text ? [{ type: "text", text }] : [])] : text };
+  }
+  return text || images.length ? { role, content: text, ...(images.length && { images }) } : null;
+}
+
 function send() {
   const text = $("prompt").value.trim();
-  if (running || !$("model").value || (!text && !attached.length)) return;
-  open.messages.push({ role: "user", text, images: attached.map((one) => one.url) });
+  const images = seesPictures(chosen()) ? attached.map((one) => one.url) : [];
+  if (running || numReading || !$("model").value || (!text && !images.length)) return;
+  open.messages.push({ role: "user", text, images });
   open.title ||= text.slice(0, MAX_TITLE) || "Picture";
   $("prompt").value = "";
-  attached = [];
+  if (images.length) attached = [];
+  say("");
   showAttached();
   grow();
   $("empty").hidden = true;
@@ -202,7 +245,7 @@ function send() {
 async function answer() {
   const conversation = open;
   const message = { role: "assistant", text: "", images: [], reasoning: "", calls: [], warnings: [] };
-  const live = new LiveMessage(message);
+  const live = new LiveMessage(message, open.messages.length);
   const stop = (running = new AbortController());
   document.body.classList.add("is-running");
   $("send").ariaLabel = "Stop";
@@ -232,8 +275,9 @@ async function answer() {
 
 class LiveMessage {
   // A message while it arrives: adds to the page what is new, and to the message what will be kept.
-  constructor(message) {
+  constructor(message, index) {
     this.message = message;
+    this.index = index;
     this.box = element("article", "message assistant");
     this.text = element("div", "text waiting");
     this.stats = element("span", "stats");
@@ -254,7 +298,7 @@ class LiveMessage {
     if (delta.reasoning_content ?? delta.reasoning) this.think(delta.reasoning_content ?? delta.reasoning);
     if (delta.content) this.write(delta.content);
     for (const call of delta.tool_calls ?? []) this.call(call);
-    for (const image of delta.images ?? []) this.draw(image.image_url?.url ?? "");
+    for (const image of delta.images ?? []) this.draw(image?.image_url?.url);
     if (choice?.finish_reason === "length") message.note = "The answer was cut at the limit of tokens.";
     if (chunk.usage || chunk.timings) this.sum(chunk.usage, chunk.timings);
     scrollDown();
@@ -304,9 +348,11 @@ class LiveMessage {
   }
 
   draw(url) {
-    this.message.images.push(url);
-    if (!this.pictures) this.text.before((this.pictures = element("div", "pictures")));
-    this.pictures.append(picture(url));
+    if (!isPicture(url)) return;
+    const number = this.message.images.push(url);
+    if (!this.pictures) this.text.after((this.pictures = pictures([])));
+    this.text.classList.remove("waiting");
+    this.pictures.append(drawing(url, altOf(this.index, number), number));
   }
 
   sum(usage, timings) {
@@ -352,33 +398,61 @@ function showMenu(isOpen) {
   $("menu").ariaExpanded = String(isOpen);
 }
 
+const chosen = () => served.find((one) => one.id === $("model").value);
+
 function showModel() {
-  const model = served.find((one) => one.id === $("model").value);
+  const model = chosen();
   $("context").textContent = model?.max_model_len ? `${model.max_model_len.toLocaleString("en")} tokens of context` : "";
   $("attach").hidden = !seesPictures(model);
+  showAttached();
 }
 
+// Pictures wait, unseen, while a model is chosen that can't see them.
 function showAttached() {
-  $("attached").hidden = !attached.length;
+  $("attached").hidden = !attached.length || !seesPictures(chosen());
   $("attached").replaceChildren(...attached.map((one, index) => {
     const figure = element("figure");
-    const drop = button("✕", () => { attached.splice(index, 1); showAttached(); }, "Remove picture");
-    figure.append(picture(one.url), drop);
+    const alt = `Attached picture ${index + 1}${one.name && `: ${one.name}`}`;
+    figure.append(picture(one.url, alt), button("✕", () => detach(index), `Remove picture ${index + 1}`));
     return figure;
   }));
 }
 
-function attach(file) {
-  if (!file || !seesPictures(served.find((one) => one.id === $("model").value))) return;
-  if (file.size > MAX_PICTURE_BYTES) {
-    $("served").textContent = "";
-    alert("This picture is larger than 4 MiB.");
-    return;
-  }
-  const reader = new FileReader();
-  reader.addEventListener("load", () => { attached.push({ url: reader.result }); showAttached(); });
-  reader.readAsDataURL(file);
+function detach(index) {
+  attached.splice(index, 1);
+  showAttached();
+  say("Picture removed.");
+  ($("attached").querySelectorAll("button")[Math.min(index, attached.length - 1)] ?? $("prompt")).focus();
 }
+
+async function attach(files) {
+  if (!files.length || !seesPictures(chosen())) return;
+  numReading += 1;
+  const complaints = [];
+  for (const file of files) {
+    if (attached.length >= MAX_PICTURES) {
+      complaints.push(`A message can have ${MAX_PICTURES} pictures.`);
+      break;
+    }
+    try {
+      attached.push({ url: await urlOf(file), name: file.name });
+    } catch {
+      complaints.push(`${file.name || "This file"} can’t be read as a picture.`);
+    }
+  }
+  numReading -= 1;
+  showAttached();
+  say(complaints.join(" ") || `Pictures attached: ${attached.length}.`, complaints.length > 0);
+}
+
+// To screen readers, and to everybody what went wrong.
+function say(text, isBad = false) {
+  $("notice").className = isBad ? "note bad" : "visually-hidden";
+  $("notice").textContent = text;
+}
+
+const hasFiles = (event) => event.dataTransfer?.types.includes("Files") ?? false;
+const showDropping = (isOver) => document.body.classList.toggle("is-dropping", isOver);
 
 async function connect() {
   try {
@@ -412,7 +486,7 @@ function showTheme(theme) {
   if (theme === "system") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
   $("theme").textContent = `Theme: ${theme}`;
-  localStorage.setItem(THEME, theme);
+  store(THEME, theme);
 }
 
 // ---- wiring
@@ -429,9 +503,31 @@ $("prompt").addEventListener("keydown", (event) => {
   }
 });
 $("prompt").addEventListener("input", grow);
-$("prompt").addEventListener("paste", (event) => [...event.clipboardData.files].forEach(attach));
+$("prompt").addEventListener("paste", (event) => {
+  // Where text comes with a picture of it, as from a spreadsheet, the text is meant.
+  if (!event.clipboardData.types.includes("text/plain")) attach([...event.clipboardData.files]);
+});
 $("attach").addEventListener("click", () => $("file").click());
-$("file").addEventListener("change", () => { attach($("file").files[0]); $("file").value = ""; });
+$("file").addEventListener("change", () => {
+  const files = [...$("file").files];
+  $("file").value = "";
+  attach(files);
+});
+document.addEventListener("dragover", (event) => {
+  if (!hasFiles(event)) return;
+  event.preventDefault(); // or the browser would leave the page for the file
+  event.dataTransfer.dropEffect = seesPictures(chosen()) ? "copy" : "none";
+  showDropping(seesPictures(chosen()));
+});
+document.addEventListener("dragleave", (event) => event.relatedTarget || showDropping(false));
+document.addEventListener("drop", (event) => {
+  if (!hasFiles(event)) return;
+  event.preventDefault();
+  showDropping(false);
+  attach([...event.dataTransfer.files]);
+});
+// Pictures have no height before they are decoded.
+$("messages").addEventListener("load", () => scrollDown(), { capture: true });
 $("model").addEventListener("change", showModel);
 $("new").addEventListener("click", () => show(fresh()));
 $("menu").addEventListener("click", () => showMenu(!document.body.classList.contains("is-menu")));
