@@ -26,6 +26,8 @@ _REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120,
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 _CHOICES = (1, 2, 5, 10, 20)
+_PICTURE_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+PICTURE_WORK = ("encode", "draw")
 
 # name, what it is, whether it only grows, and its value.
 _LANE: tuple[tuple[str, str, bool, Callable[[LaneStats], float]], ...] = (
@@ -141,6 +143,19 @@ class Metrics:
         )
         self.http = Counter(f"{prefix}:http_requests", "HTTP answers.", ("method", "route", "status"), registry=self.registry)
         self.is_ready = Gauge(f"{prefix}:engine_ready", "1 while the engine takes requests.", registry=self.registry)
+        self.picture_work_s = Histogram(
+            f"{prefix}:picture_work_seconds",
+            "From the wish to turn pixels into codes, or codes into pixels, to the result.",
+            (*labels, "work"),
+            buckets=_PICTURE_S,
+            registry=self.registry,
+        )
+        self.picture_s = histogram("picture_seconds", "From arrival to a picture that was asked for.", _PICTURE_S)
+        self.preview_s = histogram("time_to_first_preview_seconds", "From arrival to the first preview of a picture.", _PICTURE_S)
+        self.picture_failures = Counter(
+            f"{prefix}:picture_failures", "Pixels or codes that were not turned into the other.", labels, registry=self.registry
+        )
+        self._pictures: dict[str, tuple[str, str, float]] = {}
         self._models = {name: _ModelMetrics(self, name) for name in models}
         self._running: dict[str, _Running] = {}
 
@@ -166,6 +181,18 @@ class Metrics:
         series.num_choices.observe(num_choices)
         self._running[request_id] = _Running(series, arrival, num_choices)
 
+    def begin_picture(self, request_id: str, model: str, work: str) -> None:
+        """work: one of PICTURE_WORK."""
+        self._pictures[request_id] = (model, work, time.monotonic())
+
+    def drawn(self, model: str, arrival: float) -> None:
+        """A picture that was asked for is done."""
+        self.picture_s.labels(model, ENGINE).observe(time.monotonic() - arrival)
+
+    def previewed(self, model: str, arrival: float) -> None:
+        """The first preview of a picture is done."""
+        self.preview_s.labels(model, ENGINE).observe(time.monotonic() - arrival)
+
     def on_delivery(self, delivery: Delivery) -> None:
         """For the engine client's list of listeners."""
         now = time.monotonic()
@@ -177,6 +204,14 @@ class Metrics:
             running = self._running.get(event.request_id)
             if running is not None:
                 self._on_event(event, running, now)
+            elif event.finish is not None and (picture := self._pictures.pop(event.request_id, None)) is not None:
+                self._on_picture(event, *picture, now)
+
+    def _on_picture(self, event: Event, model: str, work: str, began: float, now: float) -> None:
+        if event.finish == "stop":
+            self.picture_work_s.labels(model, ENGINE, work).observe(now - began)
+        else:
+            self.picture_failures.labels(model, ENGINE).inc()
 
     def _on_event(self, event: Event, running: _Running, now: float) -> None:
         series = running.model

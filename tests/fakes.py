@@ -110,6 +110,7 @@ class ScriptedModel:
     info: ModelInfo
     runner: ScriptedRunner
     groups: tuple[KVGroup, ...] = (KVGroup(),)
+    painter: None = None
 
 
 def scripted_model(name: str = "tiny", *, num_blocks: int = 64, step_s: float = 0.0, max_context: int = 512) -> ScriptedModel:

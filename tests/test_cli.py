@@ -34,7 +34,7 @@ from tests.model.checkpoints import TINY, random_tensors, write_gguf
 FLAGS = {
     "serve": """--config --host --port --dtype --device --memory --max-context --max-batch-tokens --max-sequences --prefix-cache
         --no-prefix-cache --threads --api-key --api-key-file --allowed-host --strict --no-strict --metrics-prefix
-        --drain-timeout --stall-exit --max-queue-requests --max-queue-tokens --max-body --allow-origin
+        --drain-timeout --stall-exit --max-queue-requests --max-queue-tokens --max-body --max-image --max-image-pixels --media-host --allow-origin
         --data-dir --max-file --max-data --batch-requests --log-level""",
     "pull": "--verify",
     "models": "",
@@ -129,7 +129,7 @@ def test_pull_verify_fetches_a_damaged_file_again(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(cli, "is_cached", lambda each: True)
     monkeypatch.setattr(cli, "verify_file", lambda each: bool(steps.append("verify")))
     monkeypatch.setattr(cli, "resolve", lambda name, progress: steps.append("fetch") or Resolved(name, tmp_path, "", entry.size))
-    result = braid("pull", "--verify")
+    result = braid("pull", "--verify", "smollm2-135m-instruct")
     assert steps == ["verify", "fetch"]
     assert "damaged" in result.output
     assert "smollm2-135m-instruct: 93.8 MiB" in result.output

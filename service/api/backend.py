@@ -19,7 +19,7 @@ from service.api.schema import SamplingFields
 from service.codec.prompt import Codec
 from service.codec.text import StopStrings, TextStream
 from service.engine.client import EngineClient
-from service.engine.messages import Generate, ModelInfo, Vocabulary
+from service.engine.messages import Generate, ModelInfo, Picture, Vocabulary
 from service.engine.stream import Stream
 from service.errors import ContextLengthError, ModelNotFoundError, OverloadedError, RequestError, UnavailableError
 from service.metrics import Metrics
@@ -200,6 +200,16 @@ class Backend:
         except OverloadedError:
             self.count_refusal(wanted.model, wanted.num_choices)
             raise
+
+    def start_picture(self, wanted: Picture) -> Stream[Picture]:
+        """Sends pixels or codes down. Raises: what `EngineClient.submit` raises."""
+        stream = self.engine.submit(wanted)
+        self._metrics.begin_picture(wanted.request_id, wanted.model, "encode" if wanted.pixels else "draw")
+        return stream
+
+    def count_picture(self, model: str, arrival: float, *, is_preview: bool = False) -> None:
+        """One that was asked for is done, or its first preview."""
+        (self._metrics.previewed if is_preview else self._metrics.drawn)(model, arrival)
 
     def count_refusal(self, model: str, num_choices: int = 1) -> None:
         """The engine client had no room for a prompt with so many choices."""

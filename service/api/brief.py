@@ -5,9 +5,11 @@ No HTTP. Called by the picture and video routes.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -90,24 +92,28 @@ def _sampling(codec: Codec, wanted: DrawFields, max_tokens: int) -> SamplingPara
 
 
 def kept_outside(codes: Codes, marks: PictureIds, mask: NDArray[np.bool_]) -> Codes:
-    """What a masked redraw keeps: the codes of whose pixels none is to be redrawn. mask bool [rows, columns of pixels], any size.
+    """What a masked redraw keeps: the codes of whose pixels none is to be redrawn. mask bool [rows, columns of pixels], any size: it is
+    cut to the grid's shape around the centre, as the picture was.
 
     Raises: RequestError when that is all of them.
     """
     height, width = mask.shape
+    side = min(Fraction(height, marks.rows), Fraction(width, marks.columns))  # of a code, in the mask's pixels
+    top, left = (height - side * marks.rows) / 2, (width - side * marks.columns) / 2
     kept = []
     for place, code in enumerate(codes):
         row, column = divmod(place, marks.columns)
-        top, bottom = row * height // marks.rows, max((row + 1) * height // marks.rows, row * height // marks.rows + 1)
-        left, right = column * width // marks.columns, max((column + 1) * width // marks.columns, column * width // marks.columns + 1)
-        kept.append(-1 if mask[top:bottom, left:right].any() else code)
+        rows = slice(math.floor(top + row * side), math.ceil(top + (row + 1) * side))
+        columns = slice(math.floor(left + column * side), math.ceil(left + (column + 1) * side))
+        kept.append(-1 if mask[rows, columns].any() else code)
     if min(kept) >= 0:
         raise RequestError("the mask has no transparent pixel, so nothing is to be redrawn", param="mask")
     return tuple(kept)
 
 
-def kept_at_random(codes: Codes, strength: float, seed: int) -> Codes:
-    """What a variation keeps: all but a share `strength` of the codes, chosen by the seed; at least one is redrawn."""
+def kept_at_random(codes: Codes, strength: float) -> Codes:
+    """What a variation keeps: all but a share `strength` of the codes; at least one is redrawn. Chosen by the picture and not by the seed,
+    so that each of several can be drawn again by its own seed."""
     count = max(1, round(strength * len(codes)))
-    redrawn = set(np.random.default_rng(seed % 2**64).permutation(len(codes))[:count].tolist())
+    redrawn = set(np.random.default_rng(codes).permutation(len(codes))[:count].tolist())
     return tuple(-1 if place in redrawn else code for place, code in enumerate(codes))

@@ -120,7 +120,7 @@ class Easel:
         return Pixels(height, width, data[:shown] + b"\xff" * (len(data) - shown))
 
     async def _work(self, wanted: Picture) -> Event:
-        stream = self.backend.engine.submit(wanted)
+        stream = self.backend.start_picture(wanted)
         async with aclosing(stream.batches()) as batches:
             async for events in batches:
                 event = events[-1]
@@ -149,6 +149,8 @@ class Easel:
         async def preview(choice: int, index: int, rows: int, codes: Codes) -> None:
             try:
                 news.put_nowait(Preview(choice, index, await self.draw(order.model, codes, rows)))
+                if index == 0:
+                    self.backend.count_picture(order.model, order.caller.arrival, is_preview=True)
             except Exception as error:  # told by whoever reads
                 news.put_nowait(error)
 
@@ -173,6 +175,8 @@ class Easel:
         async def tell(item: Frame | Painting, waits: Sequence[asyncio.Task[None]]) -> None:
             if waits:
                 await asyncio.wait(waits)
+            if isinstance(item, Frame):
+                self.backend.count_picture(order.model, order.caller.arrival)
             news.put_nowait(item)
 
         start(follow())

@@ -58,8 +58,9 @@ class ImageAnswers:
         self.gallery = studio.gallery
 
     async def answer(self, request: Request, job: Job) -> Response:
-        native = self.easel.backend.info(job.model).picture_size
-        shape = ImagesShape(job.wanted, native, int(time.time()), self.media, is_edit=job.is_edit)
+        native, marks = self.easel.backend.info(job.model).picture_size, self.easel.marks(job.model)
+        num_seen = sum(map(marks.is_code, job.order.prompt))
+        shape = ImagesShape(job.wanted, native, int(time.time()), self.media, is_edit=job.is_edit, num_seen=num_seen)
         if shape.size != native:
             height, width = native
             text = f"the model draws {width}x{height}; the picture was resampled to {shape.size[1]}x{shape.size[0]}"
@@ -174,7 +175,7 @@ async def _edit_brief(studio: Studio, model: str, wanted: EditRequest, pictures:
         region = await media.apart(lambda: decode_mask(data, media.limits.picture), "mask")
         return Brief(wanted.prompt, kept=kept_outside(codes, marks, region))
     if not wanted.prompt:
-        return Brief("", kept=kept_at_random(codes, wanted.strength, wanted.seed or 0))
+        return Brief("", kept=kept_at_random(codes, wanted.strength))
     return Brief(wanted.prompt, pictures=(codes,))
 
 

@@ -128,7 +128,7 @@ class VideoRequest(DrawFields):
     num_frames: Annotated[int, Field(ge=1, le=64)] = 4
     size: Annotated[str, StringConstraints(max_length=32)] = "auto"
     input_reference: ImageSource | None = None
-    output_format: Literal["mp4", "webp", "gif"] = "mp4"
+    output_format: Literal["mp4", "webp", "gif"] | None = None
 
     @field_validator("size", mode="after")
     @classmethod

@@ -33,13 +33,14 @@ class Result:
 
 
 class ImagesShape:
-    """native, size: height and width that the model draws, and that are wanted."""
+    """native, size: height and width that the model draws, and that are wanted. num_seen: codes in the prompt."""
 
-    def __init__(self, wanted: PictureFields, native: tuple[int, int], created: int, media: Media, *, is_edit: bool) -> None:
+    def __init__(self, wanted: PictureFields, native: tuple[int, int], created: int, media: Media, *, is_edit: bool, num_seen: int) -> None:
         self.size = wanted.size_of(native)
         self._wanted = wanted
         self._created = created
         self._media = media
+        self._num_seen = num_seen
         self._name = "image_edit" if is_edit else "image_generation"
         self._about = {
             "background": "opaque",
@@ -84,12 +85,13 @@ class ImagesShape:
     def _usage(self, results: Sequence[Result]) -> dict[str, Any]:
         """A prompt counts once; of a guided picture the conditional one."""
         prompt = next((result.usage.prompt_tokens for result in results if result.usage is not None), 0)
+        seen = min(self._num_seen, prompt)  # where nothing was told of the prompt, none
         drawn = sum(result.num_drawn for result in results)
         return {
             "input_tokens": prompt,
             "output_tokens": drawn,
             "total_tokens": prompt + drawn,
-            "input_tokens_details": {"text_tokens": prompt, "image_tokens": 0},
+            "input_tokens_details": {"text_tokens": prompt - seen, "image_tokens": seen},
             "output_tokens_details": {"text_tokens": 0, "image_tokens": drawn},
         }
 

@@ -30,7 +30,7 @@ from service.api.listing import is_descending, page, page_limit
 from service.api.routes import caller_of, json_answer
 from service.api.strict import Warnings
 from service.api.studio import Studio
-from service.codec.film import FILM_TYPES, encode_film
+from service.codec.film import FILM_TYPES, FilmKind, encode_film, film_kinds
 from service.codec.pixels import Pixels, encode_picture, enlarged, fitted
 from service.errors import BraidError, ConflictError, ContextLengthError, EngineError, NotFoundError, OverloadedError, RequestError
 
@@ -49,13 +49,14 @@ Status = Literal["queued", "in_progress", "completed", "failed"]
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One film. thumbnail: a PNG of its first frame."""
+    """One film. kind: of its file. thumbnail: a PNG of its first frame."""
 
     id: str
     tenant: str
     wanted: VideoRequest
     order: Order
     size: tuple[int, int]
+    kind: FilmKind
     created_at: int
     warnings: Warnings
     status: Status = "queued"
@@ -140,7 +141,7 @@ class Videos:
             def work() -> tuple[bytes, bytes]:
                 is_same_shape = frames[0].height * width == frames[0].width * height
                 resampled = [(enlarged if is_same_shape else fitted)(frame, height, width) for frame in frames]
-                film = encode_film(resampled, float(wanted.seconds) / len(resampled), wanted.output_format)
+                film = encode_film(resampled, float(wanted.seconds) / len(resampled), job.kind)
                 return film, encode_picture(resampled[0], "png")
 
             job.film, job.thumbnail = await self._studio.media.apart(work, "size")
@@ -179,15 +180,21 @@ def videos_router(studio: Studio, limits: BodyLimits) -> APIRouter:
         pictures: Sequence[Codes] = [await studio.see(model, reference, "input_reference")] if reference is not None else []
         brief = Brief(wanted.prompt, tuple(pictures), num_frames=wanted.num_frames)
         caller = caller_of(request)
-        size = wanted.size_of(studio.easel.backend.info(model).picture_size)
-        if size[0] % 2 or size[1] % 2:
-            raise RequestError("size must have an even width and height", param="size")
+        native = studio.easel.backend.info(model).picture_size
+        size = wanted.size_of(native)
+        if size != native:
+            warnings.note("size", f"the model draws {native[1]}x{native[0]}; the film was resampled to {size[1]}x{size[0]}")
+        kind = wanted.output_format or film_kinds()[0]
+        if kind not in film_kinds():
+            raise RequestError(f"this server makes no {kind}; there are {' and '.join(film_kinds())}", param="output_format")
+        if kind == "mp4" and (size[0] % 2 or size[1] % 2):
+            raise RequestError("size must have an even width and height as mp4", param="size")
         try:
             order = make_order(studio.easel, model, brief, wanted, caller, warnings)
         except ContextLengthError as error:
             error.param = "num_frames" if wanted.num_frames > 1 else "prompt"
             raise
-        job = Job(f"video_{uuid.uuid4().hex}", caller.tenant, wanted, order, size, int(time.time()), warnings)
+        job = Job(f"video_{uuid.uuid4().hex}", caller.tenant, wanted, order, size, kind, int(time.time()), warnings)
         videos.start(job)
         return json_answer(job.view(), warnings)
 
@@ -212,7 +219,7 @@ def videos_router(studio: Studio, limits: BodyLimits) -> APIRouter:
             raise RequestError("variant must be video or thumbnail", param="variant")
         if job.status != "completed":
             raise ConflictError(f"the video is {job.status.replace('_', ' ')}; there is nothing to fetch")
-        data, kind = (job.film, FILM_TYPES[job.wanted.output_format]) if variant == "video" else (job.thumbnail, "image/png")
+        data, kind = (job.film, FILM_TYPES[job.kind]) if variant == "video" else (job.thumbnail, "image/png")
         return Response(data, media_type=kind, headers={"x-content-type-options": "nosniff"})
 
     @router.delete("/v1/videos/{video_id}")

@@ -5,6 +5,7 @@ Reads nothing that a client sent and resizes nothing. Blocks, for seconds where 
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
 import math
@@ -118,3 +119,8 @@ def _durations(count: int, each: float) -> list[int]:
     """Whole ones, none further from its place than half a unit: rounded one by one, a film would run away."""
     ends = [math.floor(index * each + 0.5) for index in range(count + 1)]
     return [end - start for start, end in itertools.pairwise(ends)]
+
+
+def film_kinds() -> tuple[FilmKind, ...]:
+    """Those that this installation can make, the usual one first."""
+    return ("mp4", "webp", "gif") if importlib.util.find_spec("av") is not None else ("webp", "gif")

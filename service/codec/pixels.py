@@ -282,7 +282,7 @@ def _pare_png(data: bytes, limits: PictureLimits) -> _Pared:
 
 def _eight_bit_key(key: bytes, depth: int, colour_type: int) -> bytes:
     """The transparent colour of a picture without palette, in the eight bits to which Pillow brings the pixels but not this."""
-    if colour_type == 0 and depth in (2, 4):
+    if colour_type == 0 and depth < 8:
         return struct.pack(">H", (int.from_bytes(key[:2]) & (1 << depth) - 1) * (255 // ((1 << depth) - 1)))
     if colour_type == 2 and depth == 16:
         return struct.pack(">3H", *(value >> 8 for value in struct.unpack_from(">3H", key)))

@@ -1,12 +1,16 @@
 """openapi.yaml and the app held to each other, both ways: routes, request fields with their bounds, statuses, and every answer's form.
 
+What pictures and videos are answered with is made by the routes' own shapes, without an engine.
+
 With OPENAI_SCHEMAS set (a JSON file of OpenAI's own response schemas) answers are held to those as well.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from pydantic import BaseModel
 
 from service.api import (
     batches,
+    images_schema,
     messages_schema,
     responses_schema,
     schema,
@@ -29,7 +34,21 @@ from service.api import (
     tokenize,
 )
 from service.api.auth import is_public
-from service.errors import BraidError, OverloadedError
+from service.api.backend import Caller
+from service.api.chat import ChatForm
+from service.api.choice import Piece
+from service.api.easel import Order, Preview
+from service.api.gallery import Gallery
+from service.api.images_shape import ImagesShape, Result
+from service.api.listing import page
+from service.api.media import Media
+from service.api.strict import Warnings
+from service.api.videos import Job
+from service.codec.pixels import Pixels
+from service.engine.messages import Usage
+from service.errors import BraidError, ConflictError, OverloadedError
+from service.scheduling.picture_grammar import PictureRule
+from service.scheduling.sampling import SamplingParams
 from tests.api.fakes import MODEL, Running, Script
 from tests.api.test_auth import routes
 from tests.api.test_chat import events
@@ -44,6 +63,8 @@ REQUESTS: list[type[schema.Strict]] = [
     schema_chat.Message,
     schema_chat.TextPart,
     schema_chat.RefusalPart,
+    schema_chat.ImagePart,
+    schema_chat.ImageUrl,
     schema_chat.FunctionToolCall,
     schema_chat.CalledFunction,
     schema_chat.CustomToolCall,
@@ -110,6 +131,17 @@ REQUESTS: list[type[schema.Strict]] = [
     responses_schema.TextFormat,
     responses_schema.TextOptions,
     responses_schema.ReasoningOptions,
+    images_schema.ImageRequest,
+    images_schema.ImageSource,
+    images_schema.EditRequest,
+    images_schema.VideoRequest,
+]
+# Written down only: a request without some of its fields, and with files in a form. What each lacks of the first, and has besides.
+FORMS = [
+    ("EditRequest", "EditForm", {"images", "mask"}, {"image", "image[]", "mask"}),
+    ("EditRequest", "VariationRequest", {"prompt", "mask"}, set[str]()),
+    ("EditRequest", "VariationForm", {"prompt", "mask", "images"}, {"image", "image[]"}),
+    ("VideoRequest", "VideoForm", {"input_reference"}, {"input_reference"}),
 ]
 # name in the contract, name in OpenAI's
 OFFICIAL = {
@@ -122,6 +154,11 @@ OFFICIAL = {
     "FilePage": "ListFilesResponse",
     "Model": "Model",
     "Error": "ErrorResponse",
+    "ImageList": "ImagesResponse",
+    "ImageEvent": "AnyImageEvent",
+    "Video": "VideoResource",
+    "VideoPage": "VideoListResource",
+    "DeletedVideo": "DeletedVideoResource",
 }
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "minLength", "maxLength", "minItems", "maxItems", "maxProperties")
 
@@ -139,7 +176,17 @@ def check(data: Any, name: str) -> None:
         relaxed = json.loads(json.dumps(official["$defs"]))
         choice = relaxed["CreateCompletionResponse"]["properties"]["choices"]["items"]["properties"]
         choice["finish_reason"] = {"anyOf": [choice["finish_reason"], {"type": "null"}]}
+        _free_pictures(relaxed)
         jsonschema.Draft202012Validator({"$ref": f"#/$defs/{OFFICIAL[name]}", "$defs": relaxed}).validate(data)
+
+
+def _free_pictures(official: dict[str, Any]) -> None:
+    """Sizes, models and a quality that OpenAI's own do not have. Mutates: official."""
+    events = ("ImageGenPartialImageEvent", "ImageGenCompletedEvent", "ImageEditPartialImageEvent", "ImageEditCompletedEvent")
+    for name in ("ImagesResponse", *events):
+        official[name]["properties"] |= {"size": {"type": "string"}, "quality": {"type": "string"}}
+    official |= {"VideoSize": {"type": "string"}, "VideoModel": {"type": "string"}}
+    official["AnyImageEvent"] = {"oneOf": [{"$ref": f"#/$defs/{name}"} for name in events]}
 
 
 def test_the_contract_is_whole() -> None:
@@ -179,6 +226,12 @@ def _merged(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]
     return _merged(some[0], definitions) if len(some) == 1 else node
 
 
+def _values(node: dict[str, Any]) -> set[tuple[str, Any]] | None:
+    """Those that a field may have, told apart by type; None where they are not listed."""
+    listed = node.get("enum", [node["const"]] if "const" in node else None)
+    return None if listed is None else {(type(value).__name__, value) for value in listed}
+
+
 @pytest.mark.parametrize("model", REQUESTS, ids=lambda model: model.__name__)
 def test_request_fields_are_the_same(model: type[BaseModel]) -> None:
     generated = model.model_json_schema()
@@ -193,13 +246,34 @@ def test_request_fields_are_the_same(model: type[BaseModel]) -> None:
         limit = {key: merged[key] for key in BOUNDS if key in merged and merged[key] != schema.MAX_CHARS}
         assert limit == {key: written[key] for key in BOUNDS if key in written}, name
         assert merged.get("type", written.get("type")) == written.get("type", merged.get("type")), name
+        assert _values(merged) == _values(written), name
+        assert field.get("default") in (None, [], {}, written.get("default")), name
 
 
-@pytest.mark.parametrize("model", [schema_chat.ChatRequest, schema_completion.CompletionRequest])
-def test_unsupported_fields_are_the_same(model: type[schema.SamplingFields]) -> None:
+@pytest.mark.parametrize(("whole", "name", "less", "more"), FORMS, ids=lambda value: value if isinstance(value, str) else "")
+def test_forms_have_the_fields_of_their_requests(whole: str, name: str, less: set[str], more: set[str]) -> None:
+    ours, theirs = SCHEMAS[whole]["properties"], SCHEMAS[name]["properties"]
+    assert set(theirs) == set(ours) - less | more
+    assert all(theirs[field] == ours[field] for field in set(ours) - less)
+    assert SCHEMAS[name].get("x-unsupported") == SCHEMAS[whole].get("x-unsupported")
+
+
+@pytest.mark.parametrize(
+    ("model", "in_part"),
+    [
+        (schema_chat.ChatRequest, set[str]()),
+        (schema_completion.CompletionRequest, set[str]()),
+        (images_schema.ImageRequest, {"background"}),
+        (images_schema.ImageSource, set[str]()),
+        (images_schema.EditRequest, {"background"}),
+        (images_schema.VideoRequest, set[str]()),
+    ],
+)
+def test_unsupported_fields_are_the_same(model: type[schema.Strict], in_part: set[str]) -> None:
+    """in_part: of which a value is refused, and which are fields none the less."""
     written = SCHEMAS[model.__name__]
-    assert sorted(model.unbuilt) == written["x-unsupported"]
-    assert not set(model.unbuilt) & set(written["properties"])
+    assert sorted(set(model.unbuilt) - in_part) == written.get("x-unsupported", [])
+    assert set(model.unbuilt) & set(written["properties"]) == in_part
 
 
 def kinds_of(error: type[BraidError]) -> set[str]:
@@ -258,3 +332,49 @@ def test_errors_have_a_status_written_down(server: Running) -> None:
             check(answer.json(), "Error")
         written = CONTRACT["paths"][path]["post"]["responses"]
         assert {str(answer.status_code) for answer in answers} | {"200", "401"} == set(written)
+
+
+PIXELS = Pixels(2, 2, bytes(12))
+ORDER = Order(MODEL, (1,), (), PictureRule(4), SamplingParams(max_tokens=8, seed=3), Caller("", 0.0))
+
+
+@pytest.mark.parametrize("is_edit", [False, True])
+@pytest.mark.parametrize(("scores", "caption"), [(None, None), ([-2.0, -1.5], -0.25)])
+def test_pictures_have_the_form_written_down(is_edit: bool, scores: list[float] | None, caption: float | None) -> None:
+    wanted = images_schema.ImageRequest(prompt="a cat", size="4x6")
+    shape = ImagesShape(wanted, (2, 2), 1, Media(), is_edit=is_edit, num_seen=1)
+    result = Result(0, 5, (1, 2), PIXELS, Usage(3, 0, 2, 0.0, 0.0, 0.0), 2, scores)
+    for url_of in (None, lambda data, kind: "http://x" + Gallery().keep(data, kind)):
+        check(asyncio.run(shape.whole([result, replace(result, caption_score=caption)], url_of)), "ImageList")
+    name = "image_edit" if is_edit else "image_generation"
+    for event in (asyncio.run(shape.preview(Preview(0, 1, PIXELS))), asyncio.run(shape.completed(result))):
+        head, data = event.decode().splitlines()[:2]
+        told = json.loads(data.removeprefix("data: "))
+        assert head == f"event: {told['type']}"
+        assert told["type"].startswith(name)
+        check(told, "ImageEvent")
+
+
+def test_videos_have_the_form_written_down() -> None:
+    wanted = images_schema.VideoRequest(prompt="it moves", seconds=4)
+    job = Job(f"video_{0:032x}", "", wanted, ORDER, (32, 32), 1, Warnings())
+    check(job.view(), "Video")
+    job.status, job.completed_at, job.error = "failed", 2, ConflictError("no")
+    check(job.view(), "Video")
+    check(page([job.view()], None, 1), "VideoPage")
+    check(page([], None, 1), "VideoPage")
+
+
+def test_pictures_of_chats_have_the_form_written_down() -> None:
+    class Generation:
+        choices = (None,)
+
+    form = ChatForm(None, schema_chat.ChatRequest.model_validate({"messages": HI}), Generation())  # type: ignore[arg-type]
+    piece = Piece(0, "so:", images=(b"one", b"two"))
+    for name, whole in (("message", [form.message(0, [piece, piece])]), ("delta", [*form.deltas(piece), *form.deltas(piece)])):
+        answer = SCHEMAS["ChatCompletion" if name == "message" else "ChatCompletionChunk"]
+        written = answer["properties"]["choices"]["items"]["properties"][name]
+        found = [index for each in whole for index in [image["index"] for image in each[name].get("images", ())]]
+        assert found == [0, 1, 2, 3]
+        for each in whole:
+            validator(written).validate(each[name])

@@ -1,33 +1,20 @@
-"""The chat page in a real browser, before the real app with a scripted engine: chats, stops, asks for keys, and lets nothing run.
-
-CHROMIUM names the browser; otherwise `chromium` is looked for. BRAID_SCREENSHOTS: a folder in which pictures of the page are left.
-"""
+"""The chat page in a real browser, before the real app with a scripted engine: chats, stops, asks for keys, and lets nothing run."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import expect
 
-from tests.api.fakes import Running, Script, running
+from tests.api.fakes import Running, Script
+from tests.page.window import CHROMIUM, OpenPage, ask, chatting, screenshot
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here; CHROMIUM can name one"),
 ]
-# As root it has no sandbox; the rest keeps it from calling anybody by itself.
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
-MORE_FLAGS = ("--disable-component-update", "--disable-sync")
 MARKDOWN = """Here is a **short plan**:
 
 1. Wake up
@@ -54,73 +41,11 @@ HOSTILE = """<script>window.hacked = 1</script><img src=x onerror="window.hacked
 <style>body { display: none }</style> `<b onclick="window.hacked=7">` **end**"""
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *MORE_FLAGS])
-        yield browser
-        browser.close()
-
-
-@contextlib.contextmanager
-def chatting(**options: Any) -> Iterator[Running]:
-    """A server whose model says that it can chat."""
-    with running(**options) as server:
-        server.codec.template = SimpleNamespace(variables=frozenset())  # type: ignore[assignment]
-        yield server
-
-
-@pytest.fixture
-def server() -> Iterator[Running]:
-    with chatting() as server:
-        yield server
-
-
-OpenPage = Callable[..., Page]
-
-
-@pytest.fixture
-def open_page(browser: Browser) -> Iterator[OpenPage]:
-    """Opens a page, and at the end holds it to: no error in the console that was not expected, no request to another server."""
-    contexts, faults = [], []
-
-    def open_it(server: Running, *, expected_error: str = "", **options: object) -> Page:
-        context = browser.new_context(**options)  # type: ignore[arg-type]
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(10_000)
-
-        def note(kind: str, text: str) -> None:
-            if not (expected_error and expected_error in text):
-                faults.append(f"{kind}: {text}")
-
-        page.on("pageerror", lambda error: note("error", str(error)))
-        page.on("console", lambda message: note("console", message.text) if message.type in ("error", "warning") else None)
-        page.on("request", lambda request: None if request.url.startswith((server.url, "data:")) else note("request", request.url))
-        page.goto(f"{server.url}/")
-        return page
-
-    yield open_it
-    for context in contexts:
-        context.close()
-    assert not faults
-
-
-def ask(page: Page, text: str = "Plan my day, please.") -> None:
-    page.fill("#prompt", text)
-    page.keyboard.press("Enter")
-
-
-def picture(page: Page, name: str) -> None:
-    if folder := os.environ.get("BRAID_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}.png")
-
-
 def test_streams_an_answer_with_markdown_and_figures(server: Running, open_page: OpenPage) -> None:
     server.engine.script = Script(text=MARKDOWN, waits=0.002, per_event=4, cached_tokens=3)
     page = open_page(server, viewport={"width": 1200, "height": 820}, color_scheme="light")
     expect(page.locator("#context")).to_have_text("2,048 tokens of context")
-    picture(page, "empty")
+    screenshot(page, "empty")
     ask(page)
     expect(page.locator("body.is-running")).to_be_attached()
     reply = page.locator(".message.assistant")
@@ -132,7 +57,7 @@ def test_streams_an_answer_with_markdown_and_figures(server: Running, open_page:
     expect(reply.locator("td")).to_have_text(["small", "186"])
     expect(reply.locator("a")).to_have_attribute("rel", "noopener noreferrer")
     expect(page.locator(".entry")).to_have_text(["Plan my day, please.✕"])
-    picture(page, "light")
+    screenshot(page, "light")
     page.reload()
     expect(page.locator(".entry")).to_have_count(1)
     page.click(".entry .open")
@@ -245,14 +170,14 @@ def test_fits_a_phone(server: Running, open_page: OpenPage, scheme: str) -> None
     page = open_page(server, viewport={"width": 375, "height": 740}, color_scheme=scheme, has_touch=True, is_mobile=True)
     ask(page)
     expect(page.locator(".message.assistant .stats")).to_contain_text("prefill")
-    picture(page, f"phone-{scheme}")
+    screenshot(page, f"phone-{scheme}")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     small = "(nodes) => nodes.filter((node) => node.offsetParent && node.getBoundingClientRect().height < 40).map((node) => node.id)"
     assert page.locator("header button, #composer button").evaluate_all(small) == []
     page.click("#menu")
     expect(page.locator("#new")).to_be_in_viewport()
     page.wait_for_timeout(300)
-    picture(page, f"phone-menu-{scheme}")
+    screenshot(page, f"phone-menu-{scheme}")
     page.click("#new")
     expect(page.locator("#new")).not_to_be_in_viewport()
 
@@ -268,7 +193,7 @@ def test_dark_and_light_can_be_chosen(server: Running, open_page: OpenPage) -> N
     assert paper() < 64
     ask(page)
     expect(page.locator(".message.assistant .stats")).to_contain_text("prefill")
-    picture(page, "dark")
+    screenshot(page, "dark")
     page.click("#theme")
     expect(page.locator("#theme")).to_have_text("Theme: light")
     assert paper() > 192

@@ -1,18 +1,19 @@
 // The chat page: conversations kept in this browser, one of them open, one answer at a time.
-// A message is {role, text, images, numLost, reasoning, calls, stats, note, error}, where numLost counts the pictures that could not be
-// kept; a conversation {id, title, model, settings, messages}.
+// A message is {role, text, images, numLost, reasoning, calls, stats, note, error}; a conversation {id, title, model, settings, messages}.
+// images: data URLs; numLost: how many of them there was no room to keep.
 // Long, because all that is seen hangs on the one conversation that is open; what does not has files of its own.
 
 import { ApiError, chat, drawsPictures, key, models, seesPictures } from "./api.js";
+import { keep, keepChats, loadChats } from "./keeping.js";
 import { MarkdownView } from "./markdown.js";
 import { MAX_PICTURES, drawing, isPicture, picture, urlOf } from "./pictures.js";
 
 const $ = (id) => document.getElementById(id);
-const STORE = "braid.conversations", THEME = "braid.theme", MAX_KEPT = 100, MAX_TITLE = 48, MAX_ALT = 120;
+const THEME = "braid.theme", MAX_TITLE = 48, MAX_ALT = 120;
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
 
 let served = [];
-let kept = load();
+let kept = loadChats();
 let open = fresh();
 let attached = []; // {url, name} of the message that is being written
 let numReading = 0; // files that are becoming one of them
@@ -20,45 +21,13 @@ let running = null;
 
 // ---- keeping
 
-function load() {
-  try {
-    const found = JSON.parse(localStorage.getItem(STORE) ?? "[]");
-    return Array.isArray(found) ? found.filter((one) => Array.isArray(one?.messages)) : [];
-  } catch {
-    return [];
-  }
+function keepOpen() {
+  if (open.messages.length) save([open, ...kept.filter((one) => one.id !== open.id)]);
 }
 
-function keep() {
-  if (!open.messages.length) return;
-  kept = [open, ...kept.filter((one) => one.id !== open.id)].slice(0, MAX_KEPT);
-  save();
-}
-
-// Where there is no room, pictures go before words, and the oldest before the newest. The open chat stays whole as long as it is open.
-function save() {
-  let stored = kept;
-  while (!store(STORE, JSON.stringify(stored)) && stored.length) {
-    const at = stored.findLastIndex(hasPictures);
-    stored = at < 0 ? stored.slice(0, -1) : stored.map((one, index) => (index === at ? withoutPictures(one) : one));
-  }
-  kept = stored.map((one) => (one.id === open.id ? open : one));
-}
-
-function store(name, value) {
-  try {
-    localStorage.setItem(name, value);
-    return true;
-  } catch {
-    return false;
-  }
-}
-
-const hasPictures = (one) => one.messages.some((message) => message.images?.length);
-
-function withoutPictures(one) {
-  const bare = (message) => ({ ...message, images: [], numLost: message.images.length });
-  return { ...one, messages: one.messages.map((message) => (message.images?.length ? bare(message) : message)) };
+// The open chat stays whole as long as it is open.
+function save(chats) {
+  kept = keepChats(chats).map((one) => (one.id === open.id ? open : one));
 }
 
 function fresh() {
@@ -98,8 +67,7 @@ function showList() {
 }
 
 function remove(one) {
-  kept = kept.filter((other) => other.id !== one.id);
-  save();
+  save(kept.filter((other) => other.id !== one.id));
   if (one.id === open.id) show(fresh());
   else showList();
 }
@@ -124,13 +92,14 @@ function drawn(message, index) {
   const box = element("article", `message ${message.role}`);
   box.ariaLabel = message.role === "user" ? "You" : "Model";
   if (message.reasoning) box.append(thoughts(message.reasoning));
-  const text = element("div", "text");
-  if (message.role === "user") text.textContent = message.text;
-  else new MarkdownView(text).finish(message.text);
-  if (message.text) box.append(text);
+  const isUser = message.role === "user";
   const urls = (message.images ?? []).filter(isPicture);
-  if (urls.length && message.role === "user") text.before(pictures(urls.map((url, at) => picture(url, `Attached picture ${at + 1}`))));
-  else if (urls.length) box.append(pictures(urls.map((url, at) => drawing(url, altOf(index, at + 1), at + 1))));
+  const text = element("div", "text");
+  if (isUser) text.textContent = message.text;
+  else new MarkdownView(text).finish(message.text);
+  if (isUser && urls.length) box.append(pictures(urls.map((url, at) => picture(url, `Attached picture ${at + 1}`))));
+  if (message.text) box.append(text);
+  if (!isUser && urls.length) box.append(pictures(urls.map((url, at) => drawing(url, altOf(index, at + 1), at + 1))));
   box.append(...(message.calls ?? []).map(drawnCall), ...notes(message), line(message, index));
   return box;
 }
@@ -267,7 +236,7 @@ async function answer() {
   $("send").ariaLabel = "Send";
   if (open === conversation) {
     live.box.replaceWith(drawn(message, conversation.messages.length - 1));
-    keep();
+    keepOpen();
   }
   showList();
   scrollDown();
@@ -486,7 +455,7 @@ function showTheme(theme) {
   if (theme === "system") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
   $("theme").textContent = `Theme: ${theme}`;
-  store(THEME, theme);
+  keep(THEME, theme);
 }
 
 // ---- wiring
