@@ -75,6 +75,15 @@ def blocks_per_sequence(config: ModelConfig, layout: KVLayout) -> int:
     return total
 
 
+def window_saving(config: ModelConfig) -> str:
+    """What windows save of a full context's K/V, for people; "" for a model whose layers all see everything."""
+    layout = partition_layers(config)
+    if all(group.window is None for group in layout.groups):
+        return ""
+    kept, whole = blocks_per_sequence(config, layout), -(-config.max_context // BLOCK_SIZE) * len(layout.groups)
+    return f"a sequence of {config.max_context} tokens holds {kept} blocks of K/V and not {whole} ({1 - kept / whole:.0%} less)"
+
+
 def print_plan(model: Resolved, memory_bytes: int, max_context: int) -> None:
     """A table of every precision. max_context 0: the model's own. Raises: WeightsError; StartupError when no precision fits."""
     console = Console()
@@ -97,6 +106,8 @@ def print_plan(model: Resolved, memory_bytes: int, max_context: int) -> None:
         numbers = (format_bytes(size.weight_bytes), format_bytes(size.kv_token_bytes), format_bytes(size.kv_bytes))
         table.add_row(name, *numbers, f"{size.kv_tokens}", f"{size.num_sequences}")
     console.print(table)
+    if saving := window_saving(config):
+        console.print(f"local layers give back what lies behind their windows: {saving}", highlight=False)
     if not most:
         raise StartupError("nothing is left for K/V beside the weights; give more --memory")
 

@@ -34,8 +34,8 @@ from tests.model.checkpoints import TINY, random_tensors, write_gguf
 FLAGS = {
     "serve": """--config --host --port --dtype --device --memory --max-context --max-batch-tokens --max-sequences --prefix-cache
         --no-prefix-cache --threads --api-key --api-key-file --allowed-host --strict --no-strict --metrics-prefix
-        --drain-timeout --stall-exit --max-queue-requests --max-queue-tokens --max-body --max-image --max-image-pixels --media-host --allow-origin
-        --data-dir --max-file --max-data --batch-requests --log-level""",
+        --drain-timeout --stall-exit --max-queue-requests --max-queue-tokens --max-body --max-image --max-image-pixels
+        --media-host --allow-origin --data-dir --max-file --max-data --batch-requests --log-level""",
     "pull": "--verify",
     "models": "",
     "chat": "--base-url --model --system --api-key --temperature --max-tokens",
@@ -142,6 +142,13 @@ def test_models_lists_the_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_tells_what_windows_save() -> None:
+    result = braid("plan", "braid-nano", env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    # Two groups of three layers: 32 rows each; the local one keeps 6 + 1 rows of its window and 2 of its sink.
+    assert "a sequence of 512 tokens holds 41 blocks of K/V and not 64 (36% less)" in result.output
 
 
 def test_plan_prints_all_precisions(model: Path) -> None:

@@ -190,6 +190,7 @@ class ByteCodec:
     max_context: int = CONTEXT
     eos_ids: tuple[int, ...] = (EOS,)
     vocab_size: int = VOCAB
+    pictures: None = None
     encode_thread: str = ""
     asked: dict[str, Any] = field(default_factory=dict)
     format: TagFormat = field(default_factory=TagFormat)

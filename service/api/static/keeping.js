@@ -28,7 +28,7 @@ export function keepChats(chats) {
   let kept = wanted;
   while (!keep(CHATS, JSON.stringify(kept))) {
     const at = kept.findLastIndex((one) => one.messages.some((message) => message.images?.length));
-    kept = true ? kept.slice(0, -1) : kept.map((one, index) => (index === at ? withoutPictures(one) : one));
+    kept = at < 0 ? kept.slice(0, -1) : kept.map((one, index) => (index === at ? withoutPictures(one) : one));
     if (!kept.length) return wanted;
   }
   return kept;

@@ -1,0 +1,409 @@
+"""Pictures under load: how many a second, how soon the first preview, what chats beside them feel, and what the iterative ways are worth.
+
+    python -m bench.pictures load --users 1 16               closed loop over HTTP: so many users draw, streaming previews
+    python -m bench.pictures company                         chats alone, and the same chats while others draw
+    python -m bench.pictures steps                           engine steps without a picture in flight, and with some all the time
+    python -m bench.pictures jacobi                          engine steps and seconds that guessing codes ahead saves
+    python -m bench.pictures iterate                         refine and best_of beside plain drawing, at equal compute
+
+Each prints a table and writes its figures with --json. What is drawn are scenes that a program can judge, and emoji.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import click
+import httpx
+import numpy as np
+from PIL import Image
+
+from bench.load import Load, measure, print_table, serving
+from bench.probe import describe_machine
+
+NAME = "braid-nano"
+EMOJI = ("cat face, noto style", "turtle, twemoji style", "red apple, noto style", "soccer ball, fluentflat style", "pizza, noto style")
+
+
+def scenes(count: int, seed: int) -> list[Any]:
+    """Tasks of the world whose scenes have a pair of things that was never trained."""
+    from training.world.scene import World
+    from training.world.tasks import make_held_out
+
+    world, random = World(), Random(seed)
+    return [make_held_out("draw", world, random, "en", "pair") for _ in range(count)]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Milliseconds."""
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))] * 1e3
+
+    return {"mean": statistics.fmean(ordered) * 1e3, "p50": at(0.5), "p95": at(0.95), "p99": at(0.99)} if ordered else {}
+
+
+# -- load --
+
+
+@dataclass
+class Drawer:
+    """What the users of a closed loop measured, in seconds since each request was sent."""
+
+    previews: list[float] = field(default_factory=list)
+    totals: list[float] = field(default_factory=list)
+    failed: int = 0
+
+
+async def draw_for(url: str, users: int, until: Callable[[int], bool], options: dict[str, Any]) -> tuple[Drawer, float]:
+    """Each user draws while `until` of its number of pictures is false. Returns what they measured and the seconds it took."""
+    drawer = Drawer()
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=httpx.Limits(max_connections=users + 2)) as client:
+
+        async def user(number: int) -> None:
+            turn = 0
+            while not until(turn):
+                prompt = EMOJI[(number + turn) % len(EMOJI)]
+                body = {"model": NAME, "prompt": prompt, "seed": 1000 * number + turn, "stream": True, "partial_images": 2, **options}
+                sent, first = time.perf_counter(), 0.0
+                async with client.stream("POST", "/v1/images/generations", json=body) as answer:
+                    is_done = False
+                    async for line in answer.aiter_lines():
+                        if line.startswith("event: ") and not first:
+                            first = time.perf_counter() - sent
+                        is_done = is_done or line.endswith("completed")
+                if answer.status_code != 200 or not is_done:
+                    drawer.failed += 1
+                else:
+                    drawer.previews.append(first)
+                    drawer.totals.append(time.perf_counter() - sent)
+                turn += 1
+
+        start = time.perf_counter()
+        await asyncio.gather(*(user(number) for number in range(users)))
+        return drawer, time.perf_counter() - start
+
+
+def drawn_by(url: str, users: int, count: int, **options: Any) -> dict[str, Any]:
+    drawer, seconds = asyncio.run(draw_for(url, users, lambda turn: turn >= count, options))
+    return {
+        "users": users,
+        "pictures": len(drawer.totals),
+        "failed": drawer.failed,
+        "pictures_per_s": len(drawer.totals) / seconds,
+        "first_preview_ms": spread(drawer.previews),
+        "picture_ms": spread(drawer.totals),
+    }
+
+
+@click.group(context_settings={"show_default": True})
+def main() -> None:
+    """Measure pictures."""
+
+
+def _write(path: Path | None, name: str, figures: Any, options: dict[str, Any]) -> None:
+    """Adds to a file that may hold the figures of other commands."""
+    if path is not None:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        known[name] = {"machine": describe_machine(), "options": options, "figures": figures}
+        path.write_text(json.dumps(known, indent=1) + "\n")
+
+
+_JSON = click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Add all figures to this file.")
+
+
+@main.command()
+@click.option("--users", multiple=True, type=click.IntRange(1, 1024), default=(1, 16), help="Who draw at once; repeatable.")
+@click.option("--pictures", "count", default=12, help="That each draws.")
+@click.option("--jacobi", default=None, type=int, help="Codes to guess ahead.")
+@click.option("--server-argument", multiple=True, help="Passed on to `braid serve`; repeatable.")
+@_JSON
+def load(users: tuple[int, ...], count: int, jacobi: int | None, server_argument: tuple[str, ...], json_path: Path | None) -> None:
+    """Pictures a second, and how soon, over HTTP, with two previews each."""
+    options = {} if jacobi is None else {"jacobi": jacobi}
+    with serving(NAME, [*server_argument, "--data-dir", "off"]) as (url, _):
+        drawn_by(url, 2, 2)
+        rows = [drawn_by(url, number, count, **options) for number in users]
+    click.echo(f"{'users':>6} {'pictures/s':>11} {'preview p50':>12} {'p95':>9} {'picture p50':>12} {'p95':>9} {'failed':>7}")
+    for row in rows:
+        first, whole = row["first_preview_ms"], row["picture_ms"]
+        click.echo(
+            f"{row['users']:>6} {row['pictures_per_s']:>11.1f} {first['p50']:>9.1f} ms {first['p95']:>6.1f} ms {whole['p50']:>9.1f} ms "
+            f"{whole['p95']:>6.1f} ms {row['failed']:>7}"
+        )
+    _write(json_path, "load", rows, {"users": users, "pictures": count, "jacobi": jacobi})
+
+
+# -- company --
+
+
+@main.command()
+@click.option("--chats", default=4, help="Users that chat with the text model.")
+@click.option("--drawers", default=4, help="Users that draw meanwhile.")
+@click.option("--rounds", default=3, help="Alternations of chats alone and chats in company.")
+@_JSON
+def company(chats: int, drawers: int, rounds: int, json_path: Path | None) -> None:
+    """Chat latency alone and beside those who draw: the default models in one engine, both kinds in turn, in one run."""
+    chat = Load(users=chats, requests_per_user=2, prompt_tokens=139, output_tokens=96, shared_prefix=0, seed=1)
+    alone: list[dict[str, Any]] = []
+    beside: list[dict[str, Any]] = []
+    drawn: list[dict[str, Any]] = []
+    with serving("", ["--data-dir", "off"]) as (url, _):
+        measure(url, [chat])
+        for _ in range(rounds):
+            alone += measure(url, [chat])
+            rows, pictures = asyncio.run(_chats_beside(url, chat, drawers))
+            beside.append(rows)
+            drawn.append(pictures)
+    print_table("chats alone", alone, 0.0)
+    print_table(f"chats beside {drawers} who draw", beside, 0.0)
+    tpot = [statistics.median([row["tpot_ms"]["p50"] for row in rows]) for rows in (alone, beside)]
+    rate = statistics.median([row["pictures_per_s"] for row in drawn])
+    click.echo(f"\ntime per token beside pictures: {tpot[1] / tpot[0]:.2f} x; {rate:.1f} pictures/s meanwhile")
+    options = {"chats": chats, "drawers": drawers, "rounds": rounds}
+    _write(json_path, "company", {"alone": alone, "beside": beside, "drawn": drawn, "tpot_ratio": tpot[1] / tpot[0]}, options)
+
+
+async def _chats_beside(url: str, chat: Load, drawers: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    from bench.load import run_load
+
+    is_over = False
+    drawing = asyncio.create_task(draw_for(url, drawers, lambda turn: is_over, {}))
+    await asyncio.sleep(0.3)
+    rows = await run_load(url, chat)
+    is_over = True
+    drawer, seconds = await drawing
+    return rows, {"pictures_per_s": len(drawer.totals) / seconds, "failed": drawer.failed, "picture_ms": spread(drawer.totals)}
+
+
+# -- steps --
+
+
+def _load(dtype: str = "auto") -> Any:
+    from service.catalog import resolve
+    from service.engine.messages import Load as LoadMessage
+    from service.engine.messages import ModelSource
+    from service.runner.load import load_models
+
+    message = LoadMessage(
+        models=(ModelSource(NAME, str(resolve(NAME).path)),),
+        dtype=dtype,  # type: ignore[arg-type]
+        device="auto",
+        memory_bytes=0,
+        max_context=0,
+        max_batch_tokens=512,
+        max_sequences=64,
+        prefix_cache=True,
+    )
+    return load_models(message, lambda phase, fraction: None)[0], message
+
+
+@main.command()
+@click.option("--sequences", default=8, help="That draw in every step.")
+@click.option("--steps", "count", default=1200, help="Of each kind.")
+@_JSON
+def steps(sequences: int, count: int, json_path: Path | None) -> None:
+    """Seconds of an engine step while nothing is drawn or read, and while the painter always has a batch in hand; the two alternate."""
+    loaded, message = _load()
+    durations: dict[str, list[float]] = {"without": [], "with": []}
+    for number in range(8):
+        kind = ("without", "with")[number % 2]
+        durations[kind] += _steps(loaded, message, sequences, count // 4, has_pictures=kind == "with")
+    found = {kind: spread(values) for kind, values in durations.items()}
+    ratios = {name: found["with"][name] / found["without"][name] for name in ("p50", "p95", "p99")}
+    for kind, figures in found.items():
+        click.echo(f"{kind:>8}: " + "  ".join(f"{name} {value:.3f} ms" for name, value in figures.items()))
+    click.echo("   ratio: " + "  ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
+    _write(json_path, "steps", {**found, "ratios": ratios}, {"sequences": sequences, "steps": count})
+
+
+def _steps(loaded: Any, message: Any, sequences: int, count: int, *, has_pictures: bool) -> Iterator[float]:
+    from service.scheduling.pictures import PictureRequest
+    from service.scheduling.plan import PictureWork
+
+    loop = Loop(loaded, message)
+    names = iter(range(10**9))
+    while len(loop.durations) < count:
+        while loop.scheduler.num_running + loop.scheduler.num_waiting < sequences:
+            loop.add(f"s{next(names)}", seed=next(names))
+        if has_pictures and not loop.is_painting:
+            for _ in range(4):
+                work = PictureWork(f"d{next(names)}", codes=(loaded.info.pictures.first_code + 5,) * loaded.info.pictures.num_places)
+                loop.scheduler.add_picture(PictureRequest(work), 0.0)
+        loop.step()
+    yield from loop.durations[20:]
+
+
+class Loop:
+    """What the engine's loop does, for one lane in this process. durations: of its steps, in seconds."""
+
+    def __init__(self, loaded: Any, message: Any) -> None:
+        from service.engine.picture_masks import PictureMasks
+        from service.worker import build_lane
+
+        self.lane = build_lane(loaded, message)
+        self.scheduler, self.runner, self.painter = self.lane.scheduler, loaded.runner, loaded.painter
+        self.masks = PictureMasks(loaded.info.pictures, loaded.info.vocab_size)
+        self.durations: list[float] = []
+        self.codes: dict[str, list[int]] = {}
+        self.is_painting = False
+
+    def add(
+        self, name: str, *, seed: int, prompt: Sequence[int] = (1, 3, 300, 301, 302, 4, 5), draft_len: int = 0, **sampling: Any
+    ) -> None:
+        from service.scheduling.picture_grammar import PictureGrammar, PictureRule
+        from service.scheduling.sampling import SamplingParams
+        from service.scheduling.sequence import Request
+
+        pictures = self.lane.info.pictures
+        params = SamplingParams(max_tokens=pictures.num_places, seed=seed, temperature=0.9, min_p=0.1)
+        grammar = PictureGrammar(pictures, PictureRule(1), pictures.num_places)
+        self.scheduler.add(Request(name, (tuple(prompt),), params, grammars=(grammar,), draft_len=draft_len), 0.0)
+        self.codes[name] = []
+
+    def step(self) -> None:
+        start = time.perf_counter()
+        if results := self.painter.finished():
+            self.scheduler.commit_pictures(results, 0.0)
+            self.is_painting = False
+        plan, _ = self.scheduler.plan(0.0)
+        if plan is None:
+            return
+        if work := (*plan.encode, *plan.draw):
+            self.painter.begin(work)
+            self.is_painting = True
+        grammars = self.scheduler.grammars(plan)
+        masks = self.masks.everything(len(grammars))
+        for row, grammar in enumerate(grammars):
+            masks[row] = self.masks.rows[grammar.allowed]  # type: ignore[union-attr]
+        for output in self.scheduler.commit(plan, self.runner.sample(self.runner.forward(plan), masks), 0.0):
+            if output.token is not None and output.request_id in self.codes:
+                self.codes[output.request_id].append(output.token)
+        self.durations.append(time.perf_counter() - start)
+
+
+# -- jacobi --
+
+
+@main.command()
+@click.option("--users", multiple=True, type=click.IntRange(1, 64), default=(1, 4, 16), help="Pictures drawn at once; repeatable.")
+@click.option("--lengths", multiple=True, type=click.IntRange(0, 64), default=(0, 2, 4, 8, 16, 32), help="Of the guesses; repeatable.")
+@click.option("--pictures", "count", default=48, help="Of each kind.")
+@_JSON
+def jacobi(users: tuple[int, ...], lengths: tuple[int, ...], count: int, json_path: Path | None) -> None:
+    """Steps and seconds by how many codes are guessed ahead; the pictures are compared code by code."""
+    from service.codec.prompt import load_codec
+
+    loaded, message = _load()
+    from service.catalog import resolve
+
+    codec = load_codec(resolve(NAME).path, name=NAME)
+    begin = loaded.info.pictures.begin_id
+    prompts = [*EMOJI, *("".join(map(str, task.turn.prompt)) for task in scenes(len(EMOJI), 3))]
+    ids = [(*codec.encode_chat([{"role": "user", "content": text}]), begin) for text in prompts]
+    rows = []
+    for together in users:
+        base: dict[str, Any] = {}
+        for length in lengths:
+            loop = Loop(loaded, message)
+            start = time.perf_counter()
+            for first in range(0, count, together):
+                for number in range(first, min(first + together, count)):
+                    loop.add(f"p{number}", seed=number, prompt=ids[number % len(ids)], draft_len=length)
+                while loop.scheduler.has_work:
+                    loop.step()
+            seconds, num_steps = time.perf_counter() - start, len(loop.durations)
+            base = base or {"codes": loop.codes, "steps": num_steps, "seconds": seconds}
+            if loop.codes != base["codes"]:
+                raise click.ClickException("guessing changed a code")
+            row = {"together": together, "length": length, "steps_per_picture": num_steps * together / count, "seconds": seconds}
+            rows.append({**row, "step_ratio": base["steps"] / num_steps, "speed_up": base["seconds"] / seconds})
+    click.echo(f"{'at once':>8} {'guessed':>8} {'steps a picture':>16} {'fewer steps':>12} {'faster':>8}")
+    for row in rows:
+        ratio, speed_up = row["step_ratio"], row["speed_up"]
+        click.echo(f"{row['together']:>8} {row['length']:>8} {row['steps_per_picture']:>16.1f} {ratio:>10.2f} x {speed_up:>6.2f} x")
+    _write(json_path, "jacobi", rows, {"pictures": count})
+
+
+# -- iterate --
+
+# What one picture costs in tokens computed: plain drawing is one prompt and 64 codes.
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "plain, greedy": {"temperature": 0},
+    "plain, temperature 0.5": {"temperature": 0.5},
+    "best of 2": {"best_of": 2},
+    "best of 4": {"best_of": 4},
+    "refine 1": {"refine": 1},
+    "refine 2": {"refine": 2},
+    "refine 4": {"refine": 4},
+    "guidance 2": {"guidance_scale": 2.0},
+}
+
+
+@main.command()
+@click.option("--scenes", "count", default=150, help="Of a pair of things that was never trained.")
+@click.option("--seed", default=11)
+@_JSON
+def iterate(count: int, seed: int, json_path: Path | None) -> None:
+    """Shares of scenes with everything right, judged by a program that reads the pixels, beside the tokens that each way computed."""
+    from training.world.draw import Brush
+    from training.world.judge import judge
+
+    tasks = scenes(count, seed)
+    texts = ["".join(map(str, task.turn.prompt)) for task in tasks]
+    rows = []
+    with serving(NAME, ["--data-dir", "off"]) as (url, _):
+        for name, options in WAYS.items():
+            before = _tokens(url)
+            start = time.perf_counter()
+            pictures = asyncio.run(_all_drawn(url, texts, options))
+            seconds = time.perf_counter() - start
+            verdicts = judge(tasks, [()] * count, pictures, Brush())
+            right = sum(verdict.is_right for verdict in verdicts) / count
+            attributes = statistics.fmean(verdict.attributes for verdict in verdicts)
+            row = {"way": name, "right": right, "attributes": attributes, "tokens": _tokens(url) - before, "seconds": seconds}
+            rows.append({**row, "compute": row["tokens"] / (rows[0]["tokens"] if rows else row["tokens"])})
+    error = (0.25 / count) ** 0.5
+    click.echo(
+        f"{'way':>24} {'right':>7} {'attributes':>11} {'tokens':>8} {'seconds':>8}   (n {count}, at most +- {error:.1%} at one sigma)"
+    )
+    for row in rows:
+        click.echo(f"{row['way']:>24} {row['right']:>7.1%} {row['attributes']:>11.1%} {row['compute']:>6.2f} x {row['seconds']:>8.1f}")
+    _write(json_path, "iterate", rows, {"scenes": count, "seed": seed})
+
+
+async def _all_drawn(url: str, texts: Sequence[str], options: dict[str, Any]) -> list[Any]:
+    """uint8 [1, S, S, 3] of each text."""
+    room = asyncio.Semaphore(16)
+    async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+
+        async def one(number: int, text: str) -> Any:
+            async with room:
+                answer = await client.post("/v1/images/generations", json={"prompt": text, "seed": number * 64, **options})
+            data = base64.b64decode(answer.raise_for_status().json()["data"][0]["b64_json"])
+            return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[None]
+
+        return list(await asyncio.gather(*(one(number, text) for number, text in enumerate(texts))))
+
+
+def _tokens(url: str) -> float:
+    """That all steps together computed."""
+    text = httpx.get(f"{url}/metrics").text
+    line = next((each for each in text.splitlines() if each.startswith("braid:iteration_tokens_total_sum")), " 0")
+    return float(line.rpartition(" ")[2])
+
+
+if __name__ == "__main__":
+    main()
