@@ -95,7 +95,7 @@ async def serve(settings: Settings, models: Sequence[Resolved]) -> int:
             codecs=codecs,
             metrics=metrics,
             limits=Limits(
-                BodyLimits(max_bytes=settings.max_body_bytes, is_strict=settings.strict),
+                BodyLimits(max_bytes=settings.max_body_bytes, is_strict=settings.strict, origins=settings.allow_origins),
                 settings.max_queue_requests,
                 media=MediaLimits(PictureLimits(settings.max_image_bytes, settings.max_image_pixels), hosts=settings.media_hosts),
             ),

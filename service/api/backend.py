@@ -100,6 +100,11 @@ class Backend:
             raise RequestError(f"the model {name} makes vectors and no text; use /v1/embeddings", param="model", code="unsupported_model")
         return name
 
+    @property
+    def can_draw(self) -> bool:
+        """Does any model read and draw pictures?"""
+        return any(info.picture_pixels for info in self.engine.models().values())
+
     def info(self, model: str) -> ModelInfo:
         """Raises: UnavailableError unless the engine takes requests."""
         state = self.engine.health().state

@@ -66,12 +66,13 @@ class Share:
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
     """idle_s: the longest pause between two pieces; total_s: from the first to the last. is_strict: an unknown field is an error.
-    room: what all bodies share."""
+    origins: of web pages that may send forms. room: what all bodies share."""
 
     max_bytes: int = 32 * 2**20
     idle_s: float = 9.0
     total_s: float = 120.0
     is_strict: bool = False
+    origins: tuple[str, ...] = ()
     room: BodyRoom = field(default_factory=lambda: BodyRoom(MAX_TOTAL_BYTES))
 
 

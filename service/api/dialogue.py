@@ -42,7 +42,7 @@ async def converse(studio: Studio, wanted: ChatRequest, caller: Caller, request_
     nothing is left running then."""
     backend = studio.easel.backend
     needs_pictures = bool(wanted.pictures) or wanted.wants_pictures
-    model = backend.choose(wanted.model, generates=True, draws=needs_pictures and wanted.model is None)
+    model = backend.choose(wanted.model, generates=True, draws=needs_pictures and wanted.model is None and backend.can_draw)
     codec = backend.codecs[model]
     _note_idle(codec, wanted, warnings)
     size = _check_size(backend, model, wanted)
@@ -76,8 +76,10 @@ async def _see_all(studio: Studio, model: str, wanted: ChatRequest) -> list[Code
 
 def _takes_no_pictures(model: str, wanted: ChatRequest) -> RequestError:
     if wanted.pictures:
-        return RequestError(f"the model {model} takes text only: a part must have type text", param=next(iter(wanted.pictures)))
-    return RequestError(f"the model {model} writes text only", param="modalities", code="unsupported_parameter")
+        return RequestError(
+            f"the model {model} takes text only: a part must have type text", param=next(iter(wanted.pictures)), code="unsupported_model"
+        )
+    return RequestError(f"the model {model} writes text only", param="modalities", code="unsupported_model")
 
 
 def _check_size(backend: Backend, model: str, wanted: ChatRequest) -> int:

@@ -49,7 +49,9 @@ def files_router(desk: Desk | None, limits: BodyLimits) -> APIRouter:
     @router.post("/v1/files")
     async def create_file(request: Request) -> Response:
         store = desk_of(desk).files
-        form_limits = FormLimits(store.max_file_bytes + _MAX_EXTRA_BYTES, max_fields=_MAX_FIELDS, idle_s=limits.idle_s)
+        form_limits = FormLimits(
+            store.max_file_bytes + _MAX_EXTRA_BYTES, max_fields=_MAX_FIELDS, idle_s=limits.idle_s, origins=limits.origins
+        )
         async with read_form(request, form_limits) as form:
             upload, purpose, lifetime_s = _fields(form)
             warnings = _unknown(form, Warnings(limits.is_strict))

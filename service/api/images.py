@@ -10,20 +10,18 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any
 
 from fastapi import APIRouter
-from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.body import BodyLimits, checked, parse
 from service.api.brief import Brief, kept_at_random, kept_outside, make_order
 from service.api.easel import Easel, Order, Painting, Preview
-from service.api.form import FormLimits, is_form, read_form
+from service.api.form import FormLimits, Source, form_file, form_texts, is_form, parse_either, read_form
 from service.api.images_schema import MAX_INPUTS, EditRequest, ImageRequest, PictureFields
 from service.api.images_shape import ImagesShape, Result
-from service.api.improve import caption_score, refined
+from service.api.improve import caption_score, num_redrawn, refined
 from service.api.routes import caller_of, json_answer, warnings_header
 from service.api.sse import ByteStream, while_connected
 from service.api.strict import Warnings
@@ -75,14 +73,13 @@ class ImageAnswers:
         """The best n of what was drawn."""
         paintings = await self.easel.paintings(job.order)
         results = list(await asyncio.gather(*(self._finished(job, painting) for painting in paintings)))
-        if len(results) > job.wanted.n:
-            results = await self._best(job, results)
-        return results
+        return await self._best(job, results) if len(results) > job.wanted.n else results
 
     async def _finished(self, job: Job, painting: Painting) -> Result:
         """Refined where that was asked for, and drawn."""
         (codes,), seed = painting.frames, job.order.sampling.seed + painting.choice
-        num_drawn, scores = len(codes) - job.order.rule.num_known, None
+        num_open = sum(1 for code in job.order.rule.kept if code < 0) if job.order.rule.kept else len(codes)
+        num_drawn, scores = num_open + job.wanted.refine * num_redrawn(num_open), None
         if job.wanted.refine:
             codes, scores = await refined(self.easel, job.order, codes, seed, job.wanted.refine)
         pixels = await self.easel.draw(job.model, codes)
@@ -92,7 +89,10 @@ class ImageAnswers:
         codec = self.easel.backend.codecs[job.model]
         scores = await asyncio.gather(*(caption_score(self.easel, codec, job.order, result.codes, job.caption) for result in results))
         ranked = sorted(zip(scores, results, strict=True), key=lambda pair: -pair[0])[: job.wanted.n]
-        return [replace(result, caption_score=score) for score, result in ranked]
+        # What was drawn and thrown away was drawn as well.
+        others = sum(result.num_drawn for result in results) - sum(result.num_drawn for _, result in ranked)
+        best = [replace(result, caption_score=score) for score, result in ranked]
+        return [replace(best[0], num_drawn=best[0].num_drawn + others), *best[1:]]
 
     async def _events(self, job: Job, shape: ImagesShape) -> AsyncGenerator[bytes, None]:
         """Previews as they come, and each picture as soon as it is done."""
@@ -127,23 +127,20 @@ def images_router(studio: Studio, limits: BodyLimits) -> APIRouter:
 
     @router.post("/v1/images/edits")
     async def edit_image(request: Request) -> Response:
-        wanted, warnings, pictures, mask = await _read_edit(request, limits)
-        return await _edit(request, wanted, warnings, pictures, mask)
+        return await _edit(request, await _read_edit(request, limits))
 
     @router.post("/v1/images/variations")
     async def vary_image(request: Request) -> Response:
-        wanted, warnings, pictures, mask = await _read_edit(request, limits)
-        for name, value in (("prompt", wanted.prompt), ("mask", mask)):
+        edit = await _read_edit(request, limits)
+        for name, value in (("prompt", edit.wanted.prompt), ("mask", edit.mask)):
             if value:
                 raise RequestError(f"a variation has no {name}; /v1/images/edits takes one", param=name)
-        return await _edit(request, wanted, warnings, pictures, mask)
+        return await _edit(request, edit)
 
-    async def _edit(
-        request: Request, wanted: EditRequest, warnings: Warnings, pictures: Sequence[str | bytes], mask: str | bytes | None
-    ) -> Response:
-        model = easel.choose(wanted.model)
-        brief = await _edit_brief(studio, model, wanted, pictures, mask)
-        return await answers.answer(request, _job(request, easel, model, brief, wanted, warnings))
+    async def _edit(request: Request, edit: Edit) -> Response:
+        model = easel.choose(edit.wanted.model)
+        brief = await _edit_brief(studio, model, edit)
+        return await answers.answer(request, _job(request, easel, model, brief, edit.wanted, edit.warnings))
 
     return router
 
@@ -157,59 +154,58 @@ def _job(request: Request, easel: Easel, model: str, brief: Brief, wanted: Pictu
             warnings.note(name, f"{name} has no effect on this model")
     order = make_order(easel, model, brief, wanted, caller_of(request), warnings, num_choices=wanted.num_drawn)
     rows, count = easel.marks(model).rows, wanted.partial_images
+    if wanted.output_format == "png" and "output_compression" in wanted.model_fields_set:
+        warnings.note("output_compression", "output_compression has no effect on png, which loses nothing")
     order = replace(order, preview_rows=tuple(sorted({max(1, rows * (index + 1) // (count + 1)) for index in range(count)})))
     return Job(model, order, wanted, brief.text, warnings, isinstance(wanted, EditRequest), str(request.base_url).rstrip("/"))
 
 
-async def _edit_brief(studio: Studio, model: str, wanted: EditRequest, pictures: Sequence[str | bytes], mask: str | bytes | None) -> Brief:
-    """Raises: RequestError naming the picture."""
-    easel, media = studio.easel, studio.media
-    marks = easel.marks(model)
-    if not pictures:
-        raise RequestError("image is required", param="image", code="missing_required_parameter")
-    if len(pictures) > 1:
-        raise RequestError("the model edits one picture at a time", param="image")
-    codes = await studio.see(model, pictures[0], "image")
-    if mask is not None:
-        data = await media.bytes_of(mask, "mask")
-        region = await media.apart(lambda: decode_mask(data, media.limits.picture), "mask")
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What is to be edited. pictures, mask: files or URLs, each with the field that it came in."""
+
+    wanted: EditRequest
+    warnings: Warnings
+    pictures: Sequence[Source]
+    mask: Source | None
+
+
+async def _edit_brief(studio: Studio, model: str, edit: Edit) -> Brief:
+    """Mutates: the warnings. Raises: RequestError naming the picture."""
+    wanted, marks, media = edit.wanted, studio.easel.marks(model), studio.media
+    if not edit.pictures:
+        raise RequestError("a picture is required: image in a form, images in JSON", param="image", code="missing_required_parameter")
+    if len(edit.pictures) > 1:
+        raise RequestError("the model edits one picture at a time", param=edit.pictures[1][0])
+    is_variation = edit.mask is None and not wanted.prompt
+    if is_variation and wanted.num_drawn > wanted.n:
+        raise RequestError("best_of needs a prompt, by which the best are known", param="best_of")
+    if not is_variation and "strength" in wanted.model_fields_set:
+        edit.warnings.note("strength", "strength has no effect with a prompt or a mask")
+    param, source = edit.pictures[0]
+    codes = await studio.see(model, source, param)
+    if edit.mask is not None:
+        param, source = edit.mask
+        data = await media.bytes_of(source, param)
+        region = await media.apart(lambda: decode_mask(data, media.limits.picture), param)
         return Brief(wanted.prompt, kept=kept_outside(codes, marks, region))
-    if not wanted.prompt:
+    if is_variation:
         return Brief("", kept=kept_at_random(codes, wanted.strength))
     return Brief(wanted.prompt, pictures=(codes,))
-
-
-Edit = tuple[EditRequest, Warnings, list[str | bytes], "str | bytes | None"]
 
 
 async def _read_edit(request: Request, limits: BodyLimits) -> Edit:
     """Of JSON or of a form. Raises: RequestError and its kinds."""
     if not is_form(request):
-        wanted, warnings = await parse(request, EditRequest, limits)
-        return wanted, warnings, [each.image_url for each in wanted.images], wanted.mask.image_url if wanted.mask else None
-    form_limits = FormLimits(limits.max_bytes, MAX_INPUTS + 1, _MAX_FORM_FIELDS, _MAX_FIELD_BYTES, limits.idle_s, "image")
+        wanted, warnings = await parse_either(request, EditRequest, limits)
+        pictures: list[Source] = [each.at(f"images[{index}]") for index, each in enumerate(wanted.images)]
+        return Edit(wanted, warnings, pictures, wanted.mask.at("mask") if wanted.mask is not None else None)
+    form_limits = FormLimits(limits.max_bytes, MAX_INPUTS + 1, _MAX_FORM_FIELDS, _MAX_FIELD_BYTES, limits.idle_s, "image", limits.origins)
     async with read_form(request, form_limits) as form:
-        wanted, warnings = checked(_texts(form), EditRequest, limits.is_strict, is_form=True)
-        pictures: list[str | bytes] = [await _file(form, name, value) for name, value in form.multi_items() if name in _FORM_FILES[:2]]
-        mask = await _file(form, "mask", form["mask"]) if "mask" in form else None
-    return wanted, warnings, pictures, mask
-
-
-def _texts(form: FormData) -> dict[str, Any]:
-    """The fields that are no files. Raises: RequestError."""
-    texts: dict[str, Any] = {}
-    for name, value in form.multi_items():
-        if name in _FORM_FILES:
-            continue
-        if not isinstance(value, str):
-            raise RequestError(f"{name} must be a text and no file", param=name)
-        if name in texts:
-            raise RequestError(f"{name} was given twice", param=name)
-        texts[name] = value
-    return texts
-
-
-async def _file(form: FormData, name: str, value: UploadFile | str) -> bytes:
-    if not isinstance(value, UploadFile):
-        raise RequestError(f"{name} must be a file, with a filename", param=name.removesuffix("[]"))
-    return await value.read()
+        wanted, warnings = checked(form_texts(form, _FORM_FILES), EditRequest, limits.is_strict, is_form=True)
+        with limits.room.share() as share:
+            pictures = [await form_file(value, name, share) for name, value in form.multi_items() if name in _FORM_FILES[:2]]
+            masks = [await form_file(value, "mask", share) for value in form.getlist("mask")]
+    if len(masks) > 1:
+        raise RequestError("mask was given twice", param="mask")
+    return Edit(wanted, warnings, pictures, masks[0] if masks else None)

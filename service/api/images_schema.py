@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, field_validator
 
-from service.api.schema import MAX_CHARS, MinP, Priority, Seed, Strict, Temperature, Timeout, TopK, TopP, Word, equals, never
+from service.api.schema import MAX_CHARS, MinP, Priority, Seed, Strict, Temperature, Timeout, TopK, TopP, Word, equals
 from service.engine.messages import MAX_DRAFT_LEN, MAX_GUIDANCE
 from service.errors import RequestError
 
@@ -47,8 +47,6 @@ class DrawFields(Strict):
 class PictureFields(DrawFields):
     """Of generations and edits alike."""
 
-    unbuilt: ClassVar[Mapping[str, Callable[[Any], bool]]] = {"background": lambda value: value in ("auto", "opaque")}
-
     n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] = 1
     best_of: Annotated[int, Field(ge=1, le=MAX_BEST_OF)] | None = None
     refine: Annotated[int, Field(ge=0, le=MAX_ROUNDS)] = 0
@@ -59,9 +57,10 @@ class PictureFields(DrawFields):
     stream: bool = False
     partial_images: Annotated[int, Field(ge=0, le=3)] = 0
     # Taken, of no effect on a picture here.
-    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = None
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = None
     style: Literal["vivid", "natural"] | None = None
     moderation: Literal["auto", "low"] | None = None
+    safety_identifier: Word | None = None
     background: Literal["auto", "transparent", "opaque"] | None = None
 
     @field_validator("size", mode="after")
@@ -72,6 +71,8 @@ class PictureFields(DrawFields):
         return value
 
     def check(self) -> None:
+        if self.background == "transparent":
+            raise RequestError("background must be auto or opaque: the model draws no transparency", param="background")
         if self.partial_images and not self.stream:
             raise RequestError("partial_images is only allowed when stream is true", param="partial_images")
         if self.stream and self.response_format == "url":
@@ -102,17 +103,24 @@ class ImageRequest(PictureFields):
 
 
 class ImageSource(Strict):
-    """A picture of an edit sent as JSON."""
+    """A picture in JSON."""
 
-    unbuilt: ClassVar[Mapping[str, Callable[[Any], bool]]] = {"file_id": never}
+    image_url: Url | None = None
+    file_id: Word | None = None
 
-    image_url: Url
+    def at(self, param: str) -> tuple[str, str]:
+        """The field of its URL and the URL. Raises: RequestError."""
+        if self.file_id is not None:
+            raise RequestError(f"{param}.file_id is not supported: send the picture as image_url", param=f"{param}.file_id")
+        if self.image_url is None:
+            raise RequestError(f"{param}.image_url is required", param=f"{param}.image_url", code="missing_required_parameter")
+        return f"{param}.image_url", self.image_url
 
 
 class EditRequest(PictureFields):
     """images: of JSON; a form brings files instead. strength: without words or mask, the share of the picture that is redrawn."""
 
-    unbuilt: ClassVar[Mapping[str, Callable[[Any], bool]]] = {**PictureFields.unbuilt, "input_fidelity": equals("low")}
+    unbuilt: ClassVar[Mapping[str, Callable[[Any], bool]]] = {"input_fidelity": equals("low")}
 
     prompt: Prompt = ""
     images: Annotated[list[ImageSource], Field(max_length=MAX_INPUTS, fail_fast=True, default_factory=list)]

@@ -68,7 +68,8 @@ class ImagesShape:
             kind = MEDIA_TYPES[self._wanted.output_format]
             place = {"url": url_of(file, kind)} if url_of is not None else {"b64_json": _text(file)}
             data.append({**place, **_remarks(result)})
-        return {"created": self._created, "data": data, **self._about, "usage": self._usage(results)}
+        about = {name: value for name, value in self._about.items() if name != "quality"}  # whose "auto" whole answers have no word for
+        return {"created": self._created, "data": data, **about, "usage": self._usage(results)}
 
     async def preview(self, preview: Preview) -> bytes:
         body = {"b64_json": _text(await self.file(preview.pixels)), "partial_image_index": preview.index, "index": preview.choice}

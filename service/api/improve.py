@@ -24,6 +24,14 @@ REDRAWN_SHARE = 0.25
 """Of a picture's codes in each round of `refined`."""
 
 
+_NEXT_SEED = 1_000_003
+
+
+def num_redrawn(num_open: int) -> int:
+    """Codes that a round redraws, of so many that are not given."""
+    return max(1, round(REDRAWN_SHARE * num_open))
+
+
 async def read_logprobs(easel: Easel, order: Order, prompt: Sequence[int], first: int) -> list[float]:
     """Of each id of a prompt from position `first` on, given those before it. Raises: as the engine."""
     wanted = Generate(
@@ -58,11 +66,11 @@ async def refined(easel: Easel, order: Order, codes: Codes, seed: int, rounds: i
     open_places = [place for place in range(len(codes)) if not order.rule.kept or order.rule.kept[place] < 0]
     logprobs = await read_logprobs(easel, order, (*order.prompt[:first], *codes), first)
     scores = [math.fsum(logprobs)]
-    count = max(1, round(REDRAWN_SHARE * len(open_places)))
+    count = num_redrawn(len(open_places))
     for number in range(rounds):
         redrawn = set(sorted(open_places, key=lambda place: logprobs[place])[:count])
         rule = PictureRule(1, kept=tuple(-1 if place in redrawn else code for place, code in enumerate(codes)))
-        sampling = replace(order.sampling, seed=seed + (number + 1) * 1_000_003, max_tokens=len(codes) - rule.num_known)
+        sampling = replace(order.sampling, seed=(seed + (number + 1) * _NEXT_SEED) % 2**62, max_tokens=len(codes) - rule.num_known)
         again = replace(
             order,
             prompt=(*order.prompt[:first], *codes[: rule.num_known]),

@@ -21,7 +21,7 @@ from service.codec.pixels import PictureLimits, Pixels, decode_picture, fitted
 from service.errors import RequestError
 
 T = TypeVar("T")
-_DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w=.+-]*)*),", re.ASCII)
+_DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w=.+-]*)*),", re.ASCII | re.IGNORECASE)
 _MAX_URL = 4096
 _MAX_REDIRECTS = 3
 _FETCH_S = 20.0

@@ -12,19 +12,19 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastapi import APIRouter
-from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.api.body import BodyLimits, checked, parse
+from service.api.body import BodyLimits, checked
 from service.api.brief import Brief, make_order
 from service.api.easel import Codes, Frame, Order
-from service.api.form import FormLimits, is_form, read_form
+from service.api.form import FormLimits, Source, form_file, form_texts, is_form, parse_either, read_form
 from service.api.images_schema import VideoRequest
 from service.api.listing import is_descending, page, page_limit
 from service.api.routes import caller_of, json_answer
@@ -67,6 +67,10 @@ class Job:
     error: BraidError | None = None
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
+    @property
+    def num_bytes(self) -> int:
+        return len(self.film) + len(self.thumbnail)
+
     def view(self) -> dict[str, Any]:
         error = None if self.error is None else {"code": self.error.code or self.error.type, "message": self.error.message}
         return {
@@ -94,6 +98,7 @@ class Videos:
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
         self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="film")  # of their own: pictures must not wait for a long film
 
     def find(self, tenant: str, job_id: str) -> Job:
         """Raises: NotFoundError."""
@@ -123,11 +128,11 @@ class Videos:
 
     def _forget(self) -> None:
         over = [job for job in self._jobs.values() if job.completed_at is not None]
-        num_bytes = sum(len(job.film) for job in over)
+        num_bytes = sum(job.num_bytes for job in over)
         for place, job in enumerate(over):
             is_late = job.completed_at is not None and job.completed_at + LIFETIME_S < time.time()
             if is_late or num_bytes > MAX_BYTES or len(over) - place > MAX_KEPT:
-                num_bytes -= len(job.film)
+                num_bytes -= job.num_bytes
                 del self._jobs[job.id]
 
     async def _run(self, job: Job) -> None:
@@ -144,7 +149,7 @@ class Videos:
                 film = encode_film(resampled, float(wanted.seconds) / len(resampled), job.kind)
                 return film, encode_picture(resampled[0], "png")
 
-            job.film, job.thumbnail = await self._studio.media.apart(work, "size")
+            job.film, job.thumbnail = await asyncio.get_running_loop().run_in_executor(self._thread, work)
             job.status, job.progress = "completed", 100
         except BraidError as error:
             job.status, job.error = "failed", error
@@ -177,7 +182,7 @@ def videos_router(studio: Studio, limits: BodyLimits) -> APIRouter:
     async def create_video(request: Request) -> Response:
         wanted, warnings, reference = await _read(request, limits)
         model = studio.easel.choose(wanted.model)
-        pictures: Sequence[Codes] = [await studio.see(model, reference, "input_reference")] if reference is not None else []
+        pictures: Sequence[Codes] = [await studio.see(model, reference[1], reference[0])] if reference is not None else []
         brief = Brief(wanted.prompt, tuple(pictures), num_frames=wanted.num_frames)
         caller = caller_of(request)
         native = studio.easel.backend.info(model).picture_size
@@ -231,17 +236,14 @@ def videos_router(studio: Studio, limits: BodyLimits) -> APIRouter:
     return router
 
 
-async def _read(request: Request, limits: BodyLimits) -> tuple[VideoRequest, Warnings, str | bytes | None]:
+async def _read(request: Request, limits: BodyLimits) -> tuple[VideoRequest, Warnings, Source | None]:
     """Of JSON or of a form. Raises: RequestError and its kinds."""
     if not is_form(request):
-        wanted, warnings = await parse(request, VideoRequest, limits)
-        return wanted, warnings, wanted.input_reference.image_url if wanted.input_reference is not None else None
-    async with read_form(request, FormLimits(limits.max_bytes, 1, 32, 128 * 1024, limits.idle_s, "input_reference")) as form:
-        texts = {name: value for name, value in form.multi_items() if name != "input_reference"}
-        if any(not isinstance(value, str) for value in texts.values()):
-            raise RequestError("input_reference alone is a file", param="input_reference")
-        wanted, warnings = checked(texts, VideoRequest, limits.is_strict, is_form=True)
-        given = form.get("input_reference")
-        if isinstance(given, str):
-            raise RequestError("input_reference must be a file, with a filename", param="input_reference")
-        return wanted, warnings, await given.read() if isinstance(given, UploadFile) else None
+        wanted, warnings = await parse_either(request, VideoRequest, limits)
+        return wanted, warnings, wanted.input_reference.at("input_reference") if wanted.input_reference is not None else None
+    form_limits = FormLimits(limits.max_bytes, 1, 32, 128 * 1024, limits.idle_s, "input_reference", limits.origins)
+    async with read_form(request, form_limits) as form:
+        wanted, warnings = checked(form_texts(form, ("input_reference",)), VideoRequest, limits.is_strict, is_form=True)
+        with limits.room.share() as share:
+            references = [await form_file(value, "input_reference", share) for value in form.getlist("input_reference")]
+    return wanted, warnings, references[0] if references else None

@@ -51,7 +51,7 @@ def test_every_route_but_the_probes_and_the_page_wants_a_key(locked: Running) ->
     assert {path for _, path in known} >= {CHAT, "/v1/completions", "/v1/models", "/metrics", "/version", *PUBLIC_PATHS}
     assert set(PUBLIC_PATHS) == {"/health", "/live", "/ready", "/ping"}
     public = {path for _, path in known if is_public(example(path))}
-    assert public == {*PUBLIC_PATHS, "/", "/static/{name:path}"}
+    assert public == {*PUBLIC_PATHS, "/", "/static/{name:path}", "/v1/images/kept/{name}"}
     for method, path in [*known, ("GET", "/no/such/path"), ("DELETE", CHAT), ("HEAD", "/v1/models"), ("BREW", "/v1/models")]:
         answer = httpx.request(method, locked.url + example(path))
         if path in public:

@@ -83,7 +83,10 @@ def test_numbers_out_of_range(server: Running, field: str, extra: list[Any]) -> 
         ("messages[0].content", {"messages": [{"role": "user", "content": 5}]}),
         ("messages[0].content", {"messages": [{"role": "user", "content": []}]}),
         ("messages[1].content[0].text", {"messages": [*HI, {"role": "user", "content": [{"type": "text"}]}]}),
-        ("messages[0].content[1]", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]}),
+        ("messages[0].content[1]", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "input_audio"}]}]}),
+        ("messages[0].content[1].image_url", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]}),
+        ("modalities[1]", {"messages": HI, "modalities": ["text", "audio"]}),
+        ("modalities", {"messages": HI, "modalities": ["text", "image"]}),
         ("messages[0].content[0]", {"messages": [{"role": "user", "content": ["a"]}]}),
         ("messages[0].tool_call_id", {"messages": [{"role": "tool", "content": "a"}]}),
         ("messages[0].tool_calls", {"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]}),
@@ -150,7 +153,6 @@ def test_wrong_prompts_are_named(server: Running, param: str, prompt: Any) -> No
 
 UNBUILT: list[tuple[str, Any]] = [
     ("audio", {"voice": "x"}),
-    ("modalities", ["text", "image"]),
     ("chat_template", "{{ 7 }}"),
     ("documents", [{"text": "a"}]),
     ("mm_processor_kwargs", {"a": 1}),
