@@ -84,7 +84,7 @@ def test_numbers_out_of_range(server: Running, field: str, extra: list[Any]) -> 
         ("messages[0].content", {"messages": [{"role": "user", "content": []}]}),
         ("messages[1].content[0].text", {"messages": [*HI, {"role": "user", "content": [{"type": "text"}]}]}),
         ("messages[0].content[1]", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "input_audio"}]}]}),
-        ("messages[0].content[1].image_url", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]}),
+        ("messages[0].content[0].image_url", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
         ("modalities[1]", {"messages": HI, "modalities": ["text", "audio"]}),
         ("modalities", {"messages": HI, "modalities": ["text", "image"]}),
         ("messages[0].content[0]", {"messages": [{"role": "user", "content": ["a"]}]}),

@@ -34,6 +34,10 @@ WANTED = (
     "iteration_tokens_total_bucket",
     "http_requests_total",
     "engine_ready",
+    "picture_seconds_bucket",
+    "picture_work_seconds_bucket",
+    "picture_failures_total",
+    "time_to_first_preview_seconds_bucket",
 )
 
 
@@ -52,6 +56,11 @@ def shown() -> dict[str, set[str]]:
     usage = Usage(3, 0, 2, 0.0, 0.1, 0.1)
     events = [Event("r1", 0, [5]), Event("r1", 0, [6], finish="length", usage=usage)]
     metrics.on_delivery(Delivery(events=events, stats=[stats], step_tokens=3, step_s=0.1))
+    for request_id, finish in (("p1", "stop"), ("p2", "error")):
+        metrics.begin_picture(request_id, "tiny", "draw")
+        metrics.on_delivery(Delivery(events=[Event(request_id, 0, [], finish=finish, usage=usage)], stats=[]))
+    metrics.drawn("tiny", 0.0)
+    metrics.previewed("tiny", 0.0)
     metrics.reject("tiny", "requests")
     metrics.count_http("POST", "/v1/chat/completions", 200)
     found: dict[str, set[str]] = {}
