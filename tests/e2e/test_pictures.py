@@ -215,8 +215,11 @@ def test_refining_never_lowers_the_score_and_repeats(stand: Stand) -> None:
 
 
 def test_the_best_of_several_are_told_by_their_caption(stand: Stand) -> None:
+    answers = []
+
     def best(n: int) -> list[Any]:
-        return list(stand.http.post(DRAW, json={"prompt": TURTLE, "seed": 20, "n": n, "best_of": 4, **WILD}).json()["data"])
+        answers.append(stand.http.post(DRAW, json={"prompt": TURTLE, "seed": 20, "n": n, "best_of": 4, **WILD}).json())
+        return list(answers[-1]["data"])
 
     three = best(3)
     scores, seeds = [each["caption_score"] for each in three], [each["seed"] for each in three]
@@ -225,6 +228,7 @@ def test_the_best_of_several_are_told_by_their_caption(stand: Stand) -> None:
     assert len(set(seeds)) == 3
     assert set(seeds) <= {20, 21, 22, 23}
     assert best(1) == three[:1]
+    assert answers[-1]["usage"]["output_tokens"] == 4 * PLACES  # what was thrown away as well
     assert base64.b64decode(three[0]["b64_json"]) == stand.draw(TURTLE, seeds[0], **WILD)
 
 
@@ -432,7 +436,7 @@ def test_a_mask_that_cannot_be_used_is_refused(stand: Stand, star: bytes, bad: b
     answer = stand.http.post(EDIT, files={"image": ("a.png", star), "mask": ("m.png", bad)}, data={"prompt": TURTLE})
     assert says in check_refused(answer, "mask", code)
     body = {"prompt": TURTLE, "images": [{"image_url": data_url(star)}], "mask": {"image_url": data_url(bad)}}
-    assert says in check_refused(stand.http.post(EDIT, json=body), "mask", code)
+    assert says in check_refused(stand.http.post(EDIT, json=body), "mask.image_url" if code else "mask", code)
 
 
 # -- variations
@@ -450,7 +454,8 @@ def test_a_variation_keeps_a_share(stand: Stand, star: bytes) -> None:
 def test_a_variation_of_the_least_strength_redraws_one_code(stand: Stand, star: bytes, decoder: Decoder) -> None:
     answer = stand.http.post(VARY, files={"image": ("a.png", star)}, data={"seed": "1", "strength": "0.001", "temperature": "2"}).json()
     result = base64.b64decode(answer["data"][0]["b64_json"])
-    place = PLACES - answer["usage"]["output_tokens"]  # what comes before it is in the prompt
+    assert answer["usage"]["output_tokens"] == 1
+    place = answer["usage"]["input_tokens_details"]["image_tokens"]  # those before it are in the prompt
     candidates = np.repeat(np.asarray(stand.codes(star))[None], 24, axis=0)
     candidates[:, place] = decoder.likely(result, place, 24)
     assert near(decoder.pictures(candidates), result).min() <= 1
@@ -544,8 +549,8 @@ def test_a_bad_picture_is_refused_by_name(stand: Stand, name: str) -> None:
     content = [{"type": "text", "text": WHAT}, image_part(url)]
     chat = {"model": NAME, "messages": [{"role": "user", "content": content}]}
     check_refused(stand.http.post(CHAT, json=chat), "messages[0].content[1]", code)
-    check_refused(stand.http.post(EDIT, json={"prompt": TURTLE, "images": [{"image_url": url}]}), "image", code)
-    check_refused(stand.http.post(FILM, json={"prompt": TURTLE, "input_reference": {"image_url": url}}), "input_reference", code)
+    check_refused(stand.http.post(EDIT, json={"prompt": TURTLE, "images": [{"image_url": url}]}), "images[0].image_url", code)
+    check_refused(stand.http.post(FILM, json={"prompt": TURTLE, "input_reference": {"image_url": url}}), "input_reference.image_url", code)
 
 
 def test_the_bad_one_of_several_pictures_is_named(stand: Stand, star: bytes) -> None:
