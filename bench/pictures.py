@@ -35,13 +35,13 @@ NAME = "braid-nano"
 EMOJI = ("cat face, noto style", "turtle, twemoji style", "red apple, noto style", "soccer ball, fluentflat style", "pizza, noto style")
 
 
-def scenes(count: int, seed: int) -> list[Any]:
-    """Tasks of the world whose scenes have a pair of things that was never trained."""
+def scenes(count: int, seed: int, world: Any = None) -> list[Any]:
+    """Tasks of a world (of its shapes alone, if none is given) whose scenes have a pair of things that was never trained."""
     from training.world.scene import World
     from training.world.tasks import make_held_out
 
-    world, random = World(), Random(seed)
-    return [make_held_out("draw", world, random, "en", "pair") for _ in range(count)]
+    random = Random(seed)
+    return [make_held_out("draw", world or World(), random, "en", "pair") for _ in range(count)]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -151,7 +151,7 @@ def load(users: tuple[int, ...], count: int, jacobi: int | None, server_argument
 @main.command()
 @click.option("--chats", default=4, help="Users that chat with the text model.")
 @click.option("--drawers", default=4, help="Users that draw meanwhile.")
-@click.option("--rounds", default=3, help="Alternations of chats alone and chats in company.")
+@click.option("--rounds", default=5, help="Alternations of chats alone and chats in company.")
 @_JSON
 def company(chats: int, drawers: int, rounds: int, json_path: Path | None) -> None:
     """Chat latency alone and beside those who draw: the default models in one engine, both kinds in turn, in one run."""
@@ -168,11 +168,12 @@ def company(chats: int, drawers: int, rounds: int, json_path: Path | None) -> No
             drawn.append(pictures)
     print_table("chats alone", alone, 0.0)
     print_table(f"chats beside {drawers} who draw", beside, 0.0)
-    tpot = [statistics.median([row["tpot_ms"]["p50"] for row in rows]) for rows in (alone, beside)]
+    pairs = zip(alone, beside, strict=True)
+    ratio = statistics.median(second["tpot_ms"]["p50"] / first["tpot_ms"]["p50"] for first, second in pairs)
     rate = statistics.median([row["pictures_per_s"] for row in drawn])
-    click.echo(f"\ntime per token beside pictures: {tpot[1] / tpot[0]:.2f} x; {rate:.1f} pictures/s meanwhile")
+    click.echo(f"\ntime per token beside pictures: {ratio:.2f} x; {rate:.1f} pictures/s meanwhile")
     options = {"chats": chats, "drawers": drawers, "rounds": rounds}
-    _write(json_path, "company", {"alone": alone, "beside": beside, "drawn": drawn, "tpot_ratio": tpot[1] / tpot[0]}, options)
+    _write(json_path, "company", {"alone": alone, "beside": beside, "drawn": drawn, "tpot_ratio": ratio}, options)
 
 
 async def _chats_beside(url: str, chat: Load, drawers: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -188,6 +189,9 @@ async def _chats_beside(url: str, chat: Load, drawers: int) -> tuple[dict[str, A
 
 
 # -- steps --
+
+ROUNDS = 16
+"""In which two kinds alternate: the machine's own pace changes from second to second."""
 
 
 def _load(dtype: str = "auto") -> Any:
@@ -211,15 +215,15 @@ def _load(dtype: str = "auto") -> Any:
 
 @main.command()
 @click.option("--sequences", default=8, help="That draw in every step.")
-@click.option("--steps", "count", default=1200, help="Of each kind.")
+@click.option("--steps", "count", default=6000, help="Of each kind.")
 @_JSON
 def steps(sequences: int, count: int, json_path: Path | None) -> None:
     """Seconds of an engine step while nothing is drawn or read, and while the painter always has a batch in hand; the two alternate."""
     loaded, message = _load()
     durations: dict[str, list[float]] = {"without": [], "with": []}
-    for number in range(8):
+    for number in range(2 * ROUNDS):
         kind = ("without", "with")[number % 2]
-        durations[kind] += _steps(loaded, message, sequences, count // 4, has_pictures=kind == "with")
+        durations[kind] += _steps(loaded, message, sequences, count // ROUNDS, has_pictures=kind == "with")
     found = {kind: spread(values) for kind, values in durations.items()}
     ratios = {name: found["with"][name] / found["without"][name] for name in ("p50", "p95", "p99")}
     for kind, figures in found.items():
@@ -246,13 +250,15 @@ def _steps(loaded: Any, message: Any, sequences: int, count: int, *, has_picture
 
 
 class Loop:
-    """What the engine's loop does, for one lane in this process. durations: of its steps, in seconds."""
+    """What the engine's loop does, for one lane in this process. durations: of its steps, in seconds. max_drafting: sequences, above which
+    nothing is guessed; 0 for what is usual."""
 
-    def __init__(self, loaded: Any, message: Any) -> None:
+    def __init__(self, loaded: Any, message: Any, max_drafting: int = 0) -> None:
         from service.engine.picture_masks import PictureMasks
         from service.worker import build_lane
 
         self.lane = build_lane(loaded, message)
+        self.lane.scheduler._roster.max_drafting = max_drafting or self.lane.scheduler._roster.max_drafting
         self.scheduler, self.runner, self.painter = self.lane.scheduler, loaded.runner, loaded.painter
         self.masks = PictureMasks(loaded.info.pictures, loaded.info.vocab_size)
         self.durations: list[float] = []
@@ -297,8 +303,14 @@ class Loop:
 
 
 @main.command()
-@click.option("--users", multiple=True, type=click.IntRange(1, 64), default=(1, 4, 16), help="Pictures drawn at once; repeatable.")
-@click.option("--lengths", multiple=True, type=click.IntRange(0, 64), default=(0, 2, 4, 8, 16, 32), help="Of the guesses; repeatable.")
+@click.option("--users", multiple=True, type=click.IntRange(1, 64), default=(1, 2, 4, 8, 16), help="Pictures drawn at once; repeatable.")
+@click.option(
+    "--lengths",
+    multiple=True,
+    type=click.IntRange(0, 64),
+    default=(0, 2, 4, 8, 16),
+    help="Of the guesses, the first to compare with; repeatable.",
+)
 @click.option("--pictures", "count", default=48, help="Of each kind.")
 @_JSON
 def jacobi(users: tuple[int, ...], lengths: tuple[int, ...], count: int, json_path: Path | None) -> None:
@@ -314,21 +326,26 @@ def jacobi(users: tuple[int, ...], lengths: tuple[int, ...], count: int, json_pa
     ids = [(*codec.encode_chat([{"role": "user", "content": text}]), begin) for text in prompts]
     rows = []
     for together in users:
-        base: dict[str, Any] = {}
-        for length in lengths:
-            loop = Loop(loaded, message)
-            start = time.perf_counter()
-            for first in range(0, count, together):
-                for number in range(first, min(first + together, count)):
-                    loop.add(f"p{number}", seed=number, prompt=ids[number % len(ids)], draft_len=length)
-                while loop.scheduler.has_work:
-                    loop.step()
-            seconds, num_steps = time.perf_counter() - start, len(loop.durations)
-            base = base or {"codes": loop.codes, "steps": num_steps, "seconds": seconds}
-            if loop.codes != base["codes"]:
+        spent = {length: [0, 0.0] for length in lengths}
+        for turn in range(ROUNDS // 4):
+            codes: list[dict[str, list[int]]] = []
+            for length in lengths:
+                loop = Loop(loaded, message, max_drafting=64)
+                start = time.perf_counter()
+                for first in range(0, count, together):
+                    for number in range(first, min(first + together, count)):
+                        loop.add(f"p{number}", seed=turn * count + number, prompt=ids[number % len(ids)], draft_len=length)
+                    while loop.scheduler.has_work:
+                        loop.step()
+                spent[length][0] += len(loop.durations)
+                spent[length][1] += time.perf_counter() - start
+                codes.append(loop.codes)
+            if any(each != codes[0] for each in codes):
                 raise click.ClickException("guessing changed a code")
-            row = {"together": together, "length": length, "steps_per_picture": num_steps * together / count, "seconds": seconds}
-            rows.append({**row, "step_ratio": base["steps"] / num_steps, "speed_up": base["seconds"] / seconds})
+        num_steps, seconds = spent[lengths[0]]
+        for length, (own_steps, own_seconds) in spent.items():
+            row = {"together": together, "length": length, "steps_per_picture": own_steps * together / count / (ROUNDS // 4)}
+            rows.append({**row, "seconds": own_seconds, "step_ratio": num_steps / own_steps, "speed_up": seconds / own_seconds})
     click.echo(f"{'at once':>8} {'guessed':>8} {'steps a picture':>16} {'fewer steps':>12} {'faster':>8}")
     for row in rows:
         ratio, speed_up = row["step_ratio"], row["speed_up"]
@@ -358,10 +375,12 @@ WAYS: dict[str, dict[str, Any]] = {
 @_JSON
 def iterate(count: int, seed: int, json_path: Path | None) -> None:
     """Shares of scenes with everything right, judged by a program that reads the pixels, beside the tokens that each way computed."""
-    from training.world.draw import Brush
+    from training.materials import load_materials
+    from training.recipe import read_recipe
     from training.world.judge import judge
 
-    tasks = scenes(count, seed)
+    materials = load_materials(read_recipe("nano").data)
+    tasks = scenes(count, seed, materials.world)
     texts = ["".join(map(str, task.turn.prompt)) for task in tasks]
     rows = []
     with serving(NAME, ["--data-dir", "off"]) as (url, _):
@@ -370,7 +389,7 @@ def iterate(count: int, seed: int, json_path: Path | None) -> None:
             start = time.perf_counter()
             pictures = asyncio.run(_all_drawn(url, texts, options))
             seconds = time.perf_counter() - start
-            verdicts = judge(tasks, [()] * count, pictures, Brush())
+            verdicts = judge(tasks, [()] * count, pictures, materials.brush)
             right = sum(verdict.is_right for verdict in verdicts) / count
             attributes = statistics.fmean(verdict.attributes for verdict in verdicts)
             row = {"way": name, "right": right, "attributes": attributes, "tokens": _tokens(url) - before, "seconds": seconds}

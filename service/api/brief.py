@@ -25,8 +25,6 @@ from service.scheduling.picture_grammar import PictureRule
 from service.scheduling.sampling import SamplingParams
 from service.vocabulary import PictureIds
 
-USUAL_JACOBI = 0
-
 
 @dataclass(frozen=True, slots=True)
 class Brief:
@@ -60,7 +58,7 @@ def make_order(
         caller=caller,
         num_choices=num_choices,
         guidance=guidance,
-        draft_len=USUAL_JACOBI if wanted.jacobi is None else wanted.jacobi,
+        draft_len=easel.backend.info(model).usual_draft_len if wanted.jacobi is None else wanted.jacobi,
         priority=wanted.priority,
         timeout_s=wanted.timeout or 0.0,
         cache_salt=wanted.cache_salt,

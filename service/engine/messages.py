@@ -134,7 +134,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     """What a loaded model can do. weight_bytes: that a decode step reads. kv_tokens: how many tokens its K/V pool
     holds. num_kv_blocks counts blocks of block_size. can_generate: an encoder can't. pool: how its hidden states become a vector
     unless a request says otherwise, and vector_width numbers of it. pictures: which ids are codes, where it has any; picture_pixels: of a
-    code's side, 0 where the model came without what turns pixels into codes."""
+    code's side, 0 where the model came without what turns pixels into codes. usual_draft_len: codes guessed ahead unless a request says
+    otherwise."""
 
     name: str
     max_context: int
@@ -149,6 +150,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     vector_width: int = 0
     pictures: PictureIds | None = None
     picture_pixels: int = 0
+    usual_draft_len: int = 0
 
     @property
     def picture_size(self) -> tuple[int, int]:

@@ -32,6 +32,9 @@ from service.scheduling.plan import KVGroup, Slice, StepPlan
 BLOCK_SIZE = 16
 # Without --memory: half of what is free once the weights are in, and no more than this, is K/V. On a CPU untouched pages cost nothing.
 MOST_KV_BYTES_CPU = 4 * 2**30
+# Codes guessed ahead by the few who draw on a CPU: of 2 to 16, 8 was the fastest (docs/results/pictures.json). On a GPU steps with guesses
+# have no graph, and nothing was measured.
+DRAFT_LEN_CPU = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +191,7 @@ def _equip(name: str, model: Transformer, load: Load, storage: Storage, kv_bytes
         vector_width=config.width,
         pictures=config.pictures,
         picture_pixels=painter.pixels_per_code if painter is not None else 0,
+        usual_draft_len=DRAFT_LEN_CPU if device.type == "cpu" else 0,
     )
     return Loaded(info, Runner(model, cache, num_groups=len(layout.groups), device=device), layout.groups, painter)
 

@@ -29,18 +29,30 @@ Choice = dict[Gang, tuple[int, ...]]
 
 _rank = attrgetter("rank")
 _UNBOUNDED_ROWS = 2**31
+MAX_DRAFTING = 4
+"""Running sequences up to which guesses are made. With braid-nano on two cores guessing 8 codes ahead is 2.1 times as fast for one picture, 1.5
+for two at once, 1.2 for four and 0.8 for sixteen (docs/results/pictures.json): a step of many has no idle arithmetic to give away."""
 _LAST = (math.inf, math.inf)
 
 
 class Roster:
     """tables are shared with the scheduler. max_batch_tokens: of a step. max_sequences: running at once. whole_prompts: a step
-    computes all pending tokens of a gang or none."""
+    computes all pending tokens of a gang or none. max_drafting: sequences, above which nothing is guessed."""
 
-    def __init__(self, tables: BlockTables, *, max_batch_tokens: int, max_sequences: int, whole_prompts: bool = False) -> None:
+    def __init__(
+        self,
+        tables: BlockTables,
+        *,
+        max_batch_tokens: int,
+        max_sequences: int,
+        whole_prompts: bool = False,
+        max_drafting: int = MAX_DRAFTING,
+    ) -> None:
         self.tables = tables
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
         self.whole_prompts = whole_prompts
+        self.max_drafting = max_drafting
         self.running: list[Gang] = []
         self.waiting: list[Gang] = []
         self.preemptions = 0
@@ -84,7 +96,9 @@ class Roster:
 
     def add_drafts(self, chosen: Choice) -> None:
         """Guesses behind the last token of gangs that can have some, with what is left of the step and of free rows: they cost nobody a
-        place. Mutates: chosen, and the gangs' tokens and rows."""
+        place. None while many run. Mutates: chosen, and the gangs' tokens and rows."""
+        if self._num_sequences > self.max_drafting:
+            return
         budget = self.max_batch_tokens - sum(map(sum, chosen.values()))
         for gang, counts in chosen.items():
             if gang.drafter is None or gang.grammar is None or gang.reader is not None or sum(counts) < gang.num_pending:

@@ -22,7 +22,7 @@ from service.scheduling.intake import Intake
 from service.scheduling.pictures import PictureQueue, PictureRequest
 from service.scheduling.plan import Drawn, KVGroup, PictureResult, PictureWork, PromptRead, PromptReading, Sample, Slice, StepPlan
 from service.scheduling.reader import PromptReader
-from service.scheduling.roster import Choice, Roster
+from service.scheduling.roster import MAX_DRAFTING, Choice, Roster
 from service.scheduling.sequence import Finish, Gang, Output, Request, Sequence, State, Stats
 from service.scheduling.tables import BlockTables
 from service.vocabulary import PictureIds
@@ -63,19 +63,27 @@ class Scheduler:
         has_prefix_cache: bool = True,
         whole_prompts: bool = False,
         pictures: PictureIds | None = None,
+        max_drafting: int = MAX_DRAFTING,
         max_waiting_requests: int = 1024,
         max_waiting_tokens: int = 2**20,
     ) -> None:
         """max_batch_tokens: of a step. max_sequences: running at once. max_context: prompt and output of one sequence, in tokens.
         whole_prompts: what a sequence has to compute goes into one step or waits, so none may be longer than max_batch_tokens.
-        pictures: which ids are codes, of a model that must be told where their pictures begin.
+        pictures: which ids are codes, of a model that must be told where their pictures begin. max_drafting: running sequences, above
+        which no ids are guessed ahead.
         max_waiting_*: of requests without a slice so far. Raises: ValueError for a size below 1 or no group."""
         queue = (max_waiting_requests, max_waiting_tokens)
         if min(num_blocks, block_size, len(groups), max_batch_tokens, max_sequences, max_context, *queue) < 1:
             raise ValueError("every size of a scheduler must be at least 1")
         self._pool = BlockPool(num_blocks, len(groups))
         self._tables = BlockTables(self._pool, groups, block_size, has_prefix_cache=has_prefix_cache, whole_prompts=whole_prompts)
-        self._roster = Roster(self._tables, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, whole_prompts=whole_prompts)
+        self._roster = Roster(
+            self._tables,
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            whole_prompts=whole_prompts,
+            max_drafting=max_drafting,
+        )
         self._work = PictureQueue()
         self._intake = Intake(
             self._tables,

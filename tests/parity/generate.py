@@ -64,6 +64,7 @@ class Desk:
             max_sequences=64,
             max_context=model.config.max_context,
             pictures=pictures,
+            max_drafting=64,
         )
         self.masks = PictureMasks(pictures, model.config.vocab_size) if pictures is not None else None
         self.ids: dict[tuple[str, int], list[int]] = {}

@@ -306,6 +306,7 @@ def make_bench(
     has_prefix_cache: bool = True,
     whole_prompts: bool = False,
     pictures: PictureIds | None = None,
+    max_drafting: int = 64,
     max_waiting_requests: int = 64,
     max_waiting_tokens: int = 2**20,
 ) -> Bench:
@@ -319,6 +320,7 @@ def make_bench(
         has_prefix_cache=has_prefix_cache,
         whole_prompts=whole_prompts,
         pictures=pictures,
+        max_drafting=max_drafting,
         max_waiting_requests=max_waiting_requests,
         max_waiting_tokens=max_waiting_tokens,
     )

@@ -160,3 +160,15 @@ def test_jacobi_in_a_picture_ends_with_it() -> None:
     assert len(tokens) == 41
     assert [index for index, token in enumerate(tokens) if token == 21] == [20]
     assert bench.ends["a", 0].finish == "stop"
+
+
+def test_many_together_guess_nothing() -> None:
+    bench = make_bench(pictures=PICTURES, max_drafting=2)
+    for name in "abc":
+        bench.add(make_request(name, (1, 2, 3), 20, grammars=(CountingGrammar(20),), draft_len=8, seed=ord(name)))
+    for _ in range(5):
+        bench.step()
+    assert bench.runner.guessed == 0
+    bench.take(bench.scheduler.abort("c", None, "abort", bench.now))
+    bench.step()
+    assert bench.runner.guessed > 0
