@@ -29,8 +29,10 @@ PICTURES = {
 """What lies on each contact sheet."""
 
 
-def page(template: str, figures: Figures, ablations: Sequence[Figures] = (), pictures: Sequence[str] = ()) -> str:
-    """A page of pages/ with its figures. pictures: names of the files that lie in images/model."""
+def page(
+    template: str, figures: Figures, ablations: Sequence[Figures] = (), pictures: Sequence[str] = (), ways: Figures | None = None
+) -> str:
+    """A page of pages/ with its figures. pictures: names of the files that lie in images/model. ways: what `bench.pictures iterate` wrote."""
     stages = figures["training"].get("stages", {})
     values = {
         **figures,
@@ -39,6 +41,7 @@ def page(template: str, figures: Figures, ablations: Sequence[Figures] = (), pic
         "tables": chapters.tables(figures),
         "kinds": chapters.KINDS,
         "ablations": chapters.ablations(ablations),
+        "ways": ways,
         "pictures": pictures,
     }
     # Markdown of our own figures: nothing in it is to be escaped.
@@ -74,8 +77,10 @@ def write_report(evaluation: Path, docs: Path, card_path: Path, run: Path | None
             shutil.copyfile(run / stage / "curves.png", images / f"curves-{stage.replace('/', '-')}.png")
     known = results / "ablations.json"
     ablations = _read(known)["arms"] if known.exists() else []
+    drawn = results / "pictures.json"
+    ways = _read(drawn).get("iterate") if drawn.exists() else None
     shown = sorted(path.name for path in images.glob("*.png"))
-    (docs / "model.md").write_text(page("model.md.j2", figures, ablations, shown), encoding="utf-8")
+    (docs / "model.md").write_text(page("model.md.j2", figures, ablations, shown, ways), encoding="utf-8")
     card_path.parent.mkdir(parents=True, exist_ok=True)
     card_path.write_text(page("card.md.j2", figures), encoding="utf-8")
 

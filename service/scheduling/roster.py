@@ -30,8 +30,8 @@ Choice = dict[Gang, tuple[int, ...]]
 _rank = attrgetter("rank")
 _UNBOUNDED_ROWS = 2**31
 MAX_DRAFTING = 4
-"""Running sequences up to which guesses are made. With braid-nano on two cores guessing 8 codes ahead is 2.1 times as fast for one picture, 1.5
-for two at once, 1.2 for four and 0.8 for sixteen (docs/results/pictures.json): a step of many has no idle arithmetic to give away."""
+"""Running sequences up to which guesses are made. With braid-nano on two cores guessing 8 codes ahead is 2.1 times as fast for one picture,
+1.5 for two at once, 1.2 for four and 0.8 for sixteen (docs/results/pictures.json): a step of many has no arithmetic to give away."""
 _LAST = (math.inf, math.inf)
 
 
