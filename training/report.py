@@ -32,7 +32,7 @@ PICTURES = {
 def page(
     template: str, figures: Figures, ablations: Sequence[Figures] = (), pictures: Sequence[str] = (), ways: Figures | None = None
 ) -> str:
-    """A page of pages/ with its figures. pictures: names of the files that lie in images/model. ways: what `bench.pictures iterate` wrote."""
+    """A page of pages/ with its figures. pictures: names of files in images/model. ways: what `bench.pictures iterate` wrote."""
     stages = figures["training"].get("stages", {})
     values = {
         **figures,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import threading
+import json
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -816,27 +817,41 @@ def test_a_chat_of_words_has_no_pictures(stand: Stand, more: dict[str, Any]) -> 
 _MANY: dict[str, Any] = {"prompt": STAR, "n": 10, "seed": 0, "guidance_scale": 2.5, "jacobi": 0, **WILD}
 
 
-def test_clients_that_leave_in_the_middle_leave_nothing_running(stand: Stand) -> None:
-    """Six streams of ten guided pictures, left with most of them still to draw."""
+def asked(stand: Stand, body: dict[str, Any]) -> socket.socket:
+    """A request over a socket of its own, whose answer nobody has read yet."""
+    content = json.dumps(body).encode()
+    head = f"POST {DRAW} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    raw = socket.create_connection(("127.0.0.1", httpx.URL(stand.url).port or 80), timeout=20)
+    raw.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    return raw
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_clients_that_leave_in_the_middle_leave_nothing_running(stand: Stand, is_streamed: bool) -> None:
+    """Six of ten guided pictures each, gone with most of them still to draw."""
     usage, aborted, drawn = stand.kv_usage, stand.num_aborted, stand.number("generation_tokens_total")
-    time_to_go = threading.Event()
-
-    def leave_early(_: int) -> int:
-        with stand.http.stream("POST", DRAW, json={**_MANY, "stream": True, "partial_images": 3}) as answer:
-            time_to_go.wait(20)
-        return answer.status_code
-
-    with ThreadPoolExecutor(6) as pool:
-        leaving = [pool.submit(leave_early, index) for index in range(6)]
-        try:
-            eventually(lambda: stand.number("generation_tokens_total") > drawn + PLACES)
-            assert stand.number("num_requests_running") > 10
-            assert stand.kv_usage > usage
-        finally:
-            time_to_go.set()
-        assert [each.result() for each in leaving] == [200] * 6
-    eventually(lambda: stand.is_idle() and stand.kv_usage == usage and stand.num_aborted > aborted + 10, 5)
+    clients = [asked(stand, {**_MANY, "stream": is_streamed, "partial_images": 3 * is_streamed}) for _ in range(6)]
+    try:
+        eventually(lambda: stand.number("generation_tokens_total") > drawn + PLACES)
+        assert stand.number("num_requests_running") > 0
+        assert stand.kv_usage > usage
+    finally:
+        for client in clients:
+            client.close()
+    eventually(lambda: stand.is_idle() and stand.kv_usage == usage and stand.num_aborted > aborted, 5)
     assert stand.number("generation_tokens_total") - drawn < 40 * PLACES
+
+
+def test_a_client_that_leaves_at_its_first_preview(stand: Stand) -> None:
+    usage = stand.kv_usage
+    client = asked(stand, {**_MANY, "stream": True, "partial_images": 3})
+    head = b""
+    while b"\nevent: " not in head:
+        head += client.recv(4096)
+    client.close()
+    assert head.startswith(b"HTTP/1.1 200 OK")
+    assert b"event: image_generation.partial_image" in head
+    eventually(lambda: stand.is_idle() and stand.kv_usage == usage, 5)
 
 
 @pytest.mark.parametrize("road", [DRAW, CHAT])
