@@ -170,6 +170,7 @@ class Backend:
                     grammar_param=terms.grammar_param,
                     read=terms.reads[index] if terms.reads else None,
                     pictures=PictureRule(is_free=True) if terms.marks is not None else None,
+                    draft_len=info.usual_draft_len,
                 )
                 streams.append(self.start(generate, caller.arrival))
         except BaseException as error:

@@ -95,16 +95,20 @@ class Easel:
 
     async def encode(self, model: str, pixels: Pixels) -> Codes:
         """The codes of a picture of the model's size. Raises: RequestError, OverloadedError, UnavailableError, EngineError."""
-        key = hashlib.sha256(model.encode() + b"\0" + pixels.data).digest()
+        key = _key(model, pixels)
         known = self._known.get(key)
         if known is None:
             event = await self._work(Picture(_new_id(), model, pixels=pixels.data))
             known = tuple(event.tokens)
-            self._known[key] = known
-            while len(self._known) > MAX_KNOWN:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
+        self._remember(key, known)
         return known
+
+    def _remember(self, key: bytes, codes: Codes) -> None:
+        """Mutates: what is known, which may forget the longest unused."""
+        self._known[key] = codes
+        self._known.move_to_end(key)
+        while len(self._known) > MAX_KNOWN:
+            self._known.popitem(last=False)
 
     async def draw(self, model: str, codes: Sequence[int], rows: int | None = None) -> Pixels:
         """The picture of codes; of its first rows alone, white below them. Raises: OverloadedError, UnavailableError, EngineError."""
@@ -117,7 +121,11 @@ class Easel:
         event = await self._work(Picture(_new_id(), model, codes=given))
         data = event.pixels or b""
         shown = rows * info.picture_pixels * width * 3
-        return Pixels(height, width, data[:shown] + b"\xff" * (len(data) - shown))
+        pixels = Pixels(height, width, data[:shown] + b"\xff" * (len(data) - shown))
+        if rows == marks.rows:
+            # A client that brings it back means these codes, which an encoder would not always find again.
+            self._remember(_key(model, pixels), tuple(given))
+        return pixels
 
     async def _work(self, wanted: Picture) -> Event:
         stream = self.backend.start_picture(wanted)
@@ -197,8 +205,8 @@ class Easel:
         longest = max(len(order.prompt), len(order.unconditional)) + order.sampling.max_tokens
         if longest > context:
             raise ContextLengthError(
-                f"This model's maximum context length is {context} tokens. However, the prompt and its pictures have {longest}: "
-                "the prompt is too long. Please reduce its length.",
+                f"This model's maximum context length is {context} tokens. However, prompt and pictures have {longest} together: "
+                "the prompt is too long, or there are too many pictures in a row. Please reduce them.",
                 param="prompt",
             )
 
@@ -272,6 +280,10 @@ def marks_of(info: ModelInfo) -> PictureIds:
     if info.pictures is None or not info.picture_pixels:
         raise RequestError(f"the model {info.name} can't read or draw pictures", param="model", code="unsupported_model")
     return info.pictures
+
+
+def _key(model: str, pixels: Pixels) -> bytes:
+    return hashlib.sha256(model.encode() + b"\0" + pixels.data).digest()
 
 
 def _new_id() -> str:

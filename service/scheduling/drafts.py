@@ -11,6 +11,13 @@ from typing import Protocol
 
 from service.vocabulary import PictureIds
 
+LEAST_ALIKE, MOST_ALIKE = 2, 5
+"""Ids that must have stood before for what followed them to be guessed; one more where the last guess was wrong."""
+FIRST_GUESS = 4
+"""Ids of a guess before any was right."""
+MOST_PAUSE = 31
+"""Steps without a guess after many wrong ones."""
+
 
 class Drafter(Protocol):
     def guess(self, tokens: Sequence[int], count: int) -> list[int]:
@@ -18,6 +25,54 @@ class Drafter(Protocol):
 
     def learn(self, position: int, drawn: Sequence[int]) -> None:
         """What was drawn at position and behind it, behind right guesses and wrong ones. Mutates: the drafter."""
+
+
+class LookupDrafter:
+    """Guesses what followed the last ids where they stood before: an answer that quotes its prompt, or itself, is quickly written.
+
+    The longest run of up to `MOST_ALIKE` last ids that occurred before decides, its newest place first. Guesses get longer, and a shorter
+    run suffices, while they are right; those that keep being wrong are made more and more seldom, so that a text without repetition pays
+    next to nothing. Source: Saxena 2023, "Prompt lookup decoding"; Yang et al. 2023 (LLMA), section 3.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[int, ...], int] = {}  # where a run of ids ended last
+        self._num_known = 0
+        self._pause = self._wait = 0
+        self._length = FIRST_GUESS
+        self._is_trusted = False
+        self._guessed: list[int] = []
+
+    def guess(self, tokens: Sequence[int], count: int) -> list[int]:
+        self._guessed = []
+        found = self._find(tokens)
+        if self._wait:
+            self._wait -= 1
+        elif found is not None:
+            self._guessed = list(tokens[found : found + min(count, self._length)])
+        return self._guessed
+
+    def _find(self, tokens: Sequence[int]) -> int | None:
+        """Where the text goes on after the last ids, as they stood before. Mutates: the places, by what is new."""
+        length = len(tokens)
+        for end in range(max(self._num_known, LEAST_ALIKE), length):  # without the last run itself
+            for size in range(LEAST_ALIKE, min(MOST_ALIKE, end) + 1):
+                self._places[tuple(tokens[end - size : end])] = end
+        self._num_known = max(self._num_known, length)
+        for size in range(min(MOST_ALIKE, length), LEAST_ALIKE - self._is_trusted, -1):
+            if (found := self._places.get(tuple(tokens[length - size :]))) is not None:
+                return found
+        return None
+
+    def learn(self, position: int, drawn: Sequence[int]) -> None:
+        if not self._guessed:
+            return
+        pairs = enumerate(zip(self._guessed, drawn, strict=False))
+        num_right = next((place for place, (guess, token) in pairs if guess != token), len(self._guessed))
+        self._length = 2 * self._length if num_right == len(self._guessed) else max(FIRST_GUESS, num_right)
+        self._is_trusted = num_right > 0
+        self._pause = 0 if num_right else min(2 * self._pause + 1, MOST_PAUSE)
+        self._wait = self._pause
 
 
 class JacobiDrafter:

@@ -29,6 +29,7 @@ Choice = dict[Gang, tuple[int, ...]]
 
 _rank = attrgetter("rank")
 _UNBOUNDED_ROWS = 2**31
+_UNBOUNDED_TOKENS = 2**31
 MAX_DRAFTING = 4
 """Running sequences up to which guesses are made. With braid-nano on two cores guessing 8 codes ahead is 2.1 times as fast for one picture,
 1.5 for two at once, 1.2 for four and 0.8 for sixteen (docs/results/pictures.json): a step of many has no arithmetic to give away."""
@@ -101,15 +102,18 @@ class Roster:
             return
         budget = self.max_batch_tokens - sum(map(sum, chosen.values()))
         for gang, counts in chosen.items():
-            if gang.drafter is None or gang.grammar is None or gang.reader is not None or sum(counts) < gang.num_pending:
+            if gang.drafter is None or gang.reader is not None or sum(counts) < gang.num_pending:
                 continue
+            num_free = gang.grammar.num_free if gang.grammar is not None else _UNBOUNDED_TOKENS
             share = len(gang.sequences)
             rows = self.tables.num_free_rows // share
             room = min(self.tables.room(sequence, rows) - count for sequence, count in zip(gang.sequences, counts, strict=True))
-            most = min(gang.request.draft_len, gang.grammar.num_free - 1, gang.tokens_left - 1, budget // share, room)
+            most = min(gang.request.draft_len, num_free - 1, gang.tokens_left - 1, budget // share, room)
             if most < 1:
                 continue
             guesses = gang.drafter.guess(gang.sequences[0].tokens, most)
+            if not guesses:
+                continue
             for sequence, count in zip(gang.sequences, counts, strict=True):
                 sequence.tokens += guesses
                 self.tables.extend(sequence, count + len(guesses))

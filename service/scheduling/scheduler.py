@@ -16,7 +16,7 @@ from itertools import count
 
 from service.errors import RequestError
 from service.scheduling.block_pool import BlockKey, BlockPool
-from service.scheduling.drafts import JacobiDrafter
+from service.scheduling.drafts import Drafter, JacobiDrafter, LookupDrafter
 from service.scheduling.grammar import Grammar, GrammarError
 from service.scheduling.intake import Intake
 from service.scheduling.pictures import PictureQueue, PictureRequest
@@ -281,7 +281,6 @@ class Scheduler:
         groups = len(self._tables.groups)
         root = BlockKey.root(request.tenant)
         grammar = request.grammars[choice] if request.grammars else None
-        has_drafts = request.draft_len > 0 and grammar is not None and self._pictures is not None and not request.sampling.has_penalties
         return Gang(
             request=request,
             choice=choice,
@@ -293,9 +292,17 @@ class Scheduler:
             rank=(request.priority, next(self._arrivals)),
             arrived_at=now,
             grammar=grammar,
-            drafter=JacobiDrafter(self._pictures) if has_drafts and self._pictures is not None else None,
+            drafter=self._make_drafter(request),
             reader=PromptReader(request.read, request.prompts[0]) if request.read is not None and choice == 0 else None,
         )
+
+    def _make_drafter(self, request: Request) -> Drafter | None:
+        """A choice whose penalties count what it has said can't be guessed ahead: wrong guesses would count."""
+        if not request.draft_len or request.sampling.has_penalties:
+            return None
+        if self._pictures is None:
+            return LookupDrafter()
+        return JacobiDrafter(self._pictures) if request.grammars else None
 
     def _make_flight(self, chosen: Choice, work: tuple[PictureWork, ...]) -> _Flight:
         pieces = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.scheduling.drafts import JacobiDrafter
+from service.scheduling.drafts import JacobiDrafter, LookupDrafter
 from service.scheduling.picture_grammar import PictureGrammar, PictureRule
 from service.scheduling.plan import Drawn, StepPlan
 from service.vocabulary import PictureIds
@@ -172,3 +172,74 @@ def test_many_together_guess_nothing() -> None:
     bench.take(bench.scheduler.abort("c", None, "abort", bench.now))
     bench.step()
     assert bench.runner.guessed > 0
+
+
+# -- prompt lookup --
+
+
+def test_lookup_guesses_what_followed_last_time() -> None:
+    text = [1, 2, 3, 4, 5, 6, 7, 8]
+    drafter = LookupDrafter()
+    assert drafter.guess([*text, 9, 1, 2, 3], 3) == [4, 5, 6]
+    assert LookupDrafter().guess([*text, 9, 1, 2], 3) == [], "two ids alone say little to one who has not been right"
+    assert LookupDrafter().guess([1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3], 1) == [5], "the newest place"
+    assert LookupDrafter().guess([0, 1, 2, 3, 4, 9, 1, 2, 3, 5, 0, 1, 2, 3], 1) == [4], "the longest run before the newest place"
+    assert LookupDrafter().guess([1, 2, 3], 4) == []
+
+
+def test_lookup_never_finds_the_run_itself() -> None:
+    drafter = LookupDrafter()
+    tokens = [5, 6, 7, 8]
+    for _ in range(20):
+        assert drafter.guess(tokens, 4) == []
+        tokens.append(tokens[-1] + 1)
+
+
+def test_lookup_guesses_longer_while_it_is_right() -> None:
+    text = list(range(10, 60))
+    drafter, tokens, lengths = LookupDrafter(), [*range(10, 60), 0, 10, 11, 12], []
+    while len(tokens) < 51 + 40:
+        guess = drafter.guess(tokens, 16)
+        drawn = text[len(tokens) - 51 :][: len(guess) + 1]
+        drafter.learn(len(tokens), drawn)
+        lengths.append(len(guess))
+        tokens += drawn
+    assert lengths == [4, 8, 16, 16]
+
+
+def test_lookup_gives_up_what_is_always_wrong() -> None:
+    drafter, tokens, num_guesses = LookupDrafter(), [1, 2, 3, 4] * 3, 0
+    for step in range(200):
+        guess = drafter.guess(tokens, 4)
+        num_guesses += bool(guess)
+        drawn = 20 + step  # never what was guessed
+        drafter.learn(len(tokens), [drawn])
+        tokens += [drawn, 1, 2, 3]
+    assert 3 < num_guesses < 14
+
+
+def test_text_is_guessed_and_stays_the_same() -> None:
+    """The fake model never repeats itself on purpose, so most guesses are wrong; a prompt that it will repeat makes them right."""
+    want = solo(make_request("a", (1, 2, 3), 20), 0, 20)[0]
+    # The answer stands in the prompt, behind the beginning that the prompt ends with.
+    prompt = (1, 2, 3)
+    bench = make_bench()
+    bench.add(make_request("a", prompt, 20, draft_len=8))
+    gang = bench.scheduler._live["a"].gangs[0]
+    assert isinstance(gang.drafter, LookupDrafter)
+    inner = LookupDrafter()
+    before = [1, 2, 3, *want, 0]
+
+    class Informed:
+        """Looks up in a text that has the answer in it."""
+
+        def guess(self, tokens: list[int], count: int) -> list[int]:
+            return inner.guess([*before, *tokens], count)
+
+        def learn(self, position: int, drawn: list[int]) -> None:
+            inner.learn(position + len(before), drawn)
+
+    gang.drafter = Informed()
+    steps = bench.drain()
+    assert bench.tokens["a", 0] == want
+    assert steps < 12
