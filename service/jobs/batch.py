@@ -204,9 +204,10 @@ class Progress:
         self.num_failed = len(failed)
 
     def append(self, records: Iterable[Record]) -> None:
-        """On disk when this returns. Raises: OSError; then what is not in `done` is not on disk either."""
-        records = list(records)
+        """On disk when this returns, but for what has an answer already: a line may be answered while another thread finds that its time is
+        over. Raises: OSError; then what is not in `done` is not on disk either."""
         with self._lock:
+            records = [record for record in records if record.custom_id not in self.done]
             good = [record for record in records if not record.is_failed]
             bad = [record for record in records if record.is_failed]
             self._outputs.append([record.line for record in good])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from service.codec.text import StopStrings, TextDelta, TextStream
@@ -60,6 +60,7 @@ def test_deltas_joined_are_the_decoded_text_up_to_the_first_stop(ids: list[int],
 
 @settings(max_examples=400)
 @given(IDS, STOPS)
+@example([237, 160], [])
 def test_nothing_is_held_back_longer_than_it_must_be(ids: list[int], stops: list[str]) -> None:
     stream, shown = TextStream(TOKENIZER, stops), ""
     for end, token in enumerate(ids, 1):
@@ -67,11 +68,12 @@ def test_nothing_is_held_back_longer_than_it_must_be(ids: list[int], stops: list
         shown += delta.text
         if delta.stopped:
             return
-        # An incomplete character decodes to U+FFFD at the end of the text so far: that one alone may be missing.
+        # An incomplete character decodes to U+FFFD at the end of the text so far, and one of bytes that Python's decoder takes together (half
+        # of a surrogate pair, ED A0) to one for each of them: those alone may be missing.
         so_far = TOKENIZER.decode(ids[:end])
         held = so_far[len(shown) :]
         assert so_far.startswith(shown)
-        assert may_begin(held, stops) or (held.endswith("\ufffd") and may_begin(held[:-1], stops))
+        assert any(may_begin(held[: len(held) - count], stops) for count in range(4) if held.endswith("\ufffd" * count))
 
 
 @settings(max_examples=400)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import openai
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+
+from service.settings import DEFAULT_MODELS
 
 pytestmark = pytest.mark.e2e
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
@@ -126,7 +130,26 @@ def test_disconnect_frees_everything(server: str) -> None:
 def test_health_and_models(server: str) -> None:
     assert httpx.get(f"{server}/health").status_code == 200
     assert httpx.get(f"{server}/ready").status_code == 200
-    assert [model["id"] for model in httpx.get(f"{server}/v1/models").json()["data"]] == ["smollm2-135m-instruct"]
+    assert [model["id"] for model in httpx.get(f"{server}/v1/models").json()["data"]] == list(DEFAULT_MODELS)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "model"),
+    [
+        ("/v1/chat/completions", {"messages": QUESTION, "max_tokens": 1}, DEFAULT_MODELS[0]),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 1}, DEFAULT_MODELS[0]),
+        ("/v1/chat/completions", {"messages": QUESTION, "max_tokens": 1, "modalities": ["text", "image"]}, DEFAULT_MODELS[1]),
+    ],
+)
+def test_a_request_without_a_model_gets_the_first_that_can(server: str, path: str, body: dict[str, Any], model: str) -> None:
+    assert httpx.post(f"{server}{path}", json=body, timeout=60).json()["model"] == model
+
+
+def test_the_default_server_draws(server: str) -> None:
+    answer = httpx.post(f"{server}/v1/images/generations", json={"prompt": "cat face, noto style"}, timeout=60)
+    assert base64.b64decode(answer.raise_for_status().json()["data"][0]["b64_json"]).startswith(b"\x89PNG")
+    refused = httpx.post(f"{server}/v1/images/generations", json={"prompt": "cat", "model": DEFAULT_MODELS[0]}, timeout=60)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model")
 
 
 @pytest.mark.long
