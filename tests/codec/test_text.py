@@ -68,8 +68,8 @@ def test_nothing_is_held_back_longer_than_it_must_be(ids: list[int], stops: list
         shown += delta.text
         if delta.stopped:
             return
-        # An incomplete character decodes to U+FFFD at the end of the text so far, and one of bytes that Python's decoder takes together (half
-        # of a surrogate pair, ED A0) to one for each of them: those alone may be missing.
+        # An incomplete character decodes to U+FFFD at the end of the text so far, and what Python's decoder takes together (ED A0, half of
+        # a surrogate pair) to one for each byte: those alone may be missing.
         so_far = TOKENIZER.decode(ids[:end])
         held = so_far[len(shown) :]
         assert so_far.startswith(shown)
