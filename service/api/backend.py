@@ -105,6 +105,11 @@ class Backend:
         """Does any model read and draw pictures?"""
         return any(info.picture_pixels for info in self.engine.models().values())
 
+    def known(self, model: str) -> ModelInfo:
+        """The same of work that was let in, which goes on while the server drains. Raises: UnavailableError before the model is there."""
+        found = self.engine.models().get(model)
+        return self.info(model) if found is None else found
+
     def info(self, model: str) -> ModelInfo:
         """Raises: UnavailableError unless the engine takes requests."""
         state = self.engine.health().state
@@ -191,18 +196,18 @@ class Backend:
             param = "n" if len(prompts) == 1 else request.prompt_param
             raise RequestError(f"{num_choices} choices are asked for; at most {self._max_requests} are taken at a time", param=param)
 
-    def start(self, wanted: Generate, arrival: float) -> Stream[Generate]:
-        """Sends one prompt down, counted from arrival. Raises: what `EngineClient.submit` raises."""
-        stream = self.engine.submit(wanted)
+    def start(self, wanted: Generate, arrival: float, *, is_part: bool = False) -> Stream[Generate]:
+        """Sends one prompt down, counted from arrival. is_part: of work that was let in. Raises: what `EngineClient.submit` raises."""
+        stream = self.engine.submit(wanted, is_part=True) if is_part else self.engine.submit(wanted)
         self._metrics.begin(
             wanted.request_id, wanted.model, arrival=arrival, num_choices=wanted.num_choices, max_tokens=wanted.sampling.max_tokens
         )
         return stream
 
-    def start_counted(self, wanted: Generate, arrival: float) -> Stream[Generate]:
+    def start_counted(self, wanted: Generate, arrival: float, *, is_part: bool = False) -> Stream[Generate]:
         """The same, and a refusal for load is counted. Raises: what `EngineClient.submit` raises."""
         try:
-            return self.start(wanted, arrival)
+            return self.start(wanted, arrival, is_part=is_part)
         except OverloadedError:
             self.count_refusal(wanted.model, wanted.num_choices)
             raise

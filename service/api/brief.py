@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.api.backend import Caller
-from service.api.easel import Codes, Easel, Order
+from service.api.easel import Codes, Easel, Haste, Order
 from service.api.images_schema import DrawFields
 from service.api.strict import Warnings
 from service.codec.prompt import Codec
@@ -59,8 +59,7 @@ def make_order(
         num_choices=num_choices,
         guidance=guidance,
         draft_len=easel.backend.info(model).usual_draft_len if wanted.jacobi is None else wanted.jacobi,
-        priority=wanted.priority,
-        timeout_s=wanted.timeout or 0.0,
+        haste=Haste.of(caller, wanted.priority, wanted.timeout),
         cache_salt=wanted.cache_salt,
     )
     easel.check_room(order)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Coroutine, Sequence
@@ -31,6 +32,27 @@ Codes = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Haste:
+    """How much a piece of work can wait: smaller priorities first; deadline in time.monotonic's seconds, None for none."""
+
+    priority: int = 0
+    deadline: float | None = None
+
+    @staticmethod
+    def of(caller: Caller, priority: int, timeout_s: float | None) -> Haste:
+        """A request's own, counted from its arrival."""
+        return Haste(caller.rank(priority), caller.arrival + timeout_s if timeout_s else None)
+
+    @property
+    def left_s(self) -> float:
+        """Until the deadline, for the engine: 0 where there is none."""
+        return 0.0 if self.deadline is None else max(self.deadline - time.monotonic(), 0.001)
+
+
+USUAL = Haste()
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
     """Pictures that are wanted, ready for the engine. prompt: ends with the picture's beginning and what of it is given. rule: how many
     pictures a choice has, what is kept of the first. num_choices: drawings; choice i draws with seed + i. preview_rows: after how many rows
@@ -46,14 +68,18 @@ class Order:
     guidance: float = 1.0
     draft_len: int = 0
     preview_rows: tuple[int, ...] = ()
-    priority: int = 0
-    timeout_s: float = 0.0
+    haste: Haste = USUAL
     cache_salt: str | None = None
+
+    @property
+    def tenant(self) -> str:
+        """Whose prefixes it may find."""
+        return salted(self.caller.tenant, self.cache_salt)
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A picture that is being drawn. rows: of codes that it has so far; below them its pixels are white."""
+    """A picture that is being drawn: below the rows of codes that it has so far its pixels are white."""
 
     choice: int
     index: int
@@ -89,16 +115,16 @@ class Easel:
 
     def marks(self, model: str) -> PictureIds:
         """Which ids are codes. Raises: RequestError for a model without pictures, UnavailableError."""
-        return marks_of(self.backend.info(model))
+        return marks_of(self.backend.known(model))
 
     # -- pixels and codes --
 
-    async def encode(self, model: str, pixels: Pixels) -> Codes:
-        """The codes of a picture of the model's size. Raises: RequestError, OverloadedError, UnavailableError, EngineError."""
-        key = _key(model, pixels)
+    async def encode(self, model: str, pixels: Pixels, tenant: str, haste: Haste = USUAL) -> Codes:
+        """The codes of a picture of the model's size. Raises: OverloadedError, DeadlineError, UnavailableError, EngineError."""
+        key = _key(model, tenant, pixels)
         known = self._known.get(key)
         if known is None:
-            event = await self._work(Picture(_new_id(), model, pixels=pixels.data))
+            event = await self._work(Picture(_new_id(), model, pixels=pixels.data, priority=haste.priority, timeout_s=haste.left_s))
             known = tuple(event.tokens)
         self._remember(key, known)
         return known
@@ -110,21 +136,22 @@ class Easel:
         while len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
 
-    async def draw(self, model: str, codes: Sequence[int], rows: int | None = None) -> Pixels:
-        """The picture of codes; of its first rows alone, white below them. Raises: OverloadedError, UnavailableError, EngineError."""
-        info = self.backend.info(model)
+    async def draw(self, model: str, codes: Sequence[int], tenant: str, haste: Haste = USUAL, *, rows: int | None = None) -> Pixels:
+        """The picture of codes; of its first rows alone, white below them. Raises: OverloadedError, DeadlineError, UnavailableError,
+        EngineError."""
+        info = self.backend.known(model)
         marks, (height, width) = marks_of(info), info.picture_size
         rows = marks.rows if rows is None else rows
         given = list(codes[: rows * marks.columns])
         # What is not there yet repeats the last row, so that the decoder sees nothing strange below the rows that are shown.
         given += (given[-marks.columns :] * marks.rows)[: marks.num_places - len(given)]
-        event = await self._work(Picture(_new_id(), model, codes=given))
+        event = await self._work(Picture(_new_id(), model, codes=given, priority=haste.priority, timeout_s=haste.left_s))
         data = event.pixels or b""
         shown = rows * info.picture_pixels * width * 3
         pixels = Pixels(height, width, data[:shown] + b"\xff" * (len(data) - shown))
         if rows == marks.rows:
             # A client that brings it back means these codes, which an encoder would not always find again.
-            self._remember(_key(model, pixels), tuple(given))
+            self._remember(_key(model, tenant, pixels), tuple(given))
         return pixels
 
     async def _work(self, wanted: Picture) -> Event:
@@ -140,14 +167,15 @@ class Easel:
 
     # -- drawing --
 
-    async def paint(self, order: Order) -> AsyncGenerator[Preview | Frame | Painting, None]:
-        """Previews and frames as they come, and at last each choice's painting. Raises: as `codes` does, and what the engine made of it.
+    async def paint(self, order: Order, *, is_part: bool = False) -> AsyncGenerator[Preview | Frame | Painting, None]:
+        """Previews and frames as they come, and at last each choice's painting. is_part: of work that was let in. Raises: OverloadedError,
+        UnavailableError, and what the engine made of it.
 
         Leaving it early ends what is drawn.
         """
         news: asyncio.Queue[Preview | Frame | Painting | BaseException | None] = asyncio.Queue()
         tasks: set[asyncio.Task[None]] = set()
-        stream = self._submit(order)
+        stream = self._submit(order, is_part)
 
         def start(work: Coroutine[Any, Any, None]) -> None:
             task = asyncio.create_task(work)
@@ -156,7 +184,7 @@ class Easel:
 
         async def preview(choice: int, index: int, rows: int, codes: Codes) -> None:
             try:
-                news.put_nowait(Preview(choice, index, await self.draw(order.model, codes, rows)))
+                news.put_nowait(Preview(choice, index, await self.draw(order.model, codes, order.tenant, order.haste, rows=rows)))
                 if index == 0:
                     self.backend.count_picture(order.model, order.caller.arrival, is_preview=True)
             except Exception as error:  # told by whoever reads
@@ -183,8 +211,6 @@ class Easel:
         async def tell(item: Frame | Painting, waits: Sequence[asyncio.Task[None]]) -> None:
             if waits:
                 await asyncio.wait(waits)
-            if isinstance(item, Frame):
-                self.backend.count_picture(order.model, order.caller.arrival)
             news.put_nowait(item)
 
         start(follow())
@@ -210,28 +236,28 @@ class Easel:
                 param="prompt",
             )
 
-    async def paintings(self, order: Order) -> list[Painting]:
+    async def paintings(self, order: Order, *, is_part: bool = False) -> list[Painting]:
         """Of all choices, in their order, without previews."""
-        async with aclosing(self.paint(replace(order, preview_rows=()))) as items:
+        async with aclosing(self.paint(replace(order, preview_rows=()), is_part=is_part)) as items:
             found = [item async for item in items if isinstance(item, Painting)]
         return sorted(found, key=lambda painting: painting.choice)
 
-    def _submit(self, order: Order) -> Stream[Generate]:
+    def _submit(self, order: Order, is_part: bool) -> Stream[Generate]:
         wanted = Generate(
             request_id=_new_id(),
             model=order.model,
             prompt=list(order.prompt),
             sampling=order.sampling,
             num_choices=order.num_choices,
-            priority=order.caller.rank(order.priority),
-            timeout_s=order.timeout_s,
-            tenant=salted(order.caller.tenant, order.cache_salt),
+            priority=order.haste.priority,
+            timeout_s=order.haste.left_s,
+            tenant=order.tenant,
             pictures=order.rule,
             unconditional=list(order.unconditional) if order.guidance != 1.0 else [],
             guidance=order.guidance,
             draft_len=order.draft_len,
         )
-        return self.backend.start_counted(wanted, order.caller.arrival)
+        return self.backend.start_counted(wanted, order.caller.arrival, is_part=is_part)
 
 
 class _Sketch:
@@ -282,8 +308,9 @@ def marks_of(info: ModelInfo) -> PictureIds:
     return info.pictures
 
 
-def _key(model: str, pixels: Pixels) -> bytes:
-    return hashlib.sha256(model.encode() + b"\0" + pixels.data).digest()
+def _key(model: str, tenant: str, pixels: Pixels) -> bytes:
+    """A tenant's pictures mean what it has drawn itself, whatever others did."""
+    return hashlib.sha256(f"{model}\0{tenant}\0".encode() + pixels.data).digest()
 
 
 def _new_id() -> str:

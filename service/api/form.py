@@ -110,8 +110,11 @@ async def parse_either(request: Request, kind: type[R], limits: BodyLimits) -> t
 def _check_origin(request: Request, origins: tuple[str, ...]) -> None:
     """A browser sends a form to any server without asking it first, unlike JSON; but it says whose page it was. Raises: ForbiddenError."""
     origin = request.headers.get("origin")
-    if origin is None or "*" in origins or origin in origins or urlsplit(origin).netloc == request.headers.get("host"):
+    if origin is None or "*" in origins or origin in origins:
         return
+    with contextlib.suppress(ValueError):  # an origin that is none is a stranger's
+        if urlsplit(origin).netloc == request.headers.get("host"):
+            return
     raise ForbiddenError("pages of other origins may not send forms to this server; --allow-origin lets one")
 
 

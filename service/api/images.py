@@ -10,14 +10,16 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service.api.auth import salted
 from service.api.body import BodyLimits, checked, parse
 from service.api.brief import Brief, kept_at_random, kept_outside, make_order
-from service.api.easel import Easel, Order, Painting, Preview
+from service.api.easel import Easel, Haste, Order, Painting, Preview
 from service.api.form import FormLimits, Source, form_file, form_texts, is_form, parse_either, read_form
 from service.api.images_schema import MAX_INPUTS, EditRequest, ImageRequest, PictureFields
 from service.api.images_shape import ImagesShape, Result
@@ -26,6 +28,7 @@ from service.api.routes import caller_of, json_answer, warnings_header
 from service.api.sse import ByteStream, while_connected
 from service.api.strict import Warnings
 from service.api.studio import Studio
+from service.api.together import together
 from service.codec.pixels import decode_mask
 from service.errors import RequestError
 
@@ -72,7 +75,7 @@ class ImageAnswers:
     async def _results(self, job: Job) -> list[Result]:
         """The best n of what was drawn."""
         paintings = await self.easel.paintings(job.order)
-        results = list(await asyncio.gather(*(self._finished(job, painting) for painting in paintings)))
+        results = await together(self._finished(job, painting) for painting in paintings)
         return await self._best(job, results) if len(results) > job.wanted.n else results
 
     async def _finished(self, job: Job, painting: Painting) -> Result:
@@ -82,12 +85,13 @@ class ImageAnswers:
         num_drawn, scores = num_open + job.wanted.refine * num_redrawn(num_open), None
         if job.wanted.refine:
             codes, scores = await refined(self.easel, job.order, codes, seed, job.wanted.refine)
-        pixels = await self.easel.draw(job.model, codes)
+        pixels = await self.easel.draw(job.model, codes, job.order.tenant, job.order.haste)
+        self.easel.backend.count_picture(job.model, job.order.caller.arrival)
         return Result(painting.choice, seed, codes, pixels, painting.usage, num_drawn, scores)
 
     async def _best(self, job: Job, results: Sequence[Result]) -> list[Result]:
         codec = self.easel.backend.codecs[job.model]
-        scores = await asyncio.gather(*(caption_score(self.easel, codec, job.order, result.codes, job.caption) for result in results))
+        scores = await together(caption_score(self.easel, codec, job.order, result.codes, job.caption) for result in results)
         ranked = sorted(zip(scores, results, strict=True), key=lambda pair: -pair[0])[: job.wanted.n]
         # What was drawn and thrown away was drawn as well.
         others = sum(result.num_drawn for result in results) - sum(result.num_drawn for _, result in ranked)
@@ -97,21 +101,27 @@ class ImageAnswers:
     async def _events(self, job: Job, shape: ImagesShape) -> AsyncGenerator[bytes, None]:
         """Previews as they come, and each picture as soon as it is done."""
         finishing: set[asyncio.Task[Result]] = set()
-        try:
-            async with aclosing(self.easel.paint(job.order)) as items:
-                async for item in items:
-                    if isinstance(item, Preview):
-                        yield await shape.preview(item)
-                    elif isinstance(item, Painting):
-                        finishing.add(asyncio.create_task(self._finished(job, item)))
-                    for task in [task for task in finishing if task.done()]:
+        async with aclosing(self.easel.paint(job.order)) as items:
+            item: asyncio.Task[Any] | None = asyncio.ensure_future(anext(items, None))
+            try:
+                while item is not None or finishing:
+                    waiting = {*finishing, item} if item is not None else set(finishing)
+                    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                    if item is not None and item in done:
+                        found = item.result()
+                        if isinstance(found, Preview):
+                            yield await shape.preview(found)
+                        elif isinstance(found, Painting):
+                            finishing.add(asyncio.create_task(self._finished(job, found)))
+                        item = asyncio.ensure_future(anext(items, None)) if found is not None else None
+                    for task in finishing & done:
                         finishing.discard(task)
                         yield await shape.completed(task.result())
-            for done in asyncio.as_completed(list(finishing)):
-                yield await shape.completed(await done)
-        finally:
-            for task in finishing:
-                task.cancel()
+            finally:
+                left = [task for task in (item, *finishing) if task is not None]
+                for task in left:
+                    task.cancel()
+                await asyncio.gather(*left, return_exceptions=True)
 
 
 def images_router(studio: Studio, limits: BodyLimits) -> APIRouter:
@@ -139,7 +149,9 @@ def images_router(studio: Studio, limits: BodyLimits) -> APIRouter:
 
     async def _edit(request: Request, edit: Edit) -> Response:
         model = easel.choose(edit.wanted.model)
-        brief = await _edit_brief(studio, model, edit)
+        caller = caller_of(request)
+        tenant, haste = salted(caller.tenant, edit.wanted.cache_salt), Haste.of(caller, edit.wanted.priority, edit.wanted.timeout)
+        brief = await _edit_brief(studio, model, edit, tenant, haste)
         return await answers.answer(request, _job(request, easel, model, brief, edit.wanted, edit.warnings))
 
     return router
@@ -147,6 +159,8 @@ def images_router(studio: Studio, limits: BodyLimits) -> APIRouter:
 
 def _job(request: Request, easel: Easel, model: str, brief: Brief, wanted: PictureFields, warnings: Warnings) -> Job:
     """Mutates: warnings. Raises: RequestError."""
+    if wanted.num_drawn > wanted.n and not brief.text:
+        raise RequestError("best_of needs a prompt, by which the best are known", param="best_of")
     if wanted.num_drawn > wanted.n and wanted.stream:
         raise RequestError("best_of greater than n is only allowed when stream is false: the best are known at the end", param="best_of")
     for name in ("quality", "style"):
@@ -170,7 +184,7 @@ class Edit:
     mask: Source | None
 
 
-async def _edit_brief(studio: Studio, model: str, edit: Edit) -> Brief:
+async def _edit_brief(studio: Studio, model: str, edit: Edit, tenant: str, haste: Haste) -> Brief:
     """Mutates: the warnings. Raises: RequestError naming the picture."""
     wanted, marks, media = edit.wanted, studio.easel.marks(model), studio.media
     if not edit.pictures:
@@ -178,12 +192,10 @@ async def _edit_brief(studio: Studio, model: str, edit: Edit) -> Brief:
     if len(edit.pictures) > 1:
         raise RequestError("the model edits one picture at a time", param=edit.pictures[1][0])
     is_variation = edit.mask is None and not wanted.prompt
-    if is_variation and wanted.num_drawn > wanted.n:
-        raise RequestError("best_of needs a prompt, by which the best are known", param="best_of")
     if not is_variation and "strength" in wanted.model_fields_set:
         edit.warnings.note("strength", "strength has no effect with a prompt or a mask")
     param, source = edit.pictures[0]
-    codes = await studio.see(model, source, param)
+    codes = await studio.see(model, source, param, tenant, haste)
     if edit.mask is not None:
         param, source = edit.mask
         data = await media.bytes_of(source, param)

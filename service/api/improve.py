@@ -5,13 +5,13 @@ Both read the model's own likelihoods; neither touches how an id is drawn. Calle
 
 from __future__ import annotations
 
-import asyncio
 import math
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 
 from service.api.easel import Codes, Easel, Order
+from service.api.together import together
 from service.codec.prompt import Codec
 from service.engine.messages import Generate
 from service.engine.stream import error_of
@@ -39,12 +39,12 @@ async def read_logprobs(easel: Easel, order: Order, prompt: Sequence[int], first
         model=order.model,
         prompt=list(prompt),
         sampling=SamplingParams(max_tokens=0),
-        priority=order.caller.rank(order.priority),
-        timeout_s=order.timeout_s,
-        tenant=order.caller.tenant,
+        priority=order.haste.priority,
+        timeout_s=order.haste.left_s,
+        tenant=order.tenant,
         read=Read(first=first),
     )
-    stream = easel.backend.start_counted(wanted, order.caller.arrival)
+    stream = easel.backend.start_counted(wanted, order.caller.arrival, is_part=True)
     found: list[float] = []
     async for event in stream:
         if (error := error_of(event)) is not None:
@@ -79,7 +79,7 @@ async def refined(easel: Easel, order: Order, codes: Codes, seed: int, rounds: i
             sampling=sampling,
             num_choices=1,
         )
-        (painting,) = await easel.paintings(again)
+        (painting,) = await easel.paintings(again, is_part=True)
         drawn = painting.frames[0]
         news = await read_logprobs(easel, order, (*order.prompt[:first], *drawn), first)
         if math.fsum(news) > scores[-1]:
@@ -95,7 +95,7 @@ def _bare(prompt: Codes, order: Order) -> Codes:
 
 async def caption_score(easel: Easel, codec: Codec, order: Order, codes: Codes, caption: str) -> float:
     """The mean log-likelihood of the caption's ids as an answer about the picture, by the question under which it is greatest."""
-    scores = await asyncio.gather(*(_caption_score(easel, codec, order, codes, caption, each) for each in codec.caption_questions))
+    scores = await together(_caption_score(easel, codec, order, codes, caption, each) for each in codec.caption_questions)
     return max(scores)
 
 

@@ -17,6 +17,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 
+from service.api.body import BodyRoom
 from service.codec.pixels import PictureLimits, Pixels, decode_picture, fitted
 from service.errors import RequestError
 
@@ -25,6 +26,8 @@ _DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w=.+-]*)*),", re.ASCII | re.IGNO
 _MAX_URL = 4096
 _MAX_REDIRECTS = 3
 _FETCH_S = 20.0
+MAX_HELD_BYTES = 256 * 2**20
+"""Of all pictures that wait to be decoded: a body's own share is given back when it has been parsed."""
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -41,12 +44,17 @@ class Media:
     def __init__(self, limits: MediaLimits | None = None, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.limits = limits or MediaLimits()
         self._transport = transport
+        self._room = BodyRoom(MAX_HELD_BYTES)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="pixels")
 
     async def pixels(self, source: str | bytes, size: tuple[int, int], param: str) -> Pixels:
-        """A picture from a URL or a file's bytes, cut and resampled to size (height, width). Raises: RequestError naming param."""
-        data = await self.bytes_of(source, param)
-        return await self.apart(lambda: fitted(decode_picture(data, self.limits.picture), *size), param)
+        """A picture from a URL or a file's bytes, cut and resampled to size (height, width). Raises: RequestError naming param;
+        OverloadedError when too many bytes of pictures are held at once."""
+        with self._room.share() as share:
+            share.grow(len(source))
+            data = await self.bytes_of(source, param)
+            share.grow(len(data))
+            return await self.apart(lambda: fitted(decode_picture(data, self.limits.picture), *size), param)
 
     async def apart(self, work: Callable[[], T], param: str) -> T:
         """Runs work on pixels in another thread. Raises: what work raises, its RequestErrors with the param."""
@@ -61,7 +69,7 @@ class Media:
         if isinstance(source, bytes):
             return source
         if source[:5].lower() == "data:":
-            return self._from_data_url(source, param)
+            return await self.apart(lambda: self._from_data_url(source, param), param)
         if source[:7].lower() == "http://" or source[:8].lower() == "https://":
             return await self._fetched(source, param)
         raise _url_error("a picture's URL must begin with data:image/ or https://", param)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from service.api.backend import Backend, context_of
 from service.api.body import BodyLimits, parse, read, validate
-from service.api.dialogue import encode_prompt
+from service.api.dialogue import choose_for, encode_prompt
 from service.api.routes import json_answer
 from service.api.schema import MAX_IDS, MAX_MESSAGES, Strict, Text, TokenId, Word
 from service.api.schema_chat import ChatRequest
@@ -79,7 +79,7 @@ def tokenize_router(backend: Backend, limits: BodyLimits) -> APIRouter:
         wanted, warnings = validate(body, TokenizeRequest)
         if wanted.messages is not None:
             chat, warnings = validate(body, TokenizeChatRequest, limits.is_strict)
-            model = backend.choose(chat.model, generates=True)
+            model = choose_for(backend, chat)
             ids = await encode_prompt(backend, model, chat)
         else:
             _, warnings = validate(body, TokenizeRequest, limits.is_strict)

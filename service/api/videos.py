@@ -11,7 +11,6 @@ import logging
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -21,9 +20,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from service.api.auth import salted
 from service.api.body import BodyLimits, checked
 from service.api.brief import Brief, make_order
-from service.api.easel import Codes, Frame, Order
+from service.api.easel import Codes, Frame, Haste, Order
 from service.api.form import FormLimits, Source, form_file, form_texts, is_form, parse_either, read_form
 from service.api.images_schema import VideoRequest
 from service.api.listing import is_descending, page, page_limit
@@ -40,6 +40,7 @@ LIFETIME_S = 3600
 MAX_RUNNING = 64
 MAX_KEPT = 512
 MAX_BYTES = 128 * 2**20
+MAX_PIXELS = 64 * 2**20  # of all frames of a film: three bytes each, twice while it is encoded
 POLL_MS = "200"
 _MAX_LIST = 100
 _DRAWN_SHARE = 90  # of the progress when all codes are there; the rest is pixels and the file
@@ -58,7 +59,6 @@ class Job:
     size: tuple[int, int]
     kind: FilmKind
     created_at: int
-    warnings: Warnings
     status: Status = "queued"
     progress: int = 0
     completed_at: int | None = None
@@ -131,7 +131,8 @@ class Videos:
         num_bytes = sum(job.num_bytes for job in over)
         for place, job in enumerate(over):
             is_late = job.completed_at is not None and job.completed_at + LIFETIME_S < time.time()
-            if is_late or num_bytes > MAX_BYTES or len(over) - place > MAX_KEPT:
+            is_newest = place == len(over) - 1
+            if is_late or (num_bytes > MAX_BYTES and not is_newest) or len(over) - place > MAX_KEPT:
                 num_bytes -= job.num_bytes
                 del self._jobs[job.id]
 
@@ -165,7 +166,9 @@ class Videos:
             async with aclosing(easel.paint(job.order)) as items:
                 async for item in items:
                     if isinstance(item, Frame):
-                        drawing.append(asyncio.create_task(easel.draw(job.order.model, item.codes)))
+                        order = job.order
+                        drawing.append(asyncio.create_task(easel.draw(order.model, item.codes, order.tenant, order.haste)))
+                        easel.backend.count_picture(order.model, order.caller.arrival)
                         job.progress = _DRAWN_SHARE * len(drawing) // job.wanted.num_frames
             return list(await asyncio.gather(*drawing))
         finally:
@@ -182,13 +185,18 @@ def videos_router(studio: Studio, limits: BodyLimits) -> APIRouter:
     async def create_video(request: Request) -> Response:
         wanted, warnings, reference = await _read(request, limits)
         model = studio.easel.choose(wanted.model)
-        pictures: Sequence[Codes] = [await studio.see(model, reference[1], reference[0])] if reference is not None else []
-        brief = Brief(wanted.prompt, tuple(pictures), num_frames=wanted.num_frames)
         caller = caller_of(request)
+        pictures: list[Codes] = []
+        if reference is not None:
+            tenant, haste = salted(caller.tenant, wanted.cache_salt), Haste.of(caller, wanted.priority, wanted.timeout)
+            pictures = [await studio.see(model, reference[1], reference[0], tenant, haste)]
+        brief = Brief(wanted.prompt, tuple(pictures), num_frames=wanted.num_frames)
         native = studio.easel.backend.info(model).picture_size
         size = wanted.size_of(native)
         if size != native:
             warnings.note("size", f"the model draws {native[1]}x{native[0]}; the film was resampled to {size[1]}x{size[0]}")
+        if wanted.num_frames * size[0] * size[1] > MAX_PIXELS:
+            raise RequestError(f"a film has at most {MAX_PIXELS} pixels in all its frames", param="size")
         kind = wanted.output_format or film_kinds()[0]
         if kind not in film_kinds():
             raise RequestError(f"this server makes no {kind}; there are {' and '.join(film_kinds())}", param="output_format")
@@ -199,7 +207,7 @@ def videos_router(studio: Studio, limits: BodyLimits) -> APIRouter:
         except ContextLengthError as error:
             error.param = "num_frames" if wanted.num_frames > 1 else "prompt"
             raise
-        job = Job(f"video_{uuid.uuid4().hex}", caller.tenant, wanted, order, size, kind, int(time.time()), warnings)
+        job = Job(f"video_{uuid.uuid4().hex}", caller.tenant, wanted, order, size, kind, int(time.time()))
         videos.start(job)
         return json_answer(job.view(), warnings)
 

@@ -47,7 +47,7 @@ def check_pictures(wanted: Generate, info: ModelInfo) -> None:
     if not (math.isfinite(wanted.guidance) and 0 <= wanted.guidance <= MAX_GUIDANCE):
         raise RequestError(f"guidance_scale must be between 0 and {MAX_GUIDANCE}", param="guidance_scale")
     if not 0 <= wanted.draft_len <= MAX_DRAFT_LEN:
-        raise RequestError(f"at most {MAX_DRAFT_LEN} codes can be guessed ahead")
+        raise RequestError(f"at most {MAX_DRAFT_LEN} ids can be guessed ahead")
     if wanted.pictures is None:
         return
     if info.pictures is None:

@@ -33,6 +33,7 @@ from service.engine.messages import (
     LaneStats,
     Load,
     ModelInfo,
+    Picture,
     Progress,
     Ready,
     Shutdown,
@@ -203,13 +204,13 @@ class EngineClient:
 
     # Requests
 
-    def submit(self, request: R) -> Stream[R]:
-        """Hands a request to the engine. request_id must be new. A picture is part of a request that was let in, so only their number is
-        bounded.
+    def submit(self, request: R, *, is_part: bool = False) -> Stream[R]:
+        """Hands a request to the engine. request_id must be new. is_part: of work that was let in, which may be finished while the server
+        drains; a picture always is, and only their number is bounded.
 
         Raises: ModelNotFoundError, RequestError; OverloadedError when too much is in flight; UnavailableError unless ready.
         """
-        line = self._require_ready()
+        line = self._require_ready(is_part=is_part or isinstance(request, Picture))
         if request.model not in self._models:
             raise ModelNotFoundError(f"The model `{request.model}` does not exist or you do not have access to it.", param="model")
         if not 1 <= request.num_choices <= MAX_CHOICES:
@@ -243,10 +244,11 @@ class EngineClient:
             line.send(vocabulary())
             self._taught.add(model)
 
-    def _require_ready(self) -> Line:
+    def _require_ready(self, *, is_part: bool = False) -> Line:
         health = self.health()
         line = self._line
-        if health.state != "ready" or line is None:
+        allowed = ("ready", "draining", "stalled") if is_part else ("ready",)
+        if health.state not in allowed or self._is_closing or line is None:
             texts = {
                 "loading": "The model is still loading.",
                 "stalled": "The engine is stalled at the moment.",

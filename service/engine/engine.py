@@ -33,7 +33,7 @@ from service.engine.messages import (
 from service.engine.pace import Pulse, StepEstimate
 from service.engine.picture_masks import PictureMasks
 from service.errors import BraidError, EngineError, ModelNotFoundError, RequestError
-from service.scheduling.grammar import Grammar
+from service.scheduling.grammar import Grammar, GrammarError
 from service.scheduling.picture_grammar import PictureGrammar, PictureRule
 from service.scheduling.pictures import PictureRequest
 from service.scheduling.plan import Drawn, PictureResult, PictureWork, PromptReading, StepPlan
@@ -48,6 +48,7 @@ MAX_FAILURES = 10
 CALM_S = 1.0
 # When sequences wait but none can be planned, or grammars are being compiled: only a message, a wake or a deadline can change that.
 BLOCKED_WAIT_S = 0.02
+_NOTHING_LEFT = "every id that may come next behind a picture is a stop id, and min_tokens is not reached"
 GRAMMAR_CODES = ("invalid_json_schema", "invalid_grammar")
 
 
@@ -249,6 +250,9 @@ class Engine:
             self._is_unchecked = True
         except BraidError as error:
             self._refuse(wanted.request_id, 1, 0, error)
+        except Exception:
+            log.exception("picture %s could not be taken in", wanted.request_id)
+            self._refuse(wanted.request_id, 1, 0, EngineError("the engine could not take this picture in"))
 
     def _refuse_wanted(self, wanted: Generate, error: BraidError) -> None:
         if wanted.grammar and error.param is None and error.code in GRAMMAR_CODES:
@@ -338,6 +342,8 @@ class Engine:
             for row, grammar in enumerate(grammars):
                 if isinstance(grammar, PictureGrammar):
                     masks[row] = lane.masks.rows[grammar.allowed]
+                    if (banned := plan.samples[row].banned) and lane.masks.is_empty(grammar.allowed, banned):
+                        lane.scheduler.conclude(plan, row, GrammarError(_NOTHING_LEFT, status=RequestError.status))
         return masks
 
     # Ends

@@ -80,7 +80,7 @@ def _salvage(body: bytes, reason: str) -> Unreadable:
         fields = msgspec.msgpack.decode(body)
     except msgspec.DecodeError:
         fields = None
-    fields = fields if isinstance(fields, dict) and fields.get("type") == "Generate" else {}
+    fields = fields if isinstance(fields, dict) and fields.get("type") in ("Generate", "Picture") else {}
     request_id, num_choices = fields.get("request_id"), fields.get("num_choices", 1)
     return Unreadable(
         request_id=request_id if isinstance(request_id, str) else "",

@@ -49,7 +49,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     choice has to follow, "" for none; its model's `Vocabulary` went ahead; grammar_param: the field that it came from, for errors.
     read: what to tell about the prompt, by choice 0 alone; with it sampling.max_tokens may be 0. pictures: which pictures the answer is
     or may hold, of a model that has them; None for words alone. unconditional: the prompt that guidance compares with, [] for none.
-    draft_len: codes that may be guessed ahead, to save steps; the answer is the same."""
+    draft_len: ids that may be guessed ahead, to save steps; the answer is the same."""
 
     request_id: str
     model: str
@@ -134,7 +134,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     """What a loaded model can do. weight_bytes: that a decode step reads. kv_tokens: how many tokens its K/V pool
     holds. num_kv_blocks counts blocks of block_size. can_generate: an encoder can't. pool: how its hidden states become a vector
     unless a request says otherwise, and vector_width numbers of it. pictures: which ids are codes, where it has any; picture_pixels: of a
-    code's side, 0 where the model came without what turns pixels into codes. usual_draft_len: codes guessed ahead unless a request says
+    code's side, 0 where the model came without what turns pixels into codes. usual_draft_len: ids guessed ahead unless a request says
     otherwise."""
 
     name: str

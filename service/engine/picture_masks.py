@@ -5,6 +5,8 @@ No grammar is followed here: its state says which mask. Called by the engine loo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,6 +29,13 @@ class PictureMasks:
         is_between[[pictures.frame_id, pictures.end_id]] = True
         masks: dict[Allowed, NDArray[np.bool_]] = {"codes": is_code, "text": is_text, "any": is_any, "between": is_between}
         self.rows = {name: np.packbits(mask, bitorder="little").view("<i4").astype(np.int32) for name, mask in masks.items()}
+
+    def is_empty(self, allowed: Allowed, banned: Iterable[int]) -> bool:
+        """Is nothing left of what is allowed without the banned ids?"""
+        left = self.rows[allowed].copy()
+        for token in banned:
+            left[token // 32] &= ~np.int32(np.uint32(1 << token % 32).view(np.int32))
+        return not left.any()
 
     def everything(self, count: int) -> NDArray[np.int32]:
         """Rows that allow all ids: int32 [count, ceil(V / 32)]."""

@@ -32,8 +32,8 @@ from service.scheduling.plan import KVGroup, Slice, StepPlan
 BLOCK_SIZE = 16
 # Without --memory: half of what is free once the weights are in, and no more than this, is K/V. On a CPU untouched pages cost nothing.
 MOST_KV_BYTES_CPU = 4 * 2**30
-# Codes guessed ahead by the few who draw on a CPU: of 2 to 16, 8 was the fastest (docs/results/pictures.json). On a GPU steps with guesses
-# have no graph, and nothing was measured.
+# Ids guessed ahead on a CPU while few are served: of 2 to 16, 8 was the fastest for pictures (docs/results/pictures.json). On a GPU steps
+# with guesses have no graph, and nothing was measured.
 DRAFT_LEN_CPU = 8
 
 

@@ -39,7 +39,7 @@ class PictureRule:
             raise ValueError(f"a picture has {pictures.num_places} codes to be kept or drawn, not {len(self.kept)}")
         if any(code >= 0 and not pictures.is_code(code) for code in self.kept):
             raise ValueError("what is kept of a picture must be codes")
-        if self.kept and self.num_known == len(self.kept) and self.num_frames == 1:
+        if self.kept and self.num_known == len(self.kept):
             raise ValueError("nothing of the picture is to be drawn")
 
 
@@ -89,6 +89,8 @@ class PictureGrammar:
     def forced(self) -> tuple[int, ...]:
         if self._rule.num_frames and self._is_between:
             return (self._pictures.frame_id,)
+        if self._is_between and self._tokens_left < self._pictures.num_places + 2:
+            return (self._pictures.end_id,)  # one more frame, and the end behind it, would not fit
         if self._place < 0 or self._num_pictures or not self._rule.kept:
             return ()
         rest = self._rule.kept[self._place :]

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import openai
+import psutil
 import pytest
 
 from bench.load import serving
@@ -49,6 +51,25 @@ def test_in_a_crowd_it_says_what_it_says_alone(client: openai.OpenAI) -> None:
     with ThreadPoolExecutor(len(prompts)) as pool:
         crowd = list(pool.map(lambda prompt: ask(client, prompt, temperature=0).choices[0].message.content, prompts))
     assert crowd == alone
+
+
+def test_pictures_that_were_let_in_are_finished_while_the_server_drains(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Their codes are drawn, refined and turned into pixels after the signal."""
+    with serving("", [NAME, "--data-dir", str(tmp_path_factory.mktemp("data"))]) as (url, _), ThreadPoolExecutor(1) as pool:
+        port = url.rpartition(":")[2]
+        (server,) = [each for each in psutil.Process().children() if port in each.cmdline()]
+        body = {"prompt": "cat face, noto style", "n": 10, "refine": 2, "guidance_scale": 2.0}
+        answer = pool.submit(httpx.post, f"{url}/v1/images/generations", json=body, timeout=60)
+        while "num_requests_running" not in (text := httpx.get(f"{url}/metrics").text) or " 0.0" in _line(text, "num_requests_running"):
+            assert not answer.done(), "it was over before the signal"
+        server.terminate()
+        found = answer.result()
+        assert found.status_code == 200, found.text
+        assert len(found.json()["data"]) == 10
+
+
+def _line(text: str, name: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(f"braid:{name}{{"))
 
 
 def test_a_prompt_beyond_its_context_is_refused(client: openai.OpenAI) -> None:

@@ -173,6 +173,25 @@ def test_words_have_no_codes_unless_pictures_are_asked_for() -> None:
     assert all((each == masks.rows["text"]).all() for mask in runner.masks for each in mask)
 
 
+def test_a_choice_that_may_say_nothing_any_more_ends_with_the_clients_error() -> None:
+    """Behind its picture a frame or the end must come, and both are stop ids that must not be drawn yet."""
+    wanted = generate("p", max_tokens=60, min_tokens=50, stop_ids=(701, 702), pictures=PictureRule(is_free=True))
+
+    class Eager(MaskedRunner):
+        """Begins a picture as soon as it may."""
+
+        def sample(self, handle: Any, masks: Any = None) -> Any:
+            drawn = super().sample(handle, masks)
+            may_begin = masks is not None and bool(masks[0][700 // 32] >> (700 % 32) & 1)
+            return [retold(one, 700) for one in drawn] if may_begin else drawn
+
+    mailbox = run([wanted, generate("other", max_tokens=5)], lanes=[lane(None, Eager())])
+    end = of(mailbox.events, "p")[-1]
+    assert (end.finish, end.error_status) == ("error", 400)
+    assert "stop id" in (end.error or "")
+    assert of(mailbox.events, "other")[-1].finish in ("length", "error")
+
+
 def test_masks_say_what_they_are_called() -> None:
     rows = {
         name: np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))

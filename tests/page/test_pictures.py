@@ -106,7 +106,7 @@ def test_a_drawing_is_shown_kept_and_sent_back(painter: Running, open_page: Open
     told = {"role": "assistant", "content": "Here you are.", "images": [{"type": "image_url", "image_url": {"url": url}}]}
     assert bodies[1]["messages"][1] == told
     assert painter.codec.asked["messages"][1]["content"] == [{"type": "text", "text": "Here you are."}, {"type": "image"}]
-    assert painter.codec.asked["pictures"] == [SEEN]
+    assert painter.codec.asked["pictures"] == [tuple(map(ord, DRAWN))[1:5]]  # as the codes that were drawn
     page.reload()
     page.click(".entry .open")
     expect(page.locator(".drawing img")).to_have_count(2)

@@ -80,6 +80,14 @@ def test_a_picture_that_would_be_cut_is_not_begun() -> None:
     assert grammar.allowed == "text"
 
 
+def test_a_frame_that_would_be_cut_is_not_begun() -> None:
+    """Behind a picture that just fits its end has to come; with room for another frame and its end the model may choose."""
+    for max_tokens, forced in ((8 + 1, (3,)), (7 + 8, ())):
+        grammar = PictureGrammar(PICTURES, PictureRule(is_free=True), max_tokens)
+        take(grammar, 1, *[10] * 6)
+        assert grammar.forced() == forced
+
+
 @pytest.mark.parametrize(
     ("rule", "ids"),
     [
@@ -106,6 +114,7 @@ def test_what_does_not_fit_is_an_error(rule: PictureRule, ids: tuple[int, ...]) 
         PictureRule(1, kept=(10, -1)),
         PictureRule(1, kept=(10, -1, 16, 10, 10, 10)),
         PictureRule(1, kept=(10,) * 6),
+        PictureRule(2, kept=(10,) * 6),
     ],
 )
 def test_rules_that_can_not_be(rule: PictureRule) -> None:
