@@ -109,7 +109,8 @@ def _two(batch: Tensor) -> Tensor:
 
 def _step_back() -> None:
     """A step never waits for a picture, so the painter gets what the steps leave over. On two cores the slowest hundredth of steps was so
-    1.06 and 1.11 times as long beside a busy painter, with a niceness of 10 instead 1.22 and 1.59 times (`bench.pictures steps`)."""
+    1.06 to 1.21 times as long beside a busy painter in five runs; with a niceness of 10 1.22 and 1.59 times, with 19 1.14 to 1.46 in three
+    (`bench.pictures steps`). The price: processes that take every core, even polite ones, slow drawing down."""
     torch.set_num_threads(1)
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
