@@ -42,7 +42,6 @@ from service.api.gallery import Gallery
 from service.api.images_shape import ImagesShape, Result
 from service.api.listing import page
 from service.api.media import Media
-from service.api.strict import Warnings
 from service.api.videos import Job
 from service.codec.pixels import Pixels
 from service.engine.messages import Usage
@@ -356,7 +355,7 @@ def test_pictures_have_the_form_written_down(is_edit: bool, scores: list[float] 
 
 def test_videos_have_the_form_written_down() -> None:
     wanted = images_schema.VideoRequest(prompt="it moves", seconds=4)
-    job = Job(f"video_{0:032x}", "", wanted, ORDER, (32, 32), "webp", 1, Warnings())
+    job = Job(f"video_{0:032x}", "", wanted, ORDER, (32, 32), "webp", 1)
     check(job.view(), "Video")
     job.status, job.completed_at, job.error = "failed", 2, ConflictError("no")
     check(job.view(), "Video")
