@@ -233,7 +233,7 @@ def _built_tool(tool: Any) -> Any:
     """Raises: ValueError naming a type of tool that is not built."""
     kind = tool.get("type") if isinstance(tool, dict) else None
     if kind == "image_generation":
-        raise ValueError("the tool image_generation is not supported: no image model is served")
+        raise ValueError("the tool image_generation is not supported here; /v1/images/generations draws, and so do chats with modalities")
     if isinstance(kind, str) and kind not in ("function", "custom"):
         name = "".join(char if 32 < ord(char) < 127 else "?" for char in kind[:64])
         raise ValueError(f"the tool {name} is not supported by this server; allowed types are function and custom")

@@ -716,7 +716,7 @@ def test_tools_that_are_not_built_are_named(server: Running) -> None:
     for kind in ("web_search", "file_search", "code_interpreter", "mcp", "computer", "shell", "apply_patch"):
         assert kind in error_of(server.post(ROUTE, input="a", tools=[{"type": kind}]))["message"]
     error = error_of(server.post(ROUTE, input="a", tools=[{"type": "image_generation"}]))
-    assert "no image model is served" in error["message"]
+    assert "generations draws" in error["message"]
 
 
 def test_nothing_is_ignored_silently(server: Running) -> None:
