@@ -7,6 +7,7 @@
     python -m bench.pictures iterate                         refine and best_of beside plain drawing, at equal compute
 
 Each prints a table and writes its figures with --json. What is drawn are scenes that a program can judge, and emoji.
+Long: five questions about one thing, with one file of figures.
 """
 
 from __future__ import annotations
@@ -28,8 +29,17 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from bench.load import Load, measure, print_table, serving
+from bench.lane import Loop, load_lane
+from bench.load import Load, measure, print_table, run_load, serving
 from bench.probe import describe_machine
+from service.catalog import resolve
+from service.codec.prompt import load_codec
+from service.engine.messages import Load as LoadMessage
+from service.runner.load import Loaded
+from service.scheduling.picture_grammar import PictureGrammar, PictureRule
+from service.scheduling.pictures import PictureRequest
+from service.scheduling.plan import PictureWork
+from service.scheduling.sampling import SamplingParams
 
 NAME = "braid-nano"
 EMOJI = ("cat face, noto style", "turtle, twemoji style", "red apple, noto style", "soccer ball, fluentflat style", "pizza, noto style")
@@ -177,8 +187,6 @@ def company(chats: int, drawers: int, rounds: int, json_path: Path | None) -> No
 
 
 async def _chats_beside(url: str, chat: Load, drawers: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    from bench.load import run_load
-
     is_over = False
     drawing = asyncio.create_task(draw_for(url, drawers, lambda turn: is_over, {}))
     await asyncio.sleep(0.3)
@@ -194,32 +202,13 @@ ROUNDS = 16
 """In which two kinds alternate: the machine's own pace changes from second to second."""
 
 
-def _load(dtype: str = "auto") -> Any:
-    from service.catalog import resolve
-    from service.engine.messages import Load as LoadMessage
-    from service.engine.messages import ModelSource
-    from service.runner.load import load_models
-
-    message = LoadMessage(
-        models=(ModelSource(NAME, str(resolve(NAME).path)),),
-        dtype=dtype,  # type: ignore[arg-type]
-        device="auto",
-        memory_bytes=0,
-        max_context=0,
-        max_batch_tokens=512,
-        max_sequences=64,
-        prefix_cache=True,
-    )
-    return load_models(message, lambda phase, fraction: None)[0], message
-
-
 @main.command()
 @click.option("--sequences", default=8, help="That draw in every step.")
 @click.option("--steps", "count", default=6000, help="Of each kind.")
 @_JSON
 def steps(sequences: int, count: int, json_path: Path | None) -> None:
     """Seconds of an engine step while nothing is drawn or read, and while the painter always has a batch in hand; the two alternate."""
-    loaded, message = _load()
+    loaded, message = load_lane(NAME)
     durations: dict[str, list[float]] = {"without": [], "with": []}
     for number in range(2 * ROUNDS):
         kind = ("without", "with")[number % 2]
@@ -232,71 +221,30 @@ def steps(sequences: int, count: int, json_path: Path | None) -> None:
     _write(json_path, "steps", {**found, "ratios": ratios}, {"sequences": sequences, "steps": count})
 
 
-def _steps(loaded: Any, message: Any, sequences: int, count: int, *, has_pictures: bool) -> Iterator[float]:
-    from service.scheduling.pictures import PictureRequest
-    from service.scheduling.plan import PictureWork
-
+def _steps(loaded: Loaded, message: LoadMessage, sequences: int, count: int, *, has_pictures: bool) -> Iterator[float]:
+    pictures = loaded.info.pictures
+    if pictures is None:
+        raise click.ClickException(f"{NAME} has no pictures")
     loop = Loop(loaded, message)
     names = iter(range(10**9))
     while len(loop.durations) < count:
         while loop.scheduler.num_running + loop.scheduler.num_waiting < sequences:
-            loop.add(f"s{next(names)}", seed=next(names))
+            _add(loop, f"s{next(names)}", next(names))
         if has_pictures and not loop.is_painting:
             for _ in range(4):
-                work = PictureWork(f"d{next(names)}", codes=(loaded.info.pictures.first_code + 5,) * loaded.info.pictures.num_places)
+                work = PictureWork(f"d{next(names)}", codes=(pictures.first_code + 5,) * pictures.num_places)
                 loop.scheduler.add_picture(PictureRequest(work), 0.0)
         loop.step()
     yield from loop.durations[20:]
 
 
-class Loop:
-    """What the engine's loop does, for one lane in this process. durations: of its steps, in seconds. max_drafting: sequences, above which
-    nothing is guessed; 0 for what is usual."""
-
-    def __init__(self, loaded: Any, message: Any, max_drafting: int = 0) -> None:
-        from service.engine.picture_masks import PictureMasks
-        from service.worker import build_lane
-
-        self.lane = build_lane(loaded, message)
-        self.lane.scheduler._roster.max_drafting = max_drafting or self.lane.scheduler._roster.max_drafting
-        self.scheduler, self.runner, self.painter = self.lane.scheduler, loaded.runner, loaded.painter
-        self.masks = PictureMasks(loaded.info.pictures, loaded.info.vocab_size)
-        self.durations: list[float] = []
-        self.codes: dict[str, list[int]] = {}
-        self.is_painting = False
-
-    def add(
-        self, name: str, *, seed: int, prompt: Sequence[int] = (1, 3, 300, 301, 302, 4, 5), draft_len: int = 0, **sampling: Any
-    ) -> None:
-        from service.scheduling.picture_grammar import PictureGrammar, PictureRule
-        from service.scheduling.sampling import SamplingParams
-        from service.scheduling.sequence import Request
-
-        pictures = self.lane.info.pictures
-        params = SamplingParams(max_tokens=pictures.num_places, seed=seed, temperature=0.9, min_p=0.1)
-        grammar = PictureGrammar(pictures, PictureRule(1), pictures.num_places)
-        self.scheduler.add(Request(name, (tuple(prompt),), params, grammars=(grammar,), draft_len=draft_len), 0.0)
-        self.codes[name] = []
-
-    def step(self) -> None:
-        start = time.perf_counter()
-        if results := self.painter.finished():
-            self.scheduler.commit_pictures(results, 0.0)
-            self.is_painting = False
-        plan, _ = self.scheduler.plan(0.0)
-        if plan is None:
-            return
-        if work := (*plan.encode, *plan.draw):
-            self.painter.begin(work)
-            self.is_painting = True
-        grammars = self.scheduler.grammars(plan)
-        masks = self.masks.everything(len(grammars))
-        for row, grammar in enumerate(grammars):
-            masks[row] = self.masks.rows[grammar.allowed]  # type: ignore[union-attr]
-        for output in self.scheduler.commit(plan, self.runner.sample(self.runner.forward(plan), masks), 0.0):
-            if output.token is not None and output.request_id in self.codes:
-                self.codes[output.request_id].append(output.token)
-        self.durations.append(time.perf_counter() - start)
+def _add(loop: Loop, name: str, seed: int, prompt: Sequence[int] = (1, 3, 300, 301, 302, 4, 5), draft_len: int = 0) -> None:
+    """A picture to be drawn as braid-nano's own files say."""
+    pictures = loop.lane.info.pictures
+    if pictures is None:
+        raise click.ClickException(f"{NAME} has no pictures")
+    params = SamplingParams(max_tokens=pictures.num_places, seed=seed, temperature=0.9, min_p=0.1)
+    loop.add(name, prompt, params, draft_len=draft_len, grammar=PictureGrammar(pictures, PictureRule(1), pictures.num_places))
 
 
 # -- jacobi --
@@ -315,13 +263,9 @@ class Loop:
 @_JSON
 def jacobi(users: tuple[int, ...], lengths: tuple[int, ...], count: int, json_path: Path | None) -> None:
     """Steps and seconds by how many codes are guessed ahead; the pictures are compared code by code."""
-    from service.codec.prompt import load_codec
-
-    loaded, message = _load()
-    from service.catalog import resolve
-
+    loaded, message = load_lane(NAME)
     codec = load_codec(resolve(NAME).path, name=NAME)
-    begin = loaded.info.pictures.begin_id
+    begin = codec.pictures.begin_id if codec.pictures is not None else 0
     prompts = [*EMOJI, *("".join(map(str, task.turn.prompt)) for task in scenes(len(EMOJI), 3))]
     ids = [(*codec.encode_chat([{"role": "user", "content": text}]), begin) for text in prompts]
     rows = []
@@ -334,12 +278,12 @@ def jacobi(users: tuple[int, ...], lengths: tuple[int, ...], count: int, json_pa
                 start = time.perf_counter()
                 for first in range(0, count, together):
                     for number in range(first, min(first + together, count)):
-                        loop.add(f"p{number}", seed=turn * count + number, prompt=ids[number % len(ids)], draft_len=length)
+                        _add(loop, f"p{number}", turn * count + number, ids[number % len(ids)], length)
                     while loop.scheduler.has_work:
                         loop.step()
                 spent[length][0] += len(loop.durations)
                 spent[length][1] += time.perf_counter() - start
-                codes.append(loop.codes)
+                codes.append(loop.ids)
             if any(each != codes[0] for each in codes):
                 raise click.ClickException("guessing changed a code")
         num_steps, seconds = spent[lengths[0]]
@@ -382,7 +326,7 @@ def iterate(count: int, seed: int, json_path: Path | None) -> None:
     materials = load_materials(read_recipe("nano").data)
     tasks = scenes(count, seed, materials.world)
     texts = ["".join(map(str, task.turn.prompt)) for task in tasks]
-    rows = []
+    rows: list[dict[str, Any]] = []
     with serving(NAME, ["--data-dir", "off"]) as (url, _):
         for name, options in WAYS.items():
             before = _tokens(url)

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 
+from bench.lane import Loop, load_lane
 from bench.probe import describe_machine
+from service.catalog import resolve
+from service.codec.prompt import load_codec
+from service.engine.messages import Load
+from service.runner.load import Loaded
+from service.scheduling.sampling import SamplingParams
 
 NAME = "smollm2-135m-instruct"
 PASSAGE = (
@@ -32,48 +37,18 @@ TASKS = {
 }
 
 
-def load() -> tuple[Any, Any]:
-    from service.catalog import resolve
-    from service.engine.messages import Load, ModelSource
-    from service.runner.load import load_models
-
-    message = Load(
-        models=(ModelSource(NAME, str(resolve(NAME).path)),),
-        dtype="auto",
-        device="auto",
-        memory_bytes=0,
-        max_context=2048,
-        max_batch_tokens=512,
-        max_sequences=64,
-        prefix_cache=False,
-    )
-    return load_models(message, lambda phase, fraction: None)[0], message
-
-
-def run(loaded: Any, message: Any, prompts: list[list[int]], draft_len: int, max_tokens: int, max_drafting: int) -> dict[str, Any]:
-    """Decodes all prompts together. seconds: from the first drawn id of all to the end."""
-    from service.scheduling.sampling import SamplingParams
-    from service.scheduling.sequence import Request
-    from service.worker import build_lane
-
-    scheduler, runner = build_lane(loaded, message).scheduler, loaded.runner
-    if max_drafting:
-        scheduler._roster.max_drafting = max_drafting
+def run(loaded: Loaded, message: Load, prompts: list[list[int]], draft_len: int, max_tokens: int, max_drafting: int) -> dict[str, Any]:
+    """Decodes all prompts together. steps, seconds: from the first drawn id of all to the end."""
+    loop = Loop(loaded, message, max_drafting)
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     for number, prompt in enumerate(prompts):
-        scheduler.add(Request(str(number), (tuple(prompt),), params, draft_len=draft_len), 0.0)
-    ids: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
-    steps, start = 0, 0.0
-    while scheduler.has_work:
-        plan, _ = scheduler.plan(0.0)
-        for output in scheduler.commit(plan, runner.sample(runner.forward(plan)), 0.0):
-            if output.token is not None:
-                ids[output.request_id].append(output.token)
-        if start:
-            steps += 1
-        elif all(ids.values()):
-            start = time.perf_counter()
-    return {"ids": ids, "steps": steps, "seconds": time.perf_counter() - start}
+        loop.add(str(number), prompt, params, draft_len=draft_len)
+    while not all(loop.ids.values()):
+        loop.step()
+    num_before = len(loop.durations)
+    while loop.scheduler.has_work:
+        loop.step()
+    return {"ids": loop.ids, "steps": len(loop.durations) - num_before, "seconds": sum(loop.durations[num_before:])}
 
 
 @click.command(context_settings={"show_default": True})
@@ -85,11 +60,8 @@ def run(loaded: Any, message: Any, prompts: list[list[int]], draft_len: int, max
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
 def main(users: tuple[int, ...], draft_len: int, max_drafting: int, rounds: int, max_tokens: int, json_path: Path | None) -> None:
     """Measure prompt lookup."""
-    from service.catalog import resolve
-    from service.codec.prompt import load_codec
-
     codec = load_codec(resolve(NAME).path, name=NAME)
-    loaded, message = load()
+    loaded, message = load_lane(NAME, has_prefix_cache=False)
     rows = []
     click.echo(f"{'task':>8} {'users':>6} {'tokens a step':>14} {'with':>8} {'faster':>9} {'least':>7} {'most':>7}")
     for task, text in TASKS.items():

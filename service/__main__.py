@@ -94,11 +94,7 @@ async def serve(settings: Settings, models: Sequence[Resolved]) -> int:
             engine=engine,
             codecs=codecs,
             metrics=metrics,
-            limits=Limits(
-                BodyLimits(max_bytes=settings.max_body_bytes, is_strict=settings.strict, origins=settings.allow_origins),
-                settings.max_queue_requests,
-                media=MediaLimits(PictureLimits(settings.max_image_bytes, settings.max_image_pixels), hosts=settings.media_hosts),
-            ),
+            limits=_limits(settings),
             api_keys=settings.api_keys,
             allow_origins=settings.allow_origins,
             hosts=hosts_to_accept(settings.host, bool(settings.api_keys), settings.allowed_hosts),
@@ -149,6 +145,14 @@ def _load_message(settings: Settings, models: Sequence[Resolved]) -> Load:
         prefix_cache=settings.prefix_cache,
         threads=settings.threads,
         log_level=settings.log_level,
+    )
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        BodyLimits(max_bytes=settings.max_body_bytes, is_strict=settings.strict, origins=settings.allow_origins),
+        settings.max_queue_requests,
+        media=MediaLimits(PictureLimits(settings.max_image_bytes, settings.max_image_pixels), hosts=settings.media_hosts),
     )
 
 

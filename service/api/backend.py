@@ -283,20 +283,16 @@ def sampling_params(request: SamplingFields, codec: Codec, info: ModelInfo, prom
     _check_ids("logit_bias", (token for token, _ in logit_bias), vocab_size)
     _check_ids("stop_token_ids", request.stop_token_ids, vocab_size)
 
-    def number(name: str, usual: float) -> float:
-        given = getattr(request, name)
-        return float(codec.sampling_defaults.get(name, usual) if given is None else given)
-
     eos_ids = () if request.ignore_eos else codec.eos_ids
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=number("temperature", 1.0),
-        top_k=max(int(number("top_k", 0)), 0),
-        top_p=number("top_p", 1.0),
-        min_p=number("min_p", 0.0),
+        temperature=sampling_number(request, codec, "temperature", 1.0),
+        top_k=max(int(sampling_number(request, codec, "top_k", 0)), 0),
+        top_p=sampling_number(request, codec, "top_p", 1.0),
+        min_p=sampling_number(request, codec, "min_p", 0.0),
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
-        repetition_penalty=number("repetition_penalty", 1.0),
+        repetition_penalty=sampling_number(request, codec, "repetition_penalty", 1.0),
         seed=seed,
         min_tokens=request.min_tokens,
         stop_ids=tuple(dict.fromkeys((*eos_ids, *request.stop_token_ids))),
@@ -304,6 +300,12 @@ def sampling_params(request: SamplingFields, codec: Codec, info: ModelInfo, prom
         # A ranking needs the likelihoods even where the client does not.
         logprobs=0 if request.num_logprobs is None and request.num_drawn > request.n else request.num_logprobs,
     )
+
+
+def sampling_number(request: object, codec: Codec, name: str, usual: float) -> float:
+    """What a request says of it, else the model's own default, else what turns it off."""
+    given = getattr(request, name)
+    return float(codec.sampling_defaults.get(name, usual) if given is None else given)
 
 
 def _max_tokens(request: SamplingFields, context: int, prompt_len: int) -> int:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.api.backend import Caller
-from service.api.easel import Codes, Easel, Haste, Order
+from service.api.backend import Caller, sampling_number
+from service.api.easel import Codes, Easel, Errand, Order
 from service.api.images_schema import DrawFields
 from service.api.strict import Warnings
 from service.codec.prompt import Codec
@@ -42,7 +42,7 @@ def make_order(
 ) -> Order:
     """Mutates: warnings. Raises: RequestError, ContextLengthError, UnavailableError."""
     codec, marks = easel.backend.codecs[model], easel.marks(model)
-    guidance = wanted.guidance_scale if wanted.guidance_scale is not None else float(codec.sampling_defaults.get("guidance_scale", 1.0))
+    guidance = sampling_number(wanted, codec, "guidance_scale", 1.0)
     if guidance == 1.0 and wanted.negative_prompt:
         warnings.note("negative_prompt", "negative_prompt has no effect while guidance_scale is 1")
     rule = PictureRule(brief.num_frames, kept=brief.kept)
@@ -55,12 +55,10 @@ def make_order(
         unconditional=(*_prompt(codec, marks, negative, brief.pictures), *given) if guidance != 1.0 else (),
         rule=rule,
         sampling=_sampling(codec, wanted, num_new),
-        caller=caller,
+        errand=Errand.of(caller, wanted),
         num_choices=num_choices,
         guidance=guidance,
         draft_len=easel.backend.info(model).usual_draft_len if wanted.jacobi is None else wanted.jacobi,
-        haste=Haste.of(caller, wanted.priority, wanted.timeout),
-        cache_salt=wanted.cache_salt,
     )
     easel.check_room(order)
     return order
@@ -74,16 +72,12 @@ def _prompt(codec: Codec, marks: PictureIds, text: str, pictures: Sequence[Codes
 
 
 def _sampling(codec: Codec, wanted: DrawFields, max_tokens: int) -> SamplingParams:
-    def number(name: str, usual: float) -> float:
-        given = getattr(wanted, name)
-        return float(codec.sampling_defaults.get(name, usual) if given is None else given)
-
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=number("temperature", 1.0),
-        top_k=max(int(number("top_k", 0)), 0),
-        top_p=number("top_p", 1.0),
-        min_p=number("min_p", 0.0),
+        temperature=sampling_number(wanted, codec, "temperature", 1.0),
+        top_k=max(int(sampling_number(wanted, codec, "top_k", 0)), 0),
+        top_p=sampling_number(wanted, codec, "top_p", 1.0),
+        min_p=sampling_number(wanted, codec, "min_p", 0.0),
         seed=secrets.randbits(62) if wanted.seed is None else wanted.seed,
     )
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import msgspec
 
-from service.api.auth import salted
 from service.api.backend import Backend, Caller, Terms
 from service.api.choice import Echo, Reply
 from service.api.constraint import rule_of
-from service.api.easel import Codes, Haste
+from service.api.easel import Codes, Errand
 from service.api.generation import Generation
 from service.api.schema_chat import ChatRequest
 from service.api.strict import Warnings
@@ -42,23 +41,21 @@ async def converse(studio: Studio, wanted: ChatRequest, caller: Caller, request_
     """Mutates: warnings, about what is asked for and not done. Raises: RequestError and its kinds, OverloadedError, UnavailableError;
     nothing is left running then."""
     backend = studio.easel.backend
-    needs_pictures = bool(wanted.pictures) or wanted.wants_pictures
-    tenant, haste = salted(caller.tenant, wanted.cache_salt), Haste.of(caller, wanted.priority, wanted.timeout)
+    errand = Errand.of(caller, wanted)
     model = choose_for(backend, wanted)
     codec = backend.codecs[model]
     _note_idle(codec, wanted, warnings)
     size = _check_size(backend, model, wanted)
-    pictures = await _see_all(studio, model, wanted, tenant, haste) if needs_pictures else []
+    pictures = await _see_all(studio, model, wanted, errand) if wanted.needs_pictures else []
     prompt, terms = await backend.encode(model, lambda: _prepare(codec, wanted, pictures), size)
     if wanted.wants_pictures:
-        terms = replace(terms, show=lambda codes: studio.show(model, codes, tenant, haste), marks=studio.easel.marks(model))
+        terms = replace(terms, show=lambda codes: studio.show(model, codes, errand), marks=studio.easel.marks(model))
     return Dialogue(model, codec, backend.submit(request_id, model, [prompt], wanted, caller, terms))
 
 
 def choose_for(backend: Backend, wanted: ChatRequest) -> str:
     """The model of a conversation: without a name the first that can have it. Raises: as `Backend.choose`."""
-    needs_pictures = bool(wanted.pictures) or wanted.wants_pictures
-    return backend.choose(wanted.model, generates=True, draws=needs_pictures and wanted.model is None and backend.can_draw)
+    return backend.choose(wanted.model, generates=True, draws=wanted.needs_pictures and wanted.model is None and backend.can_draw)
 
 
 async def encode_prompt(backend: Backend, model: str, wanted: ChatRequest) -> list[int]:
@@ -72,14 +69,14 @@ async def encode_prompt(backend: Backend, model: str, wanted: ChatRequest) -> li
     return await backend.encode(model, lambda: _encode(codec, wanted, pictures), _check_size(backend, model, wanted))
 
 
-async def _see_all(studio: Studio, model: str, wanted: ChatRequest, tenant: str, haste: Haste) -> list[Codes]:
+async def _see_all(studio: Studio, model: str, wanted: ChatRequest, errand: Errand) -> list[Codes]:
     """The codes of all pictures, in order. Raises: RequestError naming the part."""
     if not studio.easel.backend.info(model).picture_pixels:
         raise _takes_no_pictures(model, wanted)
     if len(wanted.pictures) > studio.media.limits.max_count:
         text = f"a request may have {studio.media.limits.max_count} pictures, not {len(wanted.pictures)}"
         raise RequestError(text, param=next(iter(wanted.pictures)))
-    return await together(studio.see(model, url, param, tenant, haste) for param, url in wanted.pictures.items())
+    return await together(studio.see(model, url, param, errand) for param, url in wanted.pictures.items())
 
 
 def _takes_no_pictures(model: str, wanted: ChatRequest) -> RequestError:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from service.api.auth import salted
 from service.api.backend import Backend, Caller, context_of
@@ -31,25 +31,38 @@ MAX_KNOWN = 4096
 Codes = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Haste:
-    """How much a piece of work can wait: smaller priorities first; deadline in time.monotonic's seconds, None for none."""
+class Wishes(Protocol):
+    """What every request may say of its own haste, and of whose prefixes it may find."""
 
+    @property
+    def priority(self) -> int: ...
+
+    @property
+    def timeout(self) -> float | None: ...
+
+    @property
+    def cache_salt(self) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """For whom work is done, and how much it can wait. tenant: whose prefixes it may find. arrival, deadline: in time.monotonic's seconds,
+    of the request, and None for none. priority: smaller first."""
+
+    tenant: str
+    arrival: float
     priority: int = 0
     deadline: float | None = None
 
     @staticmethod
-    def of(caller: Caller, priority: int, timeout_s: float | None) -> Haste:
-        """A request's own, counted from its arrival."""
-        return Haste(caller.rank(priority), caller.arrival + timeout_s if timeout_s else None)
+    def of(caller: Caller, wanted: Wishes) -> Errand:
+        deadline = caller.arrival + wanted.timeout if wanted.timeout else None
+        return Errand(salted(caller.tenant, wanted.cache_salt), caller.arrival, caller.rank(wanted.priority), deadline)
 
     @property
     def left_s(self) -> float:
         """Until the deadline, for the engine: 0 where there is none."""
         return 0.0 if self.deadline is None else max(self.deadline - time.monotonic(), 0.001)
-
-
-USUAL = Haste()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +76,11 @@ class Order:
     unconditional: tuple[int, ...]
     rule: PictureRule
     sampling: SamplingParams
-    caller: Caller
+    errand: Errand
     num_choices: int = 1
     guidance: float = 1.0
     draft_len: int = 0
     preview_rows: tuple[int, ...] = ()
-    haste: Haste = USUAL
-    cache_salt: str | None = None
-
-    @property
-    def tenant(self) -> str:
-        """Whose prefixes it may find."""
-        return salted(self.caller.tenant, self.cache_salt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +125,12 @@ class Easel:
 
     # -- pixels and codes --
 
-    async def encode(self, model: str, pixels: Pixels, tenant: str, haste: Haste = USUAL) -> Codes:
+    async def encode(self, model: str, pixels: Pixels, errand: Errand) -> Codes:
         """The codes of a picture of the model's size. Raises: OverloadedError, DeadlineError, UnavailableError, EngineError."""
-        key = _key(model, tenant, pixels)
+        key = _key(model, errand.tenant, pixels)
         known = self._known.get(key)
         if known is None:
-            event = await self._work(Picture(_new_id(), model, pixels=pixels.data, priority=haste.priority, timeout_s=haste.left_s))
+            event = await self._work(Picture(_new_id(), model, pixels=pixels.data, priority=errand.priority, timeout_s=errand.left_s))
             known = tuple(event.tokens)
         self._remember(key, known)
         return known
@@ -136,7 +142,7 @@ class Easel:
         while len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
 
-    async def draw(self, model: str, codes: Sequence[int], tenant: str, haste: Haste = USUAL, *, rows: int | None = None) -> Pixels:
+    async def draw(self, model: str, codes: Sequence[int], errand: Errand, *, rows: int | None = None) -> Pixels:
         """The picture of codes; of its first rows alone, white below them. Raises: OverloadedError, DeadlineError, UnavailableError,
         EngineError."""
         info = self.backend.known(model)
@@ -145,13 +151,13 @@ class Easel:
         given = list(codes[: rows * marks.columns])
         # What is not there yet repeats the last row, so that the decoder sees nothing strange below the rows that are shown.
         given += (given[-marks.columns :] * marks.rows)[: marks.num_places - len(given)]
-        event = await self._work(Picture(_new_id(), model, codes=given, priority=haste.priority, timeout_s=haste.left_s))
+        event = await self._work(Picture(_new_id(), model, codes=given, priority=errand.priority, timeout_s=errand.left_s))
         data = event.pixels or b""
         shown = rows * info.picture_pixels * width * 3
         pixels = Pixels(height, width, data[:shown] + b"\xff" * (len(data) - shown))
         if rows == marks.rows:
             # A client that brings it back means these codes, which an encoder would not always find again.
-            self._remember(_key(model, tenant, pixels), tuple(given))
+            self._remember(_key(model, errand.tenant, pixels), tuple(given))
         return pixels
 
     async def _work(self, wanted: Picture) -> Event:
@@ -184,9 +190,9 @@ class Easel:
 
         async def preview(choice: int, index: int, rows: int, codes: Codes) -> None:
             try:
-                news.put_nowait(Preview(choice, index, await self.draw(order.model, codes, order.tenant, order.haste, rows=rows)))
+                news.put_nowait(Preview(choice, index, await self.draw(order.model, codes, order.errand, rows=rows)))
                 if index == 0:
-                    self.backend.count_picture(order.model, order.caller.arrival, is_preview=True)
+                    self.backend.count_picture(order.model, order.errand.arrival, is_preview=True)
             except Exception as error:  # told by whoever reads
                 news.put_nowait(error)
 
@@ -249,15 +255,15 @@ class Easel:
             prompt=list(order.prompt),
             sampling=order.sampling,
             num_choices=order.num_choices,
-            priority=order.haste.priority,
-            timeout_s=order.haste.left_s,
-            tenant=order.tenant,
+            priority=order.errand.priority,
+            timeout_s=order.errand.left_s,
+            tenant=order.errand.tenant,
             pictures=order.rule,
             unconditional=list(order.unconditional) if order.guidance != 1.0 else [],
             guidance=order.guidance,
             draft_len=order.draft_len,
         )
-        return self.backend.start_counted(wanted, order.caller.arrival, is_part=is_part)
+        return self.backend.start_counted(wanted, order.errand.arrival, is_part=is_part)
 
 
 class _Sketch:

@@ -16,10 +16,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.api.auth import salted
 from service.api.body import BodyLimits, checked, parse
 from service.api.brief import Brief, kept_at_random, kept_outside, make_order
-from service.api.easel import Easel, Haste, Order, Painting, Preview
+from service.api.easel import Easel, Errand, Order, Painting, Preview
 from service.api.form import FormLimits, Source, form_file, form_texts, is_form, parse_either, read_form
 from service.api.images_schema import MAX_INPUTS, EditRequest, ImageRequest, PictureFields
 from service.api.images_shape import ImagesShape, Result
@@ -29,7 +28,6 @@ from service.api.sse import ByteStream, while_connected
 from service.api.strict import Warnings
 from service.api.studio import Studio
 from service.api.together import together
-from service.codec.pixels import decode_mask
 from service.errors import RequestError
 
 _FORM_FILES = ("image", "image[]", "mask")
@@ -85,8 +83,8 @@ class ImageAnswers:
         num_drawn, scores = num_open + job.wanted.refine * num_redrawn(num_open), None
         if job.wanted.refine:
             codes, scores = await refined(self.easel, job.order, codes, seed, job.wanted.refine)
-        pixels = await self.easel.draw(job.model, codes, job.order.tenant, job.order.haste)
-        self.easel.backend.count_picture(job.model, job.order.caller.arrival)
+        pixels = await self.easel.draw(job.model, codes, job.order.errand)
+        self.easel.backend.count_picture(job.model, job.order.errand.arrival)
         return Result(painting.choice, seed, codes, pixels, painting.usage, num_drawn, scores)
 
     async def _best(self, job: Job, results: Sequence[Result]) -> list[Result]:
@@ -149,9 +147,7 @@ def images_router(studio: Studio, limits: BodyLimits) -> APIRouter:
 
     async def _edit(request: Request, edit: Edit) -> Response:
         model = easel.choose(edit.wanted.model)
-        caller = caller_of(request)
-        tenant, haste = salted(caller.tenant, edit.wanted.cache_salt), Haste.of(caller, edit.wanted.priority, edit.wanted.timeout)
-        brief = await _edit_brief(studio, model, edit, tenant, haste)
+        brief = await _edit_brief(studio, model, edit, Errand.of(caller_of(request), edit.wanted))
         return await answers.answer(request, _job(request, easel, model, brief, edit.wanted, edit.warnings))
 
     return router
@@ -184,9 +180,9 @@ class Edit:
     mask: Source | None
 
 
-async def _edit_brief(studio: Studio, model: str, edit: Edit, tenant: str, haste: Haste) -> Brief:
+async def _edit_brief(studio: Studio, model: str, edit: Edit, errand: Errand) -> Brief:
     """Mutates: the warnings. Raises: RequestError naming the picture."""
-    wanted, marks, media = edit.wanted, studio.easel.marks(model), studio.media
+    wanted, marks = edit.wanted, studio.easel.marks(model)
     if not edit.pictures:
         raise RequestError("a picture is required: image in a form, images in JSON", param="image", code="missing_required_parameter")
     if len(edit.pictures) > 1:
@@ -195,12 +191,10 @@ async def _edit_brief(studio: Studio, model: str, edit: Edit, tenant: str, haste
     if not is_variation and "strength" in wanted.model_fields_set:
         edit.warnings.note("strength", "strength has no effect with a prompt or a mask")
     param, source = edit.pictures[0]
-    codes = await studio.see(model, source, param, tenant, haste)
+    codes = await studio.see(model, source, param, errand)
     if edit.mask is not None:
         param, source = edit.mask
-        data = await media.bytes_of(source, param)
-        region = await media.apart(lambda: decode_mask(data, media.limits.picture), param)
-        return Brief(wanted.prompt, kept=kept_outside(codes, marks, region))
+        return Brief(wanted.prompt, kept=kept_outside(codes, marks, await studio.media.mask(source, param)))
     if is_variation:
         return Brief("", kept=kept_at_random(codes, wanted.strength))
     return Brief(wanted.prompt, pictures=(codes,))

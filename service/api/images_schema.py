@@ -27,7 +27,7 @@ Url = Annotated[str, StringConstraints(max_length=MAX_CHARS)]
 
 
 class DrawFields(Strict):
-    """How pictures are drawn: absent numbers come from the model's own defaults."""
+    """How pictures are drawn and how large they are: absent numbers come from the model's own defaults."""
 
     model: Word | None = None
     seed: Seed | None = None
@@ -42,6 +42,25 @@ class DrawFields(Strict):
     priority: Priority = 0
     timeout: Timeout | None = None
     cache_salt: Word | None = None
+    size: Annotated[str, StringConstraints(max_length=32)] = "auto"
+
+    @field_validator("size", mode="after")
+    @classmethod
+    def _is_size(cls, value: str) -> str:
+        if value != "auto" and re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", value) is None:
+            raise ValueError("must be auto, or width x height such as 256x256")
+        return value
+
+    def size_of(self, native: tuple[int, int]) -> tuple[int, int]:
+        """Height and width that are wanted. native: what the model draws. Raises: RequestError."""
+        if self.size == "auto":
+            return native
+        width, height = map(int, self.size.split("x"))
+        if width > MAX_SIDE or height > MAX_SIDE or height < native[0] or width < native[1]:
+            raise RequestError(
+                f"size must be auto, or from {native[1]}x{native[0]}, which the model draws, to {MAX_SIDE}x{MAX_SIDE}", param="size"
+            )
+        return height, width
 
 
 class PictureFields(DrawFields):
@@ -50,7 +69,6 @@ class PictureFields(DrawFields):
     n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] = 1
     best_of: Annotated[int, Field(ge=1, le=MAX_BEST_OF)] | None = None
     refine: Annotated[int, Field(ge=0, le=MAX_ROUNDS)] = 0
-    size: Annotated[str, StringConstraints(max_length=32)] = "auto"
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: Annotated[int, Field(ge=0, le=100)] = 100
@@ -63,16 +81,11 @@ class PictureFields(DrawFields):
     safety_identifier: Word | None = None
     background: Literal["auto", "transparent", "opaque"] | None = None
 
-    @field_validator("size", mode="after")
-    @classmethod
-    def _is_size(cls, value: str) -> str:
-        if value != "auto" and re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", value) is None:
-            raise ValueError("must be auto, or width x height such as 256x256")
-        return value
-
     def check(self) -> None:
         if self.background == "transparent":
-            raise RequestError("background must be auto or opaque: the model draws no transparency", param="background")
+            raise RequestError(
+                "background must be auto or opaque: the model draws no transparency", param="background", code="unsupported_parameter"
+            )
         if self.partial_images and not self.stream:
             raise RequestError("partial_images is only allowed when stream is true", param="partial_images")
         if self.stream and self.response_format == "url":
@@ -85,17 +98,6 @@ class PictureFields(DrawFields):
     @property
     def num_drawn(self) -> int:
         return self.best_of or self.n
-
-    def size_of(self, native: tuple[int, int]) -> tuple[int, int]:
-        """Height and width that are wanted. native: what the model draws. Raises: RequestError."""
-        if self.size == "auto":
-            return native
-        width, height = map(int, self.size.split("x"))
-        if width > MAX_SIDE or height > MAX_SIDE or height < native[0] or width < native[1]:
-            raise RequestError(
-                f"size must be auto, or from {native[1]}x{native[0]}, which the model draws, to {MAX_SIDE}x{MAX_SIDE}", param="size"
-            )
-        return height, width
 
 
 class ImageRequest(PictureFields):
@@ -111,7 +113,8 @@ class ImageSource(Strict):
     def at(self, param: str) -> tuple[str, str]:
         """The field of its URL and the URL. Raises: RequestError."""
         if self.file_id is not None:
-            raise RequestError(f"{param}.file_id is not supported: send the picture as image_url", param=f"{param}.file_id")
+            text = f"{param}.file_id is not supported: send the picture as image_url"
+            raise RequestError(text, param=f"{param}.file_id", code="unsupported_parameter")
         if self.image_url is None:
             raise RequestError(f"{param}.image_url is required", param=f"{param}.image_url", code="missing_required_parameter")
         return f"{param}.image_url", self.image_url
@@ -134,14 +137,5 @@ class VideoRequest(DrawFields):
     prompt: Prompt
     seconds: Literal["1", "2", "4", "8", "12", 1, 2, 4, 8, 12] = "4"
     num_frames: Annotated[int, Field(ge=1, le=64)] = 4
-    size: Annotated[str, StringConstraints(max_length=32)] = "auto"
     input_reference: ImageSource | None = None
     output_format: Literal["mp4", "webp", "gif"] | None = None
-
-    @field_validator("size", mode="after")
-    @classmethod
-    def _is_size(cls, value: str) -> str:
-        return PictureFields._is_size(value)
-
-    def size_of(self, native: tuple[int, int]) -> tuple[int, int]:
-        return PictureFields.size_of(PictureFields(size=self.size), native)

@@ -14,7 +14,7 @@ from service.api.easel import Codes, Preview
 from service.api.images_schema import PictureFields
 from service.api.media import Media
 from service.api.sse import event
-from service.codec.pixels import MEDIA_TYPES, Pixels, encode_picture, enlarged, fitted
+from service.codec.pixels import MEDIA_TYPES, Pixels, encode_picture, fitted
 from service.engine.messages import Usage
 
 
@@ -54,9 +54,7 @@ class ImagesShape:
         wanted, (height, width) = self._wanted, self.size
 
         def work() -> bytes:
-            is_same_shape = pixels.height * width == pixels.width * height
-            resampled = enlarged(pixels, height, width) if is_same_shape else fitted(pixels, height, width)
-            return encode_picture(resampled, wanted.output_format, wanted.output_compression)
+            return encode_picture(fitted(pixels, height, width), wanted.output_format, wanted.output_compression)
 
         return await self._media.apart(work, "size")
 

@@ -22,8 +22,6 @@ from service.scheduling.sampling import SamplingParams
 
 REDRAWN_SHARE = 0.25
 """Of a picture's codes in each round of `refined`."""
-
-
 _NEXT_SEED = 1_000_003
 
 
@@ -39,12 +37,12 @@ async def read_logprobs(easel: Easel, order: Order, prompt: Sequence[int], first
         model=order.model,
         prompt=list(prompt),
         sampling=SamplingParams(max_tokens=0),
-        priority=order.haste.priority,
-        timeout_s=order.haste.left_s,
-        tenant=order.tenant,
+        priority=order.errand.priority,
+        timeout_s=order.errand.left_s,
+        tenant=order.errand.tenant,
         read=Read(first=first),
     )
-    stream = easel.backend.start_counted(wanted, order.caller.arrival, is_part=True)
+    stream = easel.backend.start_counted(wanted, order.errand.arrival, is_part=True)
     found: list[float] = []
     async for event in stream:
         if (error := error_of(event)) is not None:

@@ -16,9 +16,11 @@ from typing import TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import httpx
+import numpy as np
+from numpy.typing import NDArray
 
 from service.api.body import BodyRoom
-from service.codec.pixels import PictureLimits, Pixels, decode_picture, fitted
+from service.codec.pixels import PictureLimits, Pixels, decode_mask, decode_picture, fitted
 from service.errors import RequestError
 
 T = TypeVar("T")
@@ -50,11 +52,18 @@ class Media:
     async def pixels(self, source: str | bytes, size: tuple[int, int], param: str) -> Pixels:
         """A picture from a URL or a file's bytes, cut and resampled to size (height, width). Raises: RequestError naming param;
         OverloadedError when too many bytes of pictures are held at once."""
+        return await self._decoded(source, lambda data: fitted(decode_picture(data, self.limits.picture), *size), param)
+
+    async def mask(self, source: str | bytes, param: str) -> NDArray[np.bool_]:
+        """Where a mask, from a URL or a file's bytes, is transparent: bool [Y, X]. Raises: as `pixels`."""
+        return await self._decoded(source, lambda data: decode_mask(data, self.limits.picture), param)
+
+    async def _decoded(self, source: str | bytes, decode: Callable[[bytes], T], param: str) -> T:
         with self._room.share() as share:
             share.grow(len(source))
             data = await self.bytes_of(source, param)
             share.grow(len(data))
-            return await self.apart(lambda: fitted(decode_picture(data, self.limits.picture), *size), param)
+            return await self.apart(lambda: decode(data), param)
 
     async def apart(self, work: Callable[[], T], param: str) -> T:
         """Runs work on pixels in another thread. Raises: what work raises, its RequestErrors with the param."""

@@ -294,6 +294,11 @@ class ChatRequest(FormatFields):
         """May the answer have some?"""
         return "image" in self.modalities
 
+    @property
+    def needs_pictures(self) -> bool:
+        """Does it take a model that knows pictures?"""
+        return self.wants_pictures or bool(self.pictures)
+
     @cached_property
     def pictures(self) -> dict[str, str]:
         """URLs of all pictures by their fields, in order."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from service.api.easel import USUAL, Codes, Easel, Haste
+from service.api.easel import Codes, Easel, Errand
 from service.api.gallery import Gallery
 from service.api.media import Media
 from service.codec.pixels import encode_picture
@@ -19,12 +19,12 @@ class Studio:
     media: Media
     gallery: Gallery
 
-    async def see(self, model: str, source: str | bytes, param: str, tenant: str, haste: Haste = USUAL) -> Codes:
+    async def see(self, model: str, source: str | bytes, param: str, errand: Errand) -> Codes:
         """The codes of a picture that a client brought. Raises: RequestError naming param; what `Easel.encode` raises."""
         size = self.easel.backend.info(model).picture_size
-        return await self.easel.encode(model, await self.media.pixels(source, size, param), tenant, haste)
+        return await self.easel.encode(model, await self.media.pixels(source, size, param), errand)
 
-    async def show(self, model: str, codes: Codes, tenant: str, haste: Haste = USUAL) -> bytes:
+    async def show(self, model: str, codes: Codes, errand: Errand) -> bytes:
         """A PNG of codes, in the size that the model draws. Raises: what `Easel.draw` raises."""
-        pixels = await self.easel.draw(model, codes, tenant, haste)
+        pixels = await self.easel.draw(model, codes, errand)
         return await self.media.apart(lambda: encode_picture(pixels, "png"), "modalities")

@@ -11,6 +11,7 @@ import logging
 import time
 import uuid
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -20,10 +21,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.api.auth import salted
+from service.api.backend import Caller
 from service.api.body import BodyLimits, checked
 from service.api.brief import Brief, make_order
-from service.api.easel import Codes, Frame, Haste, Order
+from service.api.easel import Codes, Easel, Errand, Frame, Order
 from service.api.form import FormLimits, Source, form_file, form_texts, is_form, parse_either, read_form
 from service.api.images_schema import VideoRequest
 from service.api.listing import is_descending, page, page_limit
@@ -31,7 +32,7 @@ from service.api.routes import caller_of, json_answer
 from service.api.strict import Warnings
 from service.api.studio import Studio
 from service.codec.film import FILM_TYPES, FilmKind, encode_film, film_kinds
-from service.codec.pixels import Pixels, encode_picture, enlarged, fitted
+from service.codec.pixels import Pixels, encode_picture, fitted
 from service.errors import BraidError, ConflictError, ContextLengthError, EngineError, NotFoundError, OverloadedError, RequestError
 
 log = logging.getLogger("braid.http")
@@ -145,8 +146,7 @@ class Videos:
             wanted = job.wanted
 
             def work() -> tuple[bytes, bytes]:
-                is_same_shape = frames[0].height * width == frames[0].width * height
-                resampled = [(enlarged if is_same_shape else fitted)(frame, height, width) for frame in frames]
+                resampled = [fitted(frame, height, width) for frame in frames]
                 film = encode_film(resampled, float(wanted.seconds) / len(resampled), job.kind)
                 return film, encode_picture(resampled[0], "png")
 
@@ -167,8 +167,8 @@ class Videos:
                 async for item in items:
                     if isinstance(item, Frame):
                         order = job.order
-                        drawing.append(asyncio.create_task(easel.draw(order.model, item.codes, order.tenant, order.haste)))
-                        easel.backend.count_picture(order.model, order.caller.arrival)
+                        drawing.append(asyncio.create_task(easel.draw(order.model, item.codes, order.errand)))
+                        easel.backend.count_picture(order.model, order.errand.arrival)
                         job.progress = _DRAWN_SHARE * len(drawing) // job.wanted.num_frames
             return list(await asyncio.gather(*drawing))
         finally:
@@ -184,30 +184,11 @@ def videos_router(studio: Studio, limits: BodyLimits) -> APIRouter:
     @router.post("/v1/videos")
     async def create_video(request: Request) -> Response:
         wanted, warnings, reference = await _read(request, limits)
-        model = studio.easel.choose(wanted.model)
-        caller = caller_of(request)
+        model, caller = studio.easel.choose(wanted.model), caller_of(request)
         pictures: list[Codes] = []
         if reference is not None:
-            tenant, haste = salted(caller.tenant, wanted.cache_salt), Haste.of(caller, wanted.priority, wanted.timeout)
-            pictures = [await studio.see(model, reference[1], reference[0], tenant, haste)]
-        brief = Brief(wanted.prompt, tuple(pictures), num_frames=wanted.num_frames)
-        native = studio.easel.backend.info(model).picture_size
-        size = wanted.size_of(native)
-        if size != native:
-            warnings.note("size", f"the model draws {native[1]}x{native[0]}; the film was resampled to {size[1]}x{size[0]}")
-        if wanted.num_frames * size[0] * size[1] > MAX_PIXELS:
-            raise RequestError(f"a film has at most {MAX_PIXELS} pixels in all its frames", param="size")
-        kind = wanted.output_format or film_kinds()[0]
-        if kind not in film_kinds():
-            raise RequestError(f"this server makes no {kind}; there are {' and '.join(film_kinds())}", param="output_format")
-        if kind == "mp4" and (size[0] % 2 or size[1] % 2):
-            raise RequestError("size must have an even width and height as mp4", param="size")
-        try:
-            order = make_order(studio.easel, model, brief, wanted, caller, warnings)
-        except ContextLengthError as error:
-            error.param = "num_frames" if wanted.num_frames > 1 else "prompt"
-            raise
-        job = Job(f"video_{uuid.uuid4().hex}", caller.tenant, wanted, order, size, kind, int(time.time()))
+            pictures = [await studio.see(model, reference[1], reference[0], Errand.of(caller, wanted))]
+        job = _make_job(studio.easel, model, wanted, pictures, caller, warnings)
         videos.start(job)
         return json_answer(job.view(), warnings)
 
@@ -242,6 +223,27 @@ def videos_router(studio: Studio, limits: BodyLimits) -> APIRouter:
         return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
 
     return router
+
+
+def _make_job(easel: Easel, model: str, wanted: VideoRequest, pictures: Sequence[Codes], caller: Caller, warnings: Warnings) -> Job:
+    """Mutates: warnings. Raises: RequestError, UnavailableError."""
+    native = easel.backend.info(model).picture_size
+    size = wanted.size_of(native)
+    if size != native:
+        warnings.note("size", f"the model draws {native[1]}x{native[0]}; the film was resampled to {size[1]}x{size[0]}")
+    if wanted.num_frames * size[0] * size[1] > MAX_PIXELS:
+        raise RequestError(f"a film has at most {MAX_PIXELS} pixels in all its frames", param="size")
+    kind = wanted.output_format or film_kinds()[0]
+    if kind not in film_kinds():
+        raise RequestError(f"this server makes no {kind}; there are {' and '.join(film_kinds())}", param="output_format")
+    if kind == "mp4" and (size[0] % 2 or size[1] % 2):
+        raise RequestError("size must have an even width and height as mp4", param="size")
+    try:
+        order = make_order(easel, model, Brief(wanted.prompt, tuple(pictures), num_frames=wanted.num_frames), wanted, caller, warnings)
+    except ContextLengthError as error:
+        error.param = "num_frames" if wanted.num_frames > 1 else "prompt"
+        raise
+    return Job(f"video_{uuid.uuid4().hex}", caller.tenant, wanted, order, size, kind, int(time.time()))
 
 
 async def _read(request: Request, limits: BodyLimits) -> tuple[VideoRequest, Warnings, Source | None]:

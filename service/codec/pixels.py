@@ -123,13 +123,6 @@ def fitted(pixels: Pixels, height: int, width: int) -> Pixels:
     return _resampled(pixels, height, width, (left, top, pixels.width - left, pixels.height - top))
 
 
-def enlarged(pixels: Pixels, height: int, width: int) -> Pixels:
-    """The whole picture resampled to this size. What has the size already keeps every byte."""
-    if (pixels.height, pixels.width) == (height, width):
-        return pixels
-    return _resampled(pixels, height, width, (0.0, 0.0, float(pixels.width), float(pixels.height)))
-
-
 def encode_picture(pixels: Pixels, kind: PictureKind, quality: int = 95) -> bytes:
     """A file without metadata, the same bytes for the same pixels. quality: 0 to 100, for jpeg and webp; a webp of 100 is lossless."""
     options: dict[str, dict[str, object]] = {

@@ -2,7 +2,7 @@
 
 `plan` and `commit` (or `fail`) alternate strictly: a second plan before the first one's commit is refused, so that a block that a step
 writes can't be given away meanwhile. `add` and `abort` may come at any time. Who runs is `roster`'s affair, blocks are `tables`'s;
-here are requests, their ends, and the making of plans. No clock (time is the argument `now`, in seconds), no thread, no I/O.
+here are requests and their ends. No clock (time is the argument `now`, in seconds), no thread, no I/O.
 Long, because add, abort, plan, commit and fail are the transitions of one table of live requests.
 """
 
@@ -11,34 +11,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 
 from service.errors import RequestError
 from service.scheduling.block_pool import BlockKey, BlockPool
 from service.scheduling.drafts import Drafter, JacobiDrafter, LookupDrafter
+from service.scheduling.flight import Flight, make_flight, settle_drafts
 from service.scheduling.grammar import Grammar, GrammarError
 from service.scheduling.intake import Intake
 from service.scheduling.pictures import PictureQueue, PictureRequest
-from service.scheduling.plan import Drawn, KVGroup, PictureResult, PictureWork, PromptRead, PromptReading, Sample, Slice, StepPlan
+from service.scheduling.plan import Drawn, KVGroup, PictureResult, PromptReading, StepPlan
 from service.scheduling.reader import PromptReader
-from service.scheduling.roster import MAX_DRAFTING, Choice, Roster
+from service.scheduling.roster import MAX_DRAFTING, Roster
 from service.scheduling.sequence import Finish, Gang, Output, Request, Sequence, State, Stats
 from service.scheduling.tables import BlockTables
 from service.vocabulary import PictureIds
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """The step that was planned and not yet committed; `sampled` has each sample's gang, `readers` are in the order of its reads. `ending`:
-    the gangs that end with their prompt, because they want no id. `concluded`: indexes of samples whose grammars allow no id."""
-
-    plan: StepPlan
-    chosen: Choice
-    sampled: list[Gang]
-    ending: list[Gang]
-    readers: list[PromptReader]
-    concluded: dict[int, GrammarError | None] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
@@ -95,7 +83,7 @@ class Scheduler:
         )
         self._pictures = pictures
         self._live: dict[str, _Live] = {}
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self._earliest_deadline = math.inf
         self._arrivals, self._sequence_ids = count(), count()
         self._released: list[int] = []
@@ -202,7 +190,7 @@ class Scheduler:
             if gang.first_slice_at is None:
                 self._start(gang, now)
         self._roster.add_drafts(chosen)
-        self._flight = self._make_flight(chosen, work)
+        self._flight = make_flight(self._steps, chosen, work, tuple(self._released), self._pictures)
         self._steps += 1
         self._released = []
         return self._flight.plan, outputs
@@ -218,10 +206,8 @@ class Scheduler:
         if len(readings) != len(plan.reads):
             raise ValueError(f"{len(readings)} readings came for {len(plan.reads)} reads")
         flight = self._land(plan)
-        by_gang: dict[Gang, list[Drawn]] = {}
-        for gang, one in zip(flight.sampled, drawn, strict=True):
-            by_gang.setdefault(gang, []).append(one)
-        num_right = {gang: _settle_drafts(gang, ids) for gang, ids in by_gang.items() if gang.num_drafts}
+        by_gang = flight.by_gang(drawn)
+        num_right = {gang: settle_drafts(gang, ids) for gang, ids in by_gang.items() if gang.num_drafts}
         for gang, counts in flight.chosen.items():
             if gang.state is State.RUNNING:  # else aborted while the step ran
                 num_wrong = len(by_gang[gang]) - 1 - num_right[gang] if gang in num_right else 0
@@ -304,31 +290,6 @@ class Scheduler:
             return LookupDrafter()
         return JacobiDrafter(self._pictures) if request.grammars else None
 
-    def _make_flight(self, chosen: Choice, work: tuple[PictureWork, ...]) -> _Flight:
-        pieces = [
-            (sequence, tokens) for gang, counts in chosen.items() for sequence, tokens in zip(gang.sequences, counts, strict=True) if tokens
-        ]
-        pieces.sort(key=lambda piece: piece[1] > 1)  # stable: one token each first, as attention wants it
-        indexes = {sequence: index for index, (sequence, _) in enumerate(pieces)}
-        slices = tuple(_make_slice(sequence, tokens, self._pictures) for sequence, tokens in pieces)
-        whole = [gang for gang, counts in chosen.items() if _is_complete(gang, counts)]
-        drawing = [gang for gang in whole if gang.params.max_tokens]
-        sampled = [gang for gang in drawing for _ in range(gang.num_drafts + 1)]
-        samples = tuple(
-            _make_sample(gang, tuple(indexes[sequence] for sequence in gang.sequences), ahead)
-            for gang in drawing
-            for ahead in range(gang.num_drafts + 1)
-        )
-        reads = [
-            (gang.reader, read)
-            for gang, counts in chosen.items()
-            if gang.reader is not None and counts[0] and (read := _make_read(gang.reader, gang, counts[0], indexes)) is not None
-        ]
-        encode, draw = tuple(one for one in work if one.pixels), tuple(one for one in work if one.codes)
-        plan = StepPlan(self._steps, slices, samples, tuple(self._released), encode, draw, tuple(read for _, read in reads))
-        ending = [gang for gang in whole if not gang.params.max_tokens] if len(drawing) < len(whole) else []
-        return _Flight(plan, chosen, sampled, ending, [reader for reader, _ in reads])
-
     def _start(self, gang: Gang, now: float) -> None:
         """Its first slice: the first choice to come here takes its request out of the count of those that wait."""
         gang.first_slice_at = now
@@ -340,12 +301,12 @@ class Scheduler:
 
     # -- after a step --
 
-    def _require_flight(self, plan: StepPlan) -> _Flight:
+    def _require_flight(self, plan: StepPlan) -> Flight:
         if self._flight is None or self._flight.plan is not plan:
             raise RuntimeError(f"step {plan.step_id} is not the one in flight")
         return self._flight
 
-    def _land(self, plan: StepPlan) -> _Flight:
+    def _land(self, plan: StepPlan) -> Flight:
         flight = self._require_flight(plan)
         self._flight = None
         return flight
@@ -412,21 +373,6 @@ class Scheduler:
         return Output(gang.request.request_id, gang.choice, token, drawn, finish, stop_id, gang.usage(now), error, _tell(gang))
 
 
-def _is_complete(gang: Gang, counts: tuple[int, ...]) -> bool:
-    return sum(counts) == gang.num_pending
-
-
-def _make_slice(sequence: Sequence, num_tokens: int, pictures: PictureIds | None) -> Slice:
-    start, end = sequence.num_computed, sequence.num_computed + num_tokens
-    grid_starts = sequence.find_grid_starts(pictures, start, end) if pictures is not None else ()
-    return Slice(sequence.sequence_id, start, tuple(sequence.tokens[start:end]), sequence.freeze_tables(), grid_starts)
-
-
-def _make_read(reader: PromptReader, gang: Gang, num_tokens: int, indexes: dict[Sequence, int]) -> PromptRead | None:
-    first = gang.sequences[0]
-    return reader.next_read(first.sequence_id, indexes[first], first.num_computed, num_tokens)
-
-
 def _tell(gang: Gang) -> PromptReading | None:
     """What was read of its prompt, once, as soon as all of it is known. Mutates: gang.reader, which has no more to do."""
     reader = gang.reader
@@ -434,34 +380,3 @@ def _tell(gang: Gang) -> PromptReading | None:
         return None
     gang.reader = None
     return reader.reading()
-
-
-def _settle_drafts(gang: Gang, drawn: SequenceOf[Drawn]) -> int:
-    """How many leading guesses of a gang were drawn; its sequences keep those alone. Mutates: gang."""
-    tokens, count = gang.sequences[0].tokens, gang.num_drafts
-    guessed = tokens[len(tokens) - count :]
-    num_right = next((place for place in range(count) if guessed[place] != drawn[place].token), count)
-    if gang.drafter is not None:
-        gang.drafter.learn(len(tokens) - count, [one.token for one in drawn])
-    for sequence in gang.sequences:
-        sequence.drop(count - num_right)
-    gang.num_drafts = 0
-    return num_right
-
-
-def _make_sample(gang: Gang, slice_indexes: tuple[int, ...], ahead: int) -> Sample:
-    """ahead: how many guesses come before the id."""
-    first = gang.sequences[0]
-    num_generated = gang.num_generated + ahead
-    return Sample(
-        sequence_id=first.sequence_id,
-        slice_indexes=slice_indexes,
-        params=gang.params,
-        position=len(first.tokens) - gang.num_drafts + ahead,
-        num_generated=num_generated,
-        history=tuple(first.tokens) if gang.params.has_penalties else None,
-        prompt_len=gang.prompt_len,
-        banned=gang.params.stop_ids if num_generated < gang.params.min_tokens else (),
-        guidance=gang.request.guidance,
-        back=gang.num_drafts - ahead,
-    )

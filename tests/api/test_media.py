@@ -1,4 +1,7 @@
-"""Pictures that clients bring: data URLs and files, hosts that are listed and those that are not, redirects, sizes, and slow hosts."""
+"""Pictures that clients bring: data URLs and files, hosts that are listed and those that are not, redirects, sizes, and slow hosts.
+
+Long: a test a way in which a URL, a host or a redirect can be wrong.
+"""
 
 from __future__ import annotations
 

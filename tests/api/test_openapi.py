@@ -1,6 +1,6 @@
 """openapi.yaml and the app held to each other, both ways: routes, request fields with their bounds, statuses, and every answer's form.
 
-What pictures and videos are answered with is made by the routes' own shapes, without an engine.
+What pictures and videos are answered with is made by the routes' own shapes, without an engine. Long: every model and form of the contract.
 
 With OPENAI_SCHEMAS set (a JSON file of OpenAI's own response schemas) answers are held to those as well.
 """
@@ -34,10 +34,9 @@ from service.api import (
     tokenize,
 )
 from service.api.auth import is_public
-from service.api.backend import Caller
 from service.api.chat import ChatForm
 from service.api.choice import Piece
-from service.api.easel import Order, Preview
+from service.api.easel import Errand, Order, Preview
 from service.api.gallery import Gallery
 from service.api.images_shape import ImagesShape, Result
 from service.api.listing import page
@@ -333,7 +332,7 @@ def test_errors_have_a_status_written_down(server: Running) -> None:
 
 
 PIXELS = Pixels(2, 2, bytes(12))
-ORDER = Order(MODEL, (1,), (), PictureRule(4), SamplingParams(max_tokens=8, seed=3), Caller("", 0.0))
+ORDER = Order(MODEL, (1,), (), PictureRule(4), SamplingParams(max_tokens=8, seed=3), Errand("", 0.0))
 
 
 @pytest.mark.parametrize("is_edit", [False, True])
