@@ -112,7 +112,7 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
             loaded.append(_equip_encoder(source.name, model, load, num_threads))
         else:
             loaded.append(_equip(source.name, model, load, storage, budgets[source.name], painters.get(source.name)))
-    if num_decoders and storage.precision.is_int8 and device.type == "cpu" and native_library() is not None:
+    if num_decoders and _has_own_products(storage, device):
         # Our own threads do the work; PyTorch's would spin beside them after each small op (16 rows: 8.7 ms a step instead of 13.4).
         torch.set_num_threads(1)
     for number, one in enumerate(loaded):
@@ -191,9 +191,15 @@ def _equip(name: str, model: Transformer, load: Load, storage: Storage, kv_bytes
         vector_width=config.width,
         pictures=config.pictures,
         picture_pixels=painter.pixels_per_code if painter is not None else 0,
-        usual_draft_len=DRAFT_LEN_CPU if device.type == "cpu" else 0,
+        usual_draft_len=DRAFT_LEN_CPU if _has_own_products(storage, device) else 0,
     )
     return Loaded(info, Runner(model, cache, num_groups=len(layout.groups), device=device), layout.groups, painter)
+
+
+def _has_own_products(storage: Storage, device: torch.device) -> bool:
+    """Do the compiled kernels multiply? Then a row's result depends on nothing else; elsewhere its rounding depends on the number of rows,
+    and an id that was guessed ahead could decide a tie."""
+    return device.type == "cpu" and storage.precision.is_int8 and native_library() is not None
 
 
 def _equip_encoder(name: str, model: Encoder, load: Load, num_threads: int) -> Loaded:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import torch
 
+from kernels.cpu.library import load as native_library
 from service.engine.messages import Load, ModelSource, Ready
 from service.runner.load import load_models
 from service.runner.runner import Runner
@@ -38,6 +39,8 @@ def test_pictures_reach_the_scheduler(tmp_path: Path, dtype: Literal["auto", "fl
     torch.set_num_threads(threads)  # one model in int8 leaves torch with a single one
     crossed = msgspec.msgpack.decode(msgspec.msgpack.encode(Ready(models=(loaded.info,))), type=Ready)
     assert crossed.models[0].pictures == PICTURES
+    # Guesses are made by default only where a row's arithmetic depends on nothing else.
+    assert crossed.models[0].usual_draft_len == (8 if dtype == "auto" and native_library() is not None else 0)
     scheduler = build_lane(loaded, load).scheduler
     scheduler.add(Request("a", (tuple(STREAM),), SamplingParams(max_tokens=2, temperature=0.0)), 0.0)
     plan, _ = scheduler.plan(0.0)
