@@ -30,8 +30,11 @@ import numpy as np
 from PIL import Image
 
 from bench.lane import Loop, load_lane
-from bench.load import Load, measure, print_table, run_load, serving
+from bench.load import load_of, measure, print_table, run_load, serving
 from bench.probe import describe_machine
+from service.bench.options import Options
+from service.bench.request import ask
+from service.bench.server import Server
 from service.catalog import resolve
 from service.codec.prompt import load_codec
 from service.engine.messages import Load as LoadMessage
@@ -78,31 +81,24 @@ class Drawer:
 
 async def draw_for(url: str, users: int, until: Callable[[int], bool], options: dict[str, Any]) -> tuple[Drawer, float]:
     """Each user draws while `until` of its number of pictures is false. Returns what they measured and the seconds it took."""
-    drawer = Drawer()
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=httpx.Limits(max_connections=users + 2)) as client:
+    drawer, server = Drawer(), Server(url)
 
-        async def user(number: int) -> None:
-            turn = 0
-            while not until(turn):
-                prompt = EMOJI[(number + turn) % len(EMOJI)]
-                body = {"model": NAME, "prompt": prompt, "seed": 1000 * number + turn, "stream": True, "partial_images": 2, **options}
-                sent, first = time.perf_counter(), 0.0
-                async with client.stream("POST", "/v1/images/generations", json=body) as answer:
-                    is_done = False
-                    async for line in answer.aiter_lines():
-                        if line.startswith("event: ") and not first:
-                            first = time.perf_counter() - sent
-                        is_done = is_done or line.endswith("completed")
-                if answer.status_code != 200 or not is_done:
-                    drawer.failed += 1
-                else:
-                    drawer.previews.append(first)
-                    drawer.totals.append(time.perf_counter() - sent)
-                turn += 1
+    async def user(number: int) -> None:
+        turn = 0
+        while not until(turn):
+            prompt = EMOJI[(number + turn) % len(EMOJI)]
+            body = {"model": NAME, "prompt": prompt, "seed": 1000 * number + turn, "stream": True, "partial_images": 2, **options}
+            answer = await ask(server, "/v1/images/generations", body)
+            if answer.error is not None:
+                drawer.failed += 1
+            else:
+                drawer.previews.append(answer.ttft_s)
+                drawer.totals.append(answer.e2el_s)
+            turn += 1
 
-        start = time.perf_counter()
-        await asyncio.gather(*(user(number) for number in range(users)))
-        return drawer, time.perf_counter() - start
+    start = time.perf_counter()
+    await asyncio.gather(*(user(number) for number in range(users)))
+    return drawer, time.perf_counter() - start
 
 
 def drawn_by(url: str, users: int, count: int, **options: Any) -> dict[str, Any]:
@@ -165,7 +161,7 @@ def load(users: tuple[int, ...], count: int, jacobi: int | None, server_argument
 @_JSON
 def company(chats: int, drawers: int, rounds: int, json_path: Path | None) -> None:
     """Chat latency alone and beside those who draw: the default models in one engine, both kinds in turn, in one run."""
-    chat = Load(users=chats, requests_per_user=2, prompt_tokens=139, output_tokens=96, shared_prefix=0, seed=1)
+    chat = load_of(chats, 2, random_input_len=139, random_output_len=96, seed=1)
     alone: list[dict[str, Any]] = []
     beside: list[dict[str, Any]] = []
     drawn: list[dict[str, Any]] = []
@@ -179,14 +175,14 @@ def company(chats: int, drawers: int, rounds: int, json_path: Path | None) -> No
     print_table("chats alone", alone, 0.0)
     print_table(f"chats beside {drawers} who draw", beside, 0.0)
     pairs = zip(alone, beside, strict=True)
-    ratio = statistics.median(second["tpot_ms"]["p50"] / first["tpot_ms"]["p50"] for first, second in pairs)
+    ratio = statistics.median(second["median_tpot_ms"] / first["median_tpot_ms"] for first, second in pairs)
     rate = statistics.median([row["pictures_per_s"] for row in drawn])
     click.echo(f"\ntime per token beside pictures: {ratio:.2f} x; {rate:.1f} pictures/s meanwhile")
     options = {"chats": chats, "drawers": drawers, "rounds": rounds}
     _write(json_path, "company", {"alone": alone, "beside": beside, "drawn": drawn, "tpot_ratio": ratio}, options)
 
 
-async def _chats_beside(url: str, chat: Load, drawers: int) -> tuple[dict[str, Any], dict[str, Any]]:
+async def _chats_beside(url: str, chat: Options, drawers: int) -> tuple[dict[str, Any], dict[str, Any]]:
     is_over = False
     drawing = asyncio.create_task(draw_for(url, drawers, lambda turn: is_over, {}))
     await asyncio.sleep(0.3)

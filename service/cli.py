@@ -1,4 +1,4 @@
-"""The console script `braid`: serve, pull, models, chat, plan. Reads what a person typed, calls one function, prints what came back.
+"""The console script `braid`: serve, pull, models, chat, plan, bench. Reads what a person typed, calls one function, prints what came back.
 
 Start-up is quick: each command imports what it needs, and only `plan` ever loads torch. Installed by pyproject as `service.cli:main`.
 """
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import click
@@ -118,6 +119,66 @@ def plan(model: str, memory: int, max_context: int) -> None:
     from service.footprint import print_plan
 
     print_plan(_pull_one(model), memory, max_context)
+
+
+@main.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120, "show_default": True})
+def bench() -> None:
+    """Measure a running server."""
+
+
+def _goals(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
+    goals = {}
+    for value in values:
+        name, _, limit = value.partition(":")
+        try:
+            goals[name] = float(limit)
+        except ValueError:
+            name = ""
+        if name not in ("ttft", "tpot", "e2el") or not goals[name] > 0:
+            raise click.BadParameter(f"{value!r} is not ttft, tpot or e2el with milliseconds, such as ttft:200")
+    return goals
+
+
+# Only the key comes from the environment: figures must not depend on a variable that somebody forgot.
+@bench.command("serve", short_help="Load any OpenAI-style server over HTTP.")
+@click.option("--base-url", default="http://127.0.0.1:8000", help="Of the server, http or https.")
+@click.option("--endpoint", default="", show_default="/v1/chat/completions", help="Or /v1/completions; pictures have their own.")
+@click.option("--model", default="", show_default="the server's first", help="Which of the server's models.")
+@click.option(
+    "--api-key", default="", show_default="none", envvar="BRAID_API_KEY", show_envvar=True, help="A key that the server asks for."
+)
+@click.option(
+    "--dataset-name", type=click.Choice(("random", "shared-prefix", "multi-turn", "pictures")), default="random", help="What is sent."
+)
+@click.option("--num-prompts", type=click.IntRange(1), default=100, help="Requests, those of all turns together.")
+@click.option("--random-input-len", type=click.IntRange(1), default=139, help="Tokens of a prompt, by the server's own count.")
+@click.option("--random-output-len", type=click.IntRange(1), default=128, help="Tokens of an answer, at most.")
+@click.option("--shared-prefix-len", type=click.IntRange(1), default=512, help="shared-prefix: tokens before them that all prompts share.")
+@click.option("--num-turns", type=click.IntRange(1), default=4, help="multi-turn: requests of one conversation.")
+@click.option("--think-time", type=click.FloatRange(0), default=0.0, help="Mean seconds a user pauses before a request.")
+@click.option("--partial-images", type=click.IntRange(0, 3), default=2, help="pictures: previews of each.")
+@click.option(
+    "--request-rate", type=click.FloatRange(0, min_open=True), default=float("inf"), help="Arrivals a second; inf is a closed loop."
+)
+@click.option("--burstiness", type=click.FloatRange(0, min_open=True), default=1.0, help="Of arrivals: 1 is Poisson, less comes in bursts.")
+@click.option("--max-concurrency", type=click.IntRange(1), show_default="all at once", help="Requests in flight, at most.")
+@click.option("--ignore-eos/--no-ignore-eos", default=False, help="Answers go on to their full length; not every server can.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, help="0 is greedy.")
+@click.option("--warmups", type=click.IntRange(0), default=1, help="Short requests before, which are not measured.")
+@click.option("--seed", default=0, help="Of what is sent and when.")
+@click.option("--goodput", multiple=True, callback=_goals, metavar="KEY:MS", show_default="none", help="ttft, tpot or e2el; repeatable.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), show_default="none", help="Write all figures here.")
+@click.option("--save-detailed", is_flag=True, help="With the lengths and times of every request.")
+def bench_serve(json_path: Path | None, save_detailed: bool, **values: Any) -> None:
+    """Send requests to a server and report throughput, times to the first token, and times between tokens.
+
+    The options and figures are those of `vllm bench serve`. Status 1 when no request was answered.
+    """
+    from service.bench.options import Options
+    from service.bench.run import run
+
+    if not run(Options(**values), json_path, saves_details=save_detailed):
+        sys.exit(1)
 
 
 def _pull_one(model: str) -> Resolved:

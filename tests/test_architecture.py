@@ -18,8 +18,8 @@ SOURCES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
 BANNED_IMPORTS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 BANNED_CALLS = {"eval", "exec", "__import__", "torch.load", "torch.hub.load", "numpy.load", "np.load", "os.system", "os.popen", "yaml.load"}
 BANNED_NAMES = ("Manager", "Handler", "Helper", "Util", "Utils", "Base", "Impl", "Mixin")
-# In the process that takes requests: modules that are imported in full and must not bring torch with them.
-HTTP_PACKAGES = ("service.api", "service.codec", "service.jobs")
+# In the process that takes requests, and in the client that measures it: modules that are imported in full and must not bring torch.
+HTTP_PACKAGES = ("service.api", "service.codec", "service.jobs", "service.bench")
 HTTP_MODULES = ("service.engine.client", "service.catalog", "service.checkpoint", "service.cli", "service.settings", "service.__main__")
 
 

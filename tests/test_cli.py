@@ -41,7 +41,11 @@ FLAGS = {
     "models": "",
     "chat": "--base-url --model --system --api-key --temperature --max-tokens",
     "plan": "--memory --max-context",
+    "bench": "",
 }
+BENCH_SERVE_FLAGS = """--base-url --endpoint --model --api-key --dataset-name --num-prompts --random-input-len --random-output-len
+    --shared-prefix-len --num-turns --think-time --partial-images --request-rate --burstiness --max-concurrency --ignore-eos
+    --no-ignore-eos --temperature --warmups --seed --goodput --json --save-detailed"""
 
 
 def braid(*arguments: str, **more: Any) -> Result:
@@ -60,6 +64,16 @@ def options_of(command: str) -> list[click.Option]:
 def test_flags_are_pinned() -> None:
     found = {name: {flag for option in options_of(name) for flag in (*option.opts, *option.secondary_opts)} for name in cli.main.commands}
     assert found == {name: set(flags.split()) for name, flags in FLAGS.items()}
+
+
+def test_flags_of_bench_serve_are_pinned() -> None:
+    """As in vLLM's command, so that scripts need no change; and each says what it is unless nothing is asked."""
+    options = cli.bench.commands["serve"].params
+    assert {flag for option in options for flag in (*option.opts, *option.secondary_opts)} == set(BENCH_SERVE_FLAGS.split())
+    text = " ".join(braid("bench", "serve", "--help").output.split())
+    for option in options:
+        assert option.help in text
+        assert "default: " in text.partition(option.help)[2].partition(" --")[0] or option.is_flag, option.name
 
 
 @pytest.mark.parametrize("command", list(FLAGS))

@@ -1,28 +1,31 @@
-"""What the load generator makes of the answers it gets."""
+"""What the load command adds to `braid bench serve`: the loads it asks for, and its table."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from bench.load import Answer, Load, summarise
-
-LOAD = Load(users=2, requests_per_user=1, prompt_tokens=8, output_tokens=4, shared_prefix=0, seed=1)
-
-
-def test_figures_by_hand() -> None:
-    answers = [
-        Answer(sent=10.0, chunk_times=[10.5, 11.0, 12.0], prompt_tokens=8, cached_tokens=4, output_tokens=4),
-        Answer(sent=20.0, chunk_times=[20.1, 20.4], prompt_tokens=8, output_tokens=4),
-        Answer(sent=1.0, error="refused"),
-    ]
-    row = summarise(answers, 4.0, LOAD)
-    assert (row["completed"], row["failed"], row["errors"]) == (2, 1, ["refused"])
-    assert row["output_throughput"] == 2.0
-    assert row["ttft_ms"]["p50"] == pytest.approx(300)
-    assert row["tpot_ms"]["mean"] == pytest.approx((500 + 100) / 2)
-    assert row["cached_tokens_per_request"] == 2
+from bench.load import load_of, measure, print_table
+from service.bench.options import Options
+from tests.bench.fake_server import FakeServer, running
 
 
-def test_nothing_but_failures_is_no_crash() -> None:
-    row = summarise([Answer(sent=0.0, error="gone")], 1.0, LOAD)
-    assert (row["completed"], row["output_throughput"], row["ttft_ms"]) == (0, 0, {})
+def test_users_are_a_closed_loop_of_full_answers() -> None:
+    load = load_of(3, 4, random_input_len=40)
+    assert (load.num_prompts, load.max_concurrency, load.ignore_eos, load.dataset_name) == (12, 3, True, "random")
+    shared = load_of(3, 4, shared_prefix=100)
+    assert (shared.dataset_name, shared.shared_prefix_len) == ("shared-prefix", 100)
+    assert load_of(1, 1) == Options(num_prompts=1, max_concurrency=1, ignore_eos=True, warmups=0)
+
+
+def test_loads_are_measured_in_turn_after_one_warm_up(capsys: pytest.CaptureFixture[str]) -> None:
+    more: dict[str, Any] = {"random_input_len": 20, "random_output_len": 4}
+    with running(FakeServer()) as server:
+        rows = measure(server.url, [load_of(1, 2, **more), load_of(2, 2, **more)])
+    assert [row["completed"] for row in rows] == [2, 4]
+    prompts = {body["messages"][0]["content"] for body in server.asked}
+    assert (len(server.asked), len(prompts)) == (8, 8)
+    print_table("both", rows, 100.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["users", "1", "2"]
