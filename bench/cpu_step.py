@@ -9,43 +9,62 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from kernels.cpu.ops import cpu_ops
 from kernels.linear.reference import quantize_int8
 from kernels.ops import AttentionSpec, Int8Weight, LayerSpec, LayerWeights, Ops, PagedBatch, PagedKV, Weight
+from service.runner.kv_cache import as_kept
 
-LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_WIDTH, WIDE, VOCAB = 30, 576, 9, 3, 64, 1536, 49152
 BLOCK_SIZE = 16
 CONTEXT = 200
 
 
-class Model:
-    """Layers, tied table and a bfloat16 K/V pool for `sequences` of up to `context` tokens."""
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a decoder; as it stands, SmolLM2-135M's."""
 
-    def __init__(self, ops: Ops, num_blocks: int) -> None:
+    layers: int = 30
+    width: int = 576
+    heads: int = 9
+    kv_heads: int = 3
+    head_width: int = 64
+    wide: int = 1536
+    vocab_size: int = 49_152
+
+    @property
+    def qkv_rows(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_width
+
+
+class Model:
+    """Layers, tied table and a bfloat16 K/V pool of num_blocks, keys as columns as the runner keeps them."""
+
+    def __init__(self, ops: Ops, num_blocks: int, shape: Shape = Shape()) -> None:
         self.ops = ops
-        spec = LayerSpec(HEADS, KV_HEADS, HEAD_WIDTH, AttentionSpec(HEAD_WIDTH**-0.5), 1e-5, "silu")
-        rows = (HEADS + 2 * KV_HEADS) * HEAD_WIDTH
-        rotary = torch.randn(8192, 2, HEAD_WIDTH // 2)
+        self.shape = shape
+        width, head_width = shape.width, shape.head_width
+        spec = LayerSpec(shape.heads, shape.kv_heads, head_width, AttentionSpec(head_width**-0.5), 1e-5, "silu")
+        rotary = torch.randn(8192, 2, head_width // 2)
         self.layers = [
             LayerWeights(
                 spec,
-                torch.ones(WIDTH),
-                self._matrix(rows, WIDTH),
-                self._matrix(WIDTH, HEADS * HEAD_WIDTH),
-                torch.ones(WIDTH),
-                self._matrix(2 * WIDE, WIDTH),
-                self._matrix(WIDTH, WIDE),
+                torch.ones(width),
+                self._matrix(shape.qkv_rows, width),
+                self._matrix(width, shape.heads * head_width),
+                torch.ones(width),
+                self._matrix(2 * shape.wide, width),
+                self._matrix(width, shape.wide),
                 rotary,
             )
-            for _ in range(LAYERS)
+            for _ in range(shape.layers)
         ]
-        self.table = self._matrix(VOCAB, WIDTH)
-        self.norm = torch.ones(WIDTH)
-        pool = torch.randn(LAYERS, 2, num_blocks, KV_HEADS, BLOCK_SIZE, HEAD_WIDTH).bfloat16()
-        self.views = [(pool[layer, 0], pool[layer, 1]) for layer in range(LAYERS)]
+        self.table = self._matrix(shape.vocab_size, width)
+        self.norm = torch.ones(width)
+        pool = torch.randn(shape.layers, 2, num_blocks, shape.kv_heads, BLOCK_SIZE, head_width).bfloat16()
+        self.views = [(as_kept(pool[layer, 0]), pool[layer, 1]) for layer in range(shape.layers)]
 
     def _matrix(self, rows: int, columns: int) -> Weight:
         return self.ops.pack(quantize_int8(torch.randn(rows, columns) / columns**0.5))
@@ -117,7 +136,7 @@ def main() -> None:
         for sequences, length, start in ((1, 1, options.context - 1), (4, 1, options.context - 1), (16, 1, options.context - 1),
                                          (64, 1, options.context - 1), (1, 512, 0)):  # fmt: skip
             batch, positions = batch_of(sequences, length, start)
-            ids = torch.randint(VOCAB, (sequences * length,))
+            ids = torch.randint(model.shape.vocab_size, (sequences * length,))
             sampled = batch.query_start[1:].long() - 1
             median, least = milliseconds(
                 lambda ids=ids, positions=positions, batch=batch, sampled=sampled: model.step(ids, positions, batch, sampled)

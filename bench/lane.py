@@ -1,6 +1,6 @@
 """One model in this process, stepped as the engine's loop steps its lane, without mailbox and messages: for benchmarks of steps.
 
-Used by `bench.pictures` and `bench.speculation`.
+Used by `bench.pictures`, `bench.speculation` and `bench.offline`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from service.scheduling.sequence import Request
 from service.worker import build_lane
 
 
-def load_lane(name: str, *, has_prefix_cache: bool = True) -> tuple[Loaded, Load]:
-    """A model of the catalog as `braid serve` loads it, and the message that loaded it."""
+def load_lane(name: str, *, has_prefix_cache: bool = True, max_sequences: int = 64) -> tuple[Loaded, Load]:
+    """A model, named as for `braid serve` and loaded as there, and the message that loaded it."""
     message = Load(
         models=(ModelSource(name, str(resolve(name).path)),),
         dtype="auto",
@@ -30,7 +30,7 @@ def load_lane(name: str, *, has_prefix_cache: bool = True) -> tuple[Loaded, Load
         memory_bytes=0,
         max_context=0,
         max_batch_tokens=512,
-        max_sequences=64,
+        max_sequences=max_sequences,
         prefix_cache=has_prefix_cache,
     )
     return load_models(message, lambda phase, fraction: None)[0], message

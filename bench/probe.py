@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured in the same run as what Braid does: read bandwidth, and who the machine is."""
+"""What this machine can do at best, measured in the same run as what Braid does: read bandwidth, arithmetic, and who the machine is."""
 
 from __future__ import annotations
 
@@ -20,6 +20,29 @@ def read_bandwidth(num_bytes: int = 256 * 2**20, repeats: int = 12) -> float:
         data.sum()
         best = max(best, num_bytes / (time.perf_counter() - start))
     return best
+
+
+def arithmetic_rate(repeats: int = 40) -> float:
+    """Operations (a product and its sum are two) a second of float32 matrix products with all cores: the best of several of a small
+    model's size."""
+    rows, inner, columns = 512, 576, 3072
+    left, right = torch.ones(rows, inner), torch.ones(inner, columns)
+    best = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        left @ right
+        best = max(best, 2 * rows * inner * columns / (time.perf_counter() - start))
+    return best
+
+
+def int8_rate(float_rate: float) -> float:
+    """What int8 products could reach beside that rate of float32 products: four times as many.
+
+    A nominal rate: an instruction that multiplies bytes (vpdpbusd) does four products and sums in the place of one of float32, through the
+    same ports. Our own products, at their best, would be no fair limit. A processor without that instruction needs three others for it and
+    can reach a third; `float_rate` is what PyTorch gets out of the machine, and so at most some percent too low.
+    """
+    return 4 * float_rate
 
 
 def describe_machine() -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""Root of the HTTP process: sockets, engine client, codecs, app, server, and the way they end. Reads top to bottom as a straight line.
+"""Root of the HTTP process: socket, engine client, door, server, app, and the way they end. Reads top to bottom as a straight line.
 
 The only place that takes `Settings` apart; everything else gets the numbers that it needs. Called by `braid serve`.
+What is imported here is little, and the rest comes in two pieces when it is wanted: the engine's process starts first, then the port
+answers, and the app is imported and built beside an engine that imports torch.
 """
 
 from __future__ import annotations
@@ -15,41 +17,30 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine, Iterator, Sequence
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
 
-import uvicorn
-
-from service.api.app import Limits, build_app
-from service.api.auth import hosts_to_accept
-from service.api.backend import vocabulary_of
-from service.api.body import BodyLimits
-from service.api.connection import TimedConnection
-from service.api.insider import SelfCaller
-from service.api.media import MediaLimits
-from service.api.routes import VERSION
 from service.catalog import Resolved
-from service.codec.pixels import PictureLimits
-from service.codec.prompt import Codec, load_codec
 from service.engine.client import EngineClient
 from service.engine.messages import Load, ModelSource
-from service.errors import StartupError
-from service.jobs.desk import Desk, open_desk
-from service.metrics import Metrics
+from service.errors import StartupError, UnavailableError
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.middleware import Middleware
+
+    from service.api.door import Door
+    from service.api.insider import SelfCaller
+    from service.api.server import Server
+    from service.codec.prompt import Codec
+    from service.jobs.desk import Desk
+    from service.metrics import Metrics
 
 log = logging.getLogger("braid")
 
-_FLUSH_S = 3  # for answers that are being written when the server ends
 _DEAD_S = 1.0  # in which probes can still see that the engine is dead
-
-
-class Server(uvicorn.Server):
-    """uvicorn without signal handlers of its own: ours drain first."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+_CALM_S = 1.0  # after which the engine, asked for nothing, makes its tables for grammars
 
 
 def main(settings: Settings, models: Sequence[Resolved]) -> int:
@@ -78,38 +69,30 @@ async def serve(settings: Settings, models: Sequence[Resolved]) -> int:
         ends.callback(sock.close)
         ends.push_async_callback(_settled, loading)
         ends.push_async_callback(engine.close)
-        codecs = await asyncio.to_thread(_load_codecs, models)
-        metrics = Metrics(settings.metrics_prefix, codecs)
-        metrics.watch_engine(
-            stats=engine.stats,
-            models=engine.models,
-            is_ready=lambda: engine.health().state == "ready",
-            has_prefix_cache=settings.prefix_cache,
-        )
-        engine.on_delivery.append(metrics.on_delivery)
+        await asyncio.sleep(0)  # the engine's process starts now, before anything else is imported here
+        gc.disable()
+        metrics = _metrics(settings, models, engine)
         desk = _open_desk(settings)
         if desk is not None:
             ends.push_async_callback(desk.close)
-        app = build_app(
-            engine=engine,
-            codecs=codecs,
-            metrics=metrics,
-            limits=_limits(settings),
-            api_keys=settings.api_keys,
-            allow_origins=settings.allow_origins,
-            hosts=hosts_to_accept(settings.host, bool(settings.api_keys), settings.allowed_hosts),
-            desk=desk,
-        )
-        server = make_server(app)
+        layers = _layers(settings, metrics)
+        door, server = _open_door(engine, layers)
         serving = asyncio.create_task(server.serve(sockets=[sock]), name="http")
         ends.push_async_callback(_stop, server, serving)
+        ends.callback(door.shut)
+        codecs, app = await asyncio.to_thread(_build_app, settings, models, engine, metrics, layers, desk)
+        door.open(app)
+        # What start-up made stays for good: the collector need not walk it, neither while it grows nor while tokens flow.
+        gc.freeze()
+        gc.enable()
         await _first(loading, leaving.wait(), serving)
         if loading.done():
             loading.result()
+            _announce(sock, models, time.monotonic() - start)
             if desk is not None:
-                desk.batches.start(SelfCaller(app))
-            _announce(sock, codecs, time.monotonic() - start)
-            _teach(engine, codecs)
+                desk.batches.start(_self_caller(app))
+            teaching = asyncio.create_task(_teach(engine, codecs), name="teaching")
+            ends.callback(teaching.cancel)
             await _first(leaving.wait(), engine.dead.wait(), serving)
         if desk is not None:
             await desk.batches.stop()
@@ -148,19 +131,26 @@ def _load_message(settings: Settings, models: Sequence[Resolved]) -> Load:
     )
 
 
-def _limits(settings: Settings) -> Limits:
-    return Limits(
-        BodyLimits(max_bytes=settings.max_body_bytes, is_strict=settings.strict, origins=settings.allow_origins),
-        settings.max_queue_requests,
-        media=MediaLimits(PictureLimits(settings.max_image_bytes, settings.max_image_pixels), hosts=settings.media_hosts),
+# Each of these imports what it needs: at the head of the file it would hold up the engine, or the port.
+
+
+def _metrics(settings: Settings, models: Sequence[Resolved], engine: EngineClient) -> Metrics:
+    from service.metrics import Metrics
+
+    metrics = Metrics(settings.metrics_prefix, [model.name for model in models])
+    metrics.watch_engine(
+        stats=engine.stats,
+        models=engine.models,
+        is_ready=lambda: engine.health().state == "ready",
+        has_prefix_cache=settings.prefix_cache,
     )
-
-
-def _load_codecs(models: Sequence[Resolved]) -> dict[str, Codec]:
-    return {model.name: load_codec(model.path, name=model.name) for model in models}
+    engine.on_delivery.append(metrics.on_delivery)
+    return metrics
 
 
 def _open_desk(settings: Settings) -> Desk | None:
+    from service.jobs.desk import open_desk
+
     if settings.data_folder is None:
         return None
     return open_desk(
@@ -172,20 +162,50 @@ def _open_desk(settings: Settings) -> Desk | None:
     )
 
 
-def make_server(app: object) -> Server:
-    config = uvicorn.Config(
-        app,  # type: ignore[arg-type]
-        http=TimedConnection,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        h11_max_incomplete_event_size=32 * 1024,
-        timeout_keep_alive=60,
-        timeout_graceful_shutdown=_FLUSH_S,
+def _layers(settings: Settings, metrics: Metrics) -> list[Middleware]:
+    from service.api.auth import hosts_to_accept
+    from service.api.layers import make_layers
+
+    hosts = hosts_to_accept(settings.host, bool(settings.api_keys), settings.allowed_hosts)
+    return make_layers(metrics, api_keys=settings.api_keys, allow_origins=settings.allow_origins, hosts=hosts)
+
+
+def _open_door(engine: EngineClient, layers: Sequence[Middleware]) -> tuple[Door, Server]:
+    from service.api.door import Door, Probes
+    from service.api.server import make_server
+
+    door = Door(Probes(engine), layers)
+    return door, make_server(door)
+
+
+def _build_app(
+    settings: Settings,
+    models: Sequence[Resolved],
+    engine: EngineClient,
+    metrics: Metrics,
+    layers: Sequence[Middleware],
+    desk: Desk | None,
+) -> tuple[dict[str, Codec], FastAPI]:
+    """Runs in a thread while the engine loads. Raises: StartupError, WeightsError."""
+    from service.api.app import Limits, build_app
+    from service.api.body import BodyLimits
+    from service.api.media import MediaLimits
+    from service.codec.pixels import PictureLimits
+    from service.codec.prompt import load_codec
+
+    codecs = {model.name: load_codec(model.path, name=model.name) for model in models}
+    limits = Limits(
+        BodyLimits(max_bytes=settings.max_body_bytes, is_strict=settings.strict, origins=settings.allow_origins),
+        settings.max_queue_requests,
+        media=MediaLimits(PictureLimits(settings.max_image_bytes, settings.max_image_pixels), hosts=settings.media_hosts),
     )
-    return Server(config)
+    return codecs, build_app(engine=engine, codecs=codecs, metrics=metrics, limits=limits, layers=layers, desk=desk)
+
+
+def _self_caller(app: FastAPI) -> SelfCaller:
+    from service.api.insider import SelfCaller
+
+    return SelfCaller(app)
 
 
 def install_signal_handlers(leaving: asyncio.Event) -> None:
@@ -211,20 +231,27 @@ async def _first(*waits: asyncio.Task[Any] | Coroutine[Any, Any, Any]) -> None:
             task.cancel()
 
 
-def _announce(sock: socket.socket, codecs: dict[str, Codec], seconds: float) -> None:
+def _announce(sock: socket.socket, models: Sequence[Resolved], seconds: float) -> None:
+    from service.api.routes import VERSION
+
     host, port = sock.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    log.info("braid %s serves %s at http://%s:%d/v1, ready after %.1f s", VERSION, ", ".join(codecs), shown, port, seconds)
-    # What start-up made stays for good: the collector need not walk it while tokens flow.
-    gc.collect()
-    gc.freeze()
+    names = ", ".join(model.name for model in models)
+    log.info("braid %s serves %s at http://%s:%d/v1, ready after %.1f s", VERSION, names, shown, port, seconds)
 
 
-def _teach(engine: EngineClient, codecs: dict[str, Codec]) -> None:
-    """The engine makes its tables for grammars now: a quarter of a second for 49,000 tokens, in which nothing else of it runs."""
+async def _teach(engine: EngineClient, codecs: dict[str, Codec]) -> None:
+    """The engine makes its tables for grammars as soon as nobody is served: a quarter of a second for 49,000 tokens, in which nothing else
+    of it runs. Whoever needs one before teaches it at once."""
+    from service.api.backend import vocabulary_of
+
     for name, codec in codecs.items():
+        await asyncio.sleep(_CALM_S)
+        while engine.num_in_flight:
+            await asyncio.sleep(_CALM_S)
         if engine.models()[name].can_generate:
-            engine.teach(name, functools.partial(vocabulary_of, name, codec))
+            with contextlib.suppress(UnavailableError):
+                engine.teach(name, functools.partial(vocabulary_of, name, codec))
 
 
 async def _drain(engine: EngineClient, timeout_s: float) -> None:

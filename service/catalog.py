@@ -22,8 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from filelock import FileLock, Timeout
-
 from service.errors import StartupError
 
 Progress = Callable[[str, float], None]
@@ -236,21 +234,28 @@ def pull(entry: CatalogEntry | ShippedEntry, progress: Progress = lambda doing, 
         return Resolved(entry.name, entry.folder, entry.licence, entry.total_size)
     folder = model_folder(entry)
     if not (is_cached(entry) or verify(entry)):  # so far nothing is written: a cache on a read-only disk serves too
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            # Another process may be fetching it: waiting is cheaper than fetching twice.
-            with FileLock(folder / ".lock", timeout=1800):
-                if not (is_cached(entry) or verify(entry)):
-                    _fetch(entry, folder, progress)
-        except Timeout:
-            raise StartupError(f"another process has been fetching {entry.name} for half an hour; stop it and try again") from None
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise StartupError(
-                f"can't keep {entry.name} in the cache folder ({reason}); set BRAID_CACHE to a folder that can be written"
-            ) from error
+        _fetch_alone(entry, folder, progress)
     path = folder if entry.beside else folder / entry.place(entry.files[-1])
     return Resolved(entry.name, path, entry.licence, entry.total_size)
+
+
+def _fetch_alone(entry: CatalogEntry, folder: Path, progress: Progress) -> None:
+    """Another process may be fetching it: waiting is cheaper than fetching twice. Raises: StartupError."""
+    # Only the first start needs it, and asyncio comes with it.
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=1800):
+            if not (is_cached(entry) or verify(entry)):
+                _fetch(entry, folder, progress)
+    except Timeout:
+        raise StartupError(f"another process has been fetching {entry.name} for half an hour; stop it and try again") from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise StartupError(
+            f"can't keep {entry.name} in the cache folder ({reason}); set BRAID_CACHE to a folder that can be written"
+        ) from error
 
 
 def verify(entry: CatalogEntry | ShippedEntry) -> bool:

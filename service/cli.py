@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,17 @@ _CONTEXT: dict[str, Any] = {
 }
 
 
-def _version() -> str:
+def _show_version(context: click.Context, option: click.Parameter, is_asked: bool) -> None:
+    if not is_asked or context.resilient_parsing:
+        return
+    from importlib import metadata
+
     try:
-        return metadata.version("braid")
+        version = metadata.version("braid")
     except metadata.PackageNotFoundError:  # run from its sources
-        return "(not installed)"
+        version = "(not installed)"
+    click.echo(f"braid {version}")
+    context.exit()
 
 
 class Commands(click.Group):
@@ -44,7 +49,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(_version(), message="braid %(version)s")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version and exit.")
 def main() -> None:
     """An inference server that speaks OpenAI's protocol.
 

@@ -1,4 +1,4 @@
-"""The HTTP application: routes, layers in front of them, and errors in OpenAI's shape. Reads top to bottom as one list.
+"""The HTTP application: routes, and errors in OpenAI's shape. Reads top to bottom as one list.
 
 Starts nothing and reads no settings. Called by the composition root and by tests.
 """
@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from service.api.auth import ApiKeys, HostCheck, KeyCheck
 from service.api.backend import Backend
 from service.api.batches import batches_router
 from service.api.body import BodyLimits
@@ -24,14 +23,14 @@ from service.api.classify import classify_router
 from service.api.completions import completion_route
 from service.api.easel import Easel
 from service.api.embeddings import embedding_router
-from service.api.envelope import CLIENT_GONE, Envelope
+from service.api.envelope import CLIENT_GONE
 from service.api.errors import error_response
 from service.api.files import files_router
 from service.api.gallery import Gallery, gallery_router
 from service.api.images import images_router
 from service.api.media import Media, MediaLimits
 from service.api.messages import messages_router
-from service.api.methods import HeadAsGet, with_head
+from service.api.methods import with_head
 from service.api.models import models_router
 from service.api.ops import ops_router
 from service.api.page import page_router
@@ -64,17 +63,15 @@ def build_app(
     codecs: Mapping[str, Codec],
     metrics: Metrics,
     limits: Limits | None = None,
-    api_keys: Sequence[str] = (),
-    allow_origins: Sequence[str] = (),
-    hosts: Sequence[str] = (),
+    layers: Sequence[Middleware],
     desk: Desk | None = None,
 ) -> FastAPI:
-    """codecs: by model name, the default first. api_keys: none lets everybody in. allow_origins: none sends no CORS headers. hosts: the
-    names that the server answers to; none for any. desk: files and batches; None where the server keeps none."""
+    """codecs: by model name, the default first. layers: in front of the routes, from `make_layers`. desk: files and batches; None where
+    the server keeps none."""
     limits = limits or Limits()
     backend = Backend(engine, codecs, metrics, limits.max_requests)
     studio = Studio(Easel(backend), Media(limits.media), Gallery())
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(middleware=list(layers), openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_api_route("/v1/chat/completions", chat_route(studio, limits.body), methods=["POST"])
     app.add_api_route("/v1/completions", completion_route(backend, limits.body), methods=["POST"])
     app.include_router(responses_router(studio, limits.body, limits.responses))
@@ -96,20 +93,6 @@ def build_app(
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
-
-    # The last one added is the outermost.
-    app.add_middleware(HeadAsGet)
-    app.add_middleware(KeyCheck, keys=ApiKeys(api_keys))
-    app.add_middleware(HostCheck, hosts=hosts)
-    if allow_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(allow_origins),
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id", "x-braid-warnings", "openai-processing-ms", "retry-after"],
-        )
-    app.add_middleware(Envelope, metrics=metrics)
     return app
 
 

@@ -12,16 +12,18 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urljoin, urlsplit
 
-import httpx
 import numpy as np
 from numpy.typing import NDArray
 
 from service.api.body import BodyRoom
 from service.codec.pixels import PictureLimits, Pixels, decode_mask, decode_picture, fitted
 from service.errors import RequestError
+
+if TYPE_CHECKING:
+    import httpx
 
 T = TypeVar("T")
 _DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w=.+-]*)*),", re.ASCII | re.IGNORECASE)
@@ -95,6 +97,8 @@ class Media:
             raise RequestError("the picture is not valid base64", param=param, code="invalid_base64_image") from None
 
     async def _fetched(self, url: str, param: str) -> bytes:
+        import httpx  # rarely needed, and a tenth of all that the server imports at start
+
         async with httpx.AsyncClient(transport=self._transport, timeout=_FETCH_S, follow_redirects=False) as client:
             try:
                 async with asyncio.timeout(_FETCH_S):

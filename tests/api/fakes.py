@@ -18,8 +18,10 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from service.__main__ import Server, listen, make_server
+from service.__main__ import listen
 from service.api.app import Limits, build_app
+from service.api.layers import make_layers
+from service.api.server import Server, make_server
 from service.codec.prompt import Codec
 from service.codec.reply import CallDelta, Parts
 from service.codec.special import Special, SpecialTokens
@@ -399,13 +401,15 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(*, limits: Limits | None = None, connection: type | None = None, **options: Any) -> Iterator[Running]:
+def running(*, limits: Limits | None = None, connection: type | None = None, desk: Any = None, **options: Any) -> Iterator[Running]:
+    """options: of `make_layers`."""
     engine = FakeEngine()
     codec = ByteCodec()
     metrics = Metrics("braid", [MODEL])
     metrics.watch_engine(stats=engine.stats, models=engine.models, is_ready=lambda: engine.state == "ready", has_prefix_cache=True)
     engine.on_delivery.append(metrics.on_delivery)
-    app = build_app(engine=engine, codecs={MODEL: codec}, metrics=metrics, limits=limits, **options)  # type: ignore[arg-type, dict-item]
+    layers = make_layers(metrics, **options)
+    app = build_app(engine=engine, codecs={MODEL: codec}, metrics=metrics, limits=limits, layers=layers, desk=desk)  # type: ignore[arg-type, dict-item]
     server = make_server(app)
     if connection is not None:
         server.config.http = connection

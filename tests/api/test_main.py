@@ -159,6 +159,17 @@ def test_a_signal_while_loading(start) -> None:  # type: ignore[no-untyped-def]
     assert status == 0, written
 
 
+def test_probes_answer_while_the_app_is_being_built_and_requests_wait(start) -> None:  # type: ignore[no-untyped-def]
+    server = start(5, "--codec-s", "1.5")
+    eventually(lambda: server.status("/live") == 200, 10)
+    begin = time.monotonic()
+    assert server.status("/ready") == 503
+    assert httpx.get(f"{server.url}/v1/models", timeout=10).json()["data"][0]["id"] == "tiny"
+    assert time.monotonic() - begin > 0.5
+    server.process.terminate()
+    assert server.end(10)[0] == 0
+
+
 def test_an_engine_that_can_not_start(start) -> None:  # type: ignore[no-untyped-def]
     status, written = start(60, "--start", "refuse").end(20)
     assert status == 1
@@ -173,7 +184,8 @@ def test_an_address_that_is_taken() -> None:
 
 
 def test_the_http_process_never_loads_torch() -> None:
-    code = "import sys, service.__main__; print(sorted({'torch', 'transformers', 'triton'} & set(sys.modules)))"
+    modules = "service.__main__, service.api.app, service.codec.prompt"
+    code = f"import sys, {modules}; print(sorted({{'torch', 'transformers', 'triton'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ})
     assert result.stdout.strip() == "[]"
 
