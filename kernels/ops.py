@@ -76,7 +76,28 @@ class Int8Weight:
     packed: object | None = None
 
 
-Weight = Tensor | Int8Weight
+GROUP = 32
+"""Inputs that share a scale in a `GroupedWeight`."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class GroupedWeight:
+    """A matrix [out, in] as unsigned whole numbers of `bits` bits (4 or 8), with a scale and an offset for every 32 inputs of an output:
+    weight ~ values * scale + offset. The blocks of GGUF's Q4_0, Q4_1 and Q8_0 are this, number by number.
+
+    Products quantise x to int8 with a scale for every 32 inputs too. packed: as in `Int8Weight`.
+    """
+
+    out_features: int
+    in_features: int
+    bits: int
+    values: Tensor  # uint8 [out, in]
+    scales: Tensor  # float16 [out, in / 32]
+    offsets: Tensor  # float16 [out, in / 32]
+    packed: object | None = None
+
+
+Weight = Tensor | Int8Weight | GroupedWeight
 """A matrix [out, in]: dense, or quantised."""
 
 

@@ -23,7 +23,7 @@ void kv_write(Context& context, const Layer& layer, const KV& kv, const Batch& b
 
 void qkv(Context& context, const Layer& layer, const KV& kv, const Batch& batch, const float* x, float* residual, bool has_residual, const int64_t* positions,
          float* q, int64_t num_tokens) {
-    const Activations a = reserve_activations(context, num_tokens, layer.width);
+    const Activations a = reserve_activations(context, num_tokens, layer.qkv);
     float* normed = reserve_floats(context.hidden, num_tokens * layer.width);
     parallel_rows(context, num_tokens, layer.width, [&](int64_t row) {
         const int64_t at = row * layer.width;
@@ -31,29 +31,29 @@ void qkv(Context& context, const Layer& layer, const KV& kv, const Batch& batch,
         add_norm_quantize(has_residual ? x + at : nullptr, residual + at, layer.attention_norm, layer.eps, normed + at, a, row);
     });
     float* rows = reserve_floats(context.product, num_tokens * layer.qkv.out);
-    product(context, a, layer.qkv, PlainStore{layer.qkv, layer.qkv_bias, rows});
+    product(context, a, layer.qkv, PlainStore{layer.qkv.out, layer.qkv_bias, rows});
     kv_write(context, layer, kv, batch, rows, positions, q, num_tokens);
 }
 
 void linear(Context& context, const Matrix& weight, const float* x, float* out, int64_t num_rows) {
-    const Activations a = reserve_activations(context, num_rows, weight.in);
+    const Activations a = reserve_activations(context, num_rows, weight);
     parallel_rows(context, num_rows, weight.in, [&](int64_t row) { quantize_row(x + row * weight.in, a, row); });
-    product(context, a, weight, PlainStore{weight, nullptr, out});
+    product(context, a, weight, PlainStore{weight.out, nullptr, out});
 }
 
 void out_mlp(Context& context, const Layer& layer, const float* y, float* residual, float* x, int64_t num_tokens) {
     float* sum = reserve_floats(context.product, num_tokens * layer.width);
     linear(context, layer.out, y, sum, num_tokens);
-    const Activations a = reserve_activations(context, num_tokens, layer.width);
+    const Activations a = reserve_activations(context, num_tokens, layer.gate_up);
     parallel_rows(context, num_tokens, layer.width, [&](int64_t row) {
         const int64_t at = row * layer.width;
         add_norm_quantize(sum + at, residual + at, layer.mlp_norm, layer.eps, sum + at, a, row);
     });
     float* hidden = reserve_floats(context.hidden, num_tokens * layer.down.in);
     if (layer.gelu)
-        product(context, a, layer.gate_up, GatedStore<true>{layer.gate_up, hidden});
+        product(context, a, layer.gate_up, GatedStore<true>{layer.gate_up.out / 2, hidden});
     else
-        product(context, a, layer.gate_up, GatedStore<false>{layer.gate_up, hidden});
+        product(context, a, layer.gate_up, GatedStore<false>{layer.gate_up.out / 2, hidden});
     linear(context, layer.down, hidden, x, num_tokens);
 }
 

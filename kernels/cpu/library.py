@@ -15,7 +15,10 @@ log = logging.getLogger(__name__)
 
 
 class Matrix(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("scales", c_void_p), ("sums", c_void_p), ("out_features", c_int64), ("in_features", c_int64))
+    _fields_ = (
+        *((name, c_void_p) for name in ("data", "scales", "sums")),
+        *((name, c_int64) for name in ("out_features", "in_features", "group_bits")),
+    )
 
 
 class Layer(ctypes.Structure):

@@ -17,9 +17,21 @@ from torch import Tensor
 
 from kernels.compose import FineOps, compose
 from kernels.cpu.library import KV, Batch, Draw, Layer, Matrix, load
-from kernels.cpu.packed import PackedStrips, linear_floats, pack_floats, pack_strips
+from kernels.cpu.packed import PackedStrips, linear_floats, pack_floats, pack_groups, pack_strips
 from kernels.linear import reference as plain_linear
-from kernels.ops import Activation, AttentionSpec, Int8Weight, LayerWeights, Ops, PagedBatch, PagedKV, Sampled, SampleRows, Weight
+from kernels.ops import (
+    Activation,
+    AttentionSpec,
+    GroupedWeight,
+    Int8Weight,
+    LayerWeights,
+    Ops,
+    PagedBatch,
+    PagedKV,
+    Sampled,
+    SampleRows,
+    Weight,
+)
 from kernels.reference_ops import REFERENCE_FINE_OPS, reference_ops
 from kernels.sample.reference import penalised, with_logprobs
 
@@ -47,6 +59,8 @@ def cpu_ops(isa: str | None = None, num_threads: int | None = None) -> Ops:
 
 
 def _pack_without_library(weight: Weight) -> Weight:
+    if isinstance(weight, GroupedWeight):
+        return plain_linear.dense_of(weight)
     return pack_floats(weight) if isinstance(weight, Int8Weight) else weight
 
 
@@ -57,7 +71,7 @@ def _linear_without_library(x: Tensor, weight: Weight) -> Tensor:
 
 
 def _strips(weight: Weight) -> PackedStrips | None:
-    return weight.packed if isinstance(weight, Int8Weight) and isinstance(weight.packed, PackedStrips) else None
+    return weight.packed if not isinstance(weight, Tensor) and isinstance(weight.packed, PackedStrips) else None
 
 
 def _pointer(x: Tensor | None) -> int | None:
@@ -206,7 +220,9 @@ class _Native:
         return with_logprobs(ids, logits, rows)
 
     def pack(self, weight: Weight) -> Weight:
-        return pack_strips(weight) if isinstance(weight, Int8Weight) and weight.packed is None else weight
+        if isinstance(weight, Tensor) or weight.packed is not None:
+            return weight
+        return pack_groups(weight) if isinstance(weight, GroupedWeight) else pack_strips(weight)
 
     # --- structs ------------------------------------------------------------------------------------------------------------------
 
