@@ -210,6 +210,8 @@ class Ops:
       attend(q [T, N, H], kv, spec) -> y [T, N * H]
       out_mlp(y [T, N * H], residual, weights) -> (x [T, D], residual)
           residual = residual + out(y); RMSNorm; x = down(gated(gate_up(norm))). The caller adds x at the next norm.
+    Coarse, one a step.
+      draw(x [R, D], head [V, D], rows) -> Sampled: sample(linear(x, head)), whose logits a back end need not write.
     Fine.
       linear(x [M, in], weight) -> [M, out], x's dtype; an int8 weight quantises each row of x by its own scale, so that a row's
           result is bit-equal whatever the other rows are.
@@ -233,6 +235,7 @@ class Ops:
     kv_write: Callable[[Tensor, LayerWeights, Tensor, PagedKV], Tensor]
     gated: Callable[[Tensor, Activation], Tensor]
     sample: Callable[[Tensor, SampleRows], Sampled]
+    draw: Callable[[Tensor, Weight, SampleRows], Sampled]
     pack: Callable[[Weight], Weight]
 
 

@@ -125,6 +125,7 @@ struct Table {
                      int64_t num_tokens);
     void (*gated)(Context&, const float* gate_up, float* out, int64_t num_rows, int64_t width, bool is_gelu);
     void (*sample)(Context&, const float* logits, const Draw&, int64_t* ids, int64_t num_rows, int64_t vocab_size);
+    bool (*draw)(Context&, const Matrix& head, const float* x, const Draw&, int64_t* ids, int64_t num_rows);
 };
 
 const Table* generic_table();
@@ -137,6 +138,6 @@ struct Context {
         : table(operations), pool(num_threads), of_thread(static_cast<size_t>(pool.size())) {}
     const Table* table;
     Pool pool;
-    Scratch bytes, scales, product, hidden, items, partial;
+    Scratch bytes, scales, product, hidden, items, partial, contests;
     std::vector<Scratch> of_thread;
 };

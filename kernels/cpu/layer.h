@@ -2,8 +2,7 @@
 // that hands them out. Included by the isa_*.cpp files, each of which becomes one instruction set's version.
 #pragma once
 #include "attention.h"
-#include "product.h"
-#include "sample.h"
+#include "head.h"
 
 namespace {
 
@@ -41,6 +40,22 @@ void linear(Context& context, const Matrix& weight, const float* x, float* out, 
     product(context, a, weight, PlainStore{weight.out, nullptr, out});
 }
 
+bool draw(Context& context, const Matrix& head, const float* x, const Draw& wanted, int64_t* ids, int64_t num_rows) {
+    for (int64_t row = 0; row < num_rows; ++row)
+        if (needs_logits(wanted, row)) return false;
+    const Activations a = reserve_activations(context, num_rows, head);
+    parallel_rows(context, num_rows, head.in, [&](int64_t row) { quantize_row(x + row * head.in, a, row); });
+    const HeadStore store(context, wanted, head.out, num_rows);
+    product(context, a, head, store);
+    for (auto& memory : context.of_thread) memory.reserve(store.finish_bytes());
+    std::atomic<bool> is_done{true};
+    parallel(context, num_rows, [&](int64_t row, int thread) {
+        ids[row] = store.winner(row, context.of_thread[static_cast<size_t>(thread)].reserve(0));
+        if (ids[row] < 0) is_done = false;
+    });
+    return is_done;
+}
+
 void out_mlp(Context& context, const Layer& layer, const float* y, float* residual, float* x, int64_t num_tokens) {
     float* sum = reserve_floats(context.product, num_tokens * layer.width);
     linear(context, layer.out, y, sum, num_tokens);
@@ -76,6 +91,6 @@ void gated(Context& context, const float* gate_up, float* out, int64_t num_rows,
     });
 }
 
-constexpr Table table_of(const char* name) { return Table{name, qkv, attend, out_mlp, linear, embed, rms_norm, kv_write, gated, sample}; }
+constexpr Table table_of(const char* name) { return Table{name, qkv, attend, out_mlp, linear, embed, rms_norm, kv_write, gated, sample, draw}; }
 
 }  // namespace

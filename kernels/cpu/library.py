@@ -65,6 +65,7 @@ _ARGUMENTS = {
     "braid_kv_write": (_P, _P, _P, _P, _P, _P, _P, _N),
     "braid_gated": (_P, _P, _P, _N, _N, c_int32),
     "braid_sample": (_P, _P, _P, _P, _N, _N),
+    "braid_draw": (_P, _P, _P, _P, _P, _N),
 }
 
 

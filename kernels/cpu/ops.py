@@ -40,6 +40,7 @@ _LANES = 16
 """Head width and feed-forward width must be multiples of this for the compiled attention and the fused feed-forward block."""
 _MOST_KEPT = 1024
 _UNSEEN = 2**63 - 1
+_NEEDS_LOGITS = 3
 
 
 def cpu_ops(isa: str | None = None, num_threads: int | None = None) -> Ops:
@@ -55,7 +56,7 @@ def cpu_ops(isa: str | None = None, num_threads: int | None = None) -> Ops:
     native = _Native(library, name, num_threads or torch.get_num_threads())
     fine = FineOps(native.attend, native.linear, native.embed, native.rms_norm, native.kv_write, native.gated, native.sample, native.pack)
     native.composed = compose("cpu", fine)
-    return replace(native.composed, qkv=native.qkv, out_mlp=native.out_mlp)
+    return replace(native.composed, qkv=native.qkv, out_mlp=native.out_mlp, draw=native.draw)
 
 
 def _pack_without_library(weight: Weight) -> Weight:
@@ -126,6 +127,20 @@ class _Native:
         x = torch.empty_like(residual)
         self._check(self._library.braid_out_mlp(self._context, layer, y.data_ptr(), residual.data_ptr(), x.data_ptr(), len(y)))
         return x, residual
+
+    def draw(self, x: Tensor, head: Weight, rows: SampleRows) -> Sampled:
+        strips = _strips(head)
+        if strips is None or rows.counts is not None or rows.logprobs or not _is_native(x):
+            return self.composed.draw(x, head, rows)
+        x, draw = x.contiguous(), _Rows(rows, rows.mask)
+        ids = torch.empty(len(x), dtype=torch.int64)
+        status = self._library.braid_draw(
+            self._context, addressof(strips.matrix), x.data_ptr(), addressof(draw.struct), ids.data_ptr(), len(x)
+        )
+        if status == _NEEDS_LOGITS:
+            return self.composed.draw(x, head, rows)
+        self._check(status)
+        return Sampled(ids)
 
     # --- fine ---------------------------------------------------------------------------------------------------------------------
 
@@ -209,13 +224,12 @@ class _Native:
 
     def sample(self, logits: Tensor, rows: SampleRows) -> Sampled:
         scores = (penalised(logits, rows) if rows.counts is not None else logits.float()).contiguous()
-        mask = None if rows.mask is None or rows.counts is not None else rows.mask.int().contiguous()
-        floats = [x.float().contiguous() for x in (rows.temperature, rows.top_p, rows.min_p)]
-        ints = [rows.top_k.int().contiguous(), rows.seeds.contiguous(), rows.positions.contiguous()]
-        draw = Draw(*(x.data_ptr() for x in floats + ints), None if mask is None else mask.data_ptr())
+        draw = _Rows(rows, rows.mask if rows.counts is None else None)
         ids = torch.empty(len(scores), dtype=torch.int64)
         self._check(
-            self._library.braid_sample(self._context, scores.data_ptr(), addressof(draw), ids.data_ptr(), len(scores), scores.shape[1])
+            self._library.braid_sample(
+                self._context, scores.data_ptr(), addressof(draw.struct), ids.data_ptr(), len(scores), scores.shape[1]
+            )
         )
         return with_logprobs(ids, logits, rows)
 
@@ -262,6 +276,17 @@ class _Native:
         ):
             batch = self._batch = (new.slots, new.block_table, new.query_start, new.context_len, new.grid_start, _batch_struct(new))
         return addressof(struct), addressof(batch[5])
+
+
+class _Rows:
+    """The struct of a call's parameters, and the tensors that it points into."""
+
+    def __init__(self, rows: SampleRows, mask: Tensor | None) -> None:
+        floats = [x.float().contiguous() for x in (rows.temperature, rows.top_p, rows.min_p)]
+        ints = [rows.top_k.int().contiguous(), rows.seeds.contiguous(), rows.positions.contiguous()]
+        self.mask = None if mask is None else mask.int().contiguous()
+        self.tensors = floats + ints
+        self.struct = Draw(*(x.data_ptr() for x in self.tensors), _pointer(self.mask))
 
 
 def _layer_struct(weights: LayerWeights, matrices: list[Matrix]) -> Layer:

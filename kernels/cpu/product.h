@@ -1,4 +1,5 @@
-// The matrix product: all rows by all outputs, cut into tiles, and where its numbers go. What a band of rows makes of two strips is in dot.h
+// The matrix product: all rows by all outputs, cut into tiles, and where its numbers go: a store takes 32 of one row, and which thread
+// brings them; a thread's tiles ascend. What a band of rows makes of two strips is in dot.h
 // and grouped.h. Included by the isa_*.cpp files.
 #pragma once
 #include "grouped.h"
@@ -13,7 +14,7 @@ struct PlainStore {
     int64_t num_pairs() const { return ceil_div(num_outputs, 32); }
     int64_t first(int64_t pair) const { return pair * 32; }
     int64_t second(int64_t pair) const { return pair * 32 + 16 < num_outputs ? pair * 32 + 16 : pair * 32; }
-    void operator()(int64_t pair, int64_t row, const float* numbers) const {
+    void operator()(int64_t pair, int64_t row, const float* numbers, int) const {
         for (int half = 0; half < 32; half += W) {
             const int64_t at = pair * 32 + half;
             if (at >= num_outputs) return;
@@ -36,7 +37,7 @@ struct GatedStore {
     int64_t num_pairs() const { return width / 16; }
     int64_t first(int64_t pair) const { return pair * 16; }
     int64_t second(int64_t pair) const { return width + pair * 16; }
-    void operator()(int64_t pair, int64_t row, const float* numbers) const {
+    void operator()(int64_t pair, int64_t row, const float* numbers, int) const {
         for (int lane = 0; lane < 16; lane += W)
             store(out + row * width + pair * 16 + lane, activate<kIsGelu>(load(numbers + lane)) * load(numbers + 16 + lane));
     }
@@ -52,7 +53,7 @@ void product(Context& context, const Activations& a, const Matrix& weight, const
     const int64_t chunks = ceil_div(num_bands, kBandsPerTile);
     const int64_t stride = chunks == 1 ? pairs * (context.pool.size() - 1) : 0;  // from a tile to the one this thread likely takes next
     const Dot multiply = (weight.group_bits == 0 ? kDots : weight.group_bits == 4 ? kGroupedDots<4> : kGroupedDots<8>)[a.rows - 1];
-    parallel(context, ceil_div(num_pairs, pairs) * chunks, [&](int64_t tile, int) {
+    parallel(context, ceil_div(num_pairs, pairs) * chunks, [&](int64_t tile, int thread) {
         alignas(64) float y[kMostRows][32];
         const int64_t first_band = tile % chunks * kBandsPerTile, first_pair = tile / chunks * pairs;
         const int64_t bands = least(num_bands - first_band, kBandsPerTile);
@@ -62,7 +63,7 @@ void product(Context& context, const Activations& a, const Matrix& weight, const
                 const int64_t row = band * a.rows, at = a.scale_of(band);
                 const Pair strips{weight, out.first(pair), out.second(pair), out.first(next), out.second(next), band - first_band, bands};
                 multiply(Band{a.band(band), a.scales + at, a.sums + at}, strips, y);
-                for (int64_t r = 0; r < least(a.rows, a.num_rows - row); ++r) out(pair, row + r, y[r]);
+                for (int64_t r = 0; r < least(a.rows, a.num_rows - row); ++r) out(pair, row + r, y[r], thread);
             }
         }
     });

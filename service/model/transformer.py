@@ -103,17 +103,19 @@ class Transformer(nn.Module):
 
     def logits(self, x_TD: Tensor, residual_TD: Tensor, rows_R: Tensor) -> Tensor:
         """float32 [R, V] for the chosen rows."""
-        normed, _ = self.ops.rms_norm(x_TD[rows_R], residual_TD[rows_R], self.final_norm, self.config.norm_eps)
-        return self.ops.linear(normed, self.head).float()
+        return self.project(self.hidden(x_TD, residual_TD, rows_R))
 
     def hidden(self, x_TD: Tensor, residual_TD: Tensor, rows_R: Tensor) -> Tensor:
-        """float32 [R, D]: the final hidden states of the chosen rows, after the last norm, as the model computes: see `restore`."""
-        normed, _ = self.ops.rms_norm(x_TD[rows_R], residual_TD[rows_R], self.final_norm, self.config.norm_eps)
-        return normed.float()
+        """[R, D]: the final hidden states of the chosen rows, after the last norm, as the model computes: see `restore`."""
+        return self.ops.rms_norm(x_TD[rows_R], residual_TD[rows_R], self.final_norm, self.config.norm_eps)[0]
+
+    def project(self, hidden_RD: Tensor) -> Tensor:
+        """float32 [R, V]: logits."""
+        return self.ops.linear(hidden_RD, self.head).float()
 
     def restore(self, hidden_RD: Tensor) -> Tensor:
         """Final hidden states, or sums of them, in the basis that the model was trained in, float32 [R, D]."""
-        return hidden_RD if self.basis is None else hidden_RD @ self.basis
+        return hidden_RD.float() if self.basis is None else hidden_RD.float() @ self.basis
 
 
 def _bytes_of(weight: Weight) -> int:
