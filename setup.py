@@ -28,8 +28,8 @@ FLAGS = [
     "-Wno-maybe-uninitialized",
 ]
 ISA_FLAGS = {
-    "isa_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mprefer-vector-width=512".split(),
-    "isa_avx2.cpp": "-mavx2 -mfma".split(),
+    "isa_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mprefer-vector-width=512".split(),
+    "isa_avx2.cpp": "-mavx2 -mfma -mf16c".split(),
 }
 FOLDER = Path("kernels/cpu")
 WEIGHTS = Path("weights")

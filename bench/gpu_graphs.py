@@ -32,10 +32,10 @@ def compare(name: str, batch: int) -> dict[str, Any]:
     for context in CONTEXTS:
         plan = step_of(runner, [(context - 1, [5 + s]) for s in range(batch)], 2048)
         runner.graphs = graphs
-        replayed = runner.forward(plan).logits.clone()
+        replayed = runner.logits(runner.forward(plan)).clone()
         runner.cache.pool.copy_(kept)
         runner.graphs = None
-        eager = runner.forward(plan).logits
+        eager = runner.logits(runner.forward(plan))
         runner.cache.pool.copy_(kept)
         worst = max(worst, float((replayed - eager).abs().max()))
     return {"passes": untouched and worst == 0.0, "largest_difference": worst, "capture_left_kv_alone": untouched, "contexts": CONTEXTS}

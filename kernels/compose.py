@@ -43,6 +43,9 @@ def compose(name: str, fine: FineOps) -> Ops:
         normed, residual = fine.rms_norm(fine.linear(y, weights.out), residual_TD, weights.mlp_norm, spec.norm_eps)
         return fine.linear(fine.gated(fine.linear(normed, weights.gate_up), spec.activation), weights.down), residual
 
+    def draw(x_RD: Tensor, head: Weight, rows: SampleRows) -> Sampled:
+        return fine.sample(fine.linear(x_RD, head).float(), rows)
+
     return Ops(
         name=name,
         qkv=qkv,
@@ -54,5 +57,6 @@ def compose(name: str, fine: FineOps) -> Ops:
         kv_write=fine.kv_write,
         gated=fine.gated,
         sample=fine.sample,
+        draw=draw,
         pack=fine.pack,
     )

@@ -76,7 +76,28 @@ class Int8Weight:
     packed: object | None = None
 
 
-Weight = Tensor | Int8Weight
+GROUP = 32
+"""Inputs that share a scale in a `GroupedWeight`."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class GroupedWeight:
+    """A matrix [out, in] as unsigned whole numbers of `bits` bits (4 or 8), with a scale and an offset for every 32 inputs of an output:
+    weight ~ values * scale + offset. The blocks of GGUF's Q4_0, Q4_1 and Q8_0 are this, number by number.
+
+    Products quantise x to int8 with a scale for every 32 inputs too. packed: as in `Int8Weight`.
+    """
+
+    out_features: int
+    in_features: int
+    bits: int
+    values: Tensor  # uint8 [out, in]
+    scales: Tensor  # float16 [out, in / 32]
+    offsets: Tensor  # float16 [out, in / 32]
+    packed: object | None = None
+
+
+Weight = Tensor | Int8Weight | GroupedWeight
 """A matrix [out, in]: dense, or quantised."""
 
 
@@ -189,6 +210,8 @@ class Ops:
       attend(q [T, N, H], kv, spec) -> y [T, N * H]
       out_mlp(y [T, N * H], residual, weights) -> (x [T, D], residual)
           residual = residual + out(y); RMSNorm; x = down(gated(gate_up(norm))). The caller adds x at the next norm.
+    Coarse, one a step.
+      draw(x [R, D], head [V, D], rows) -> Sampled: sample(linear(x, head)), whose logits a back end need not write.
     Fine.
       linear(x [M, in], weight) -> [M, out], x's dtype; an int8 weight quantises each row of x by its own scale, so that a row's
           result is bit-equal whatever the other rows are.
@@ -212,6 +235,7 @@ class Ops:
     kv_write: Callable[[Tensor, LayerWeights, Tensor, PagedKV], Tensor]
     gated: Callable[[Tensor, Activation], Tensor]
     sample: Callable[[Tensor, SampleRows], Sampled]
+    draw: Callable[[Tensor, Weight, SampleRows], Sampled]
     pack: Callable[[Weight], Weight]
 
 

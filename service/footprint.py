@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from kernels.ops import GROUP
 from service.catalog import Resolved
 from service.errors import StartupError
 from service.memory import available_bytes
@@ -34,15 +35,25 @@ class Footprint:
 
 
 def weight_bytes(config: ModelConfig, storage: Storage) -> int:
-    """Of all matrices, each counted once; int8 rows have a float32 scale, and beside an int8 head there
-    are a bfloat16 embedding and the basis of the rotation."""
+    """Of all matrices, each counted once; beside a quantised head there are a bfloat16 embedding and the basis of the rotation. For a
+    GGUF file whose 4-bit numbers int4 keeps as they are, this is too much: it has neither."""
     matrices = {name: shape for name, shape in expected_shapes(config).items() if len(shape) == 2}
-    if storage.precision.is_int8:
+    if storage.precision.weights != "dense":
         rows, columns = matrices.pop("embedding")
-        matrices["head"] = (rows, columns)
+        head = matrices.pop("head", (rows, columns))
         basis = 4 * config.width**2  # brings vectors back to where the model's own channels are
-        return 2 * rows * columns + basis + sum(rows * (columns + 4) for rows, columns in matrices.values())
+        has_groups = storage.precision.weights == "int4"
+        quantised = (quantised_bytes(name, *shape, has_groups=has_groups) for name, shape in {**matrices, "head": head}.items())
+        return 2 * rows * columns + basis + sum(quantised)
     return sum(rows * columns for rows, columns in matrices.values()) * storage.precision.dtype.itemsize
+
+
+def quantised_bytes(name: str, rows: int, columns: int, *, has_groups: bool) -> int:
+    """Rows of int8 have a float32 scale each, groups of 32 numbers two float16."""
+    if not has_groups or columns % GROUP:
+        return rows * (columns + 4)
+    bits = 4 if name.rpartition(".")[2] in ("out", "gate", "up") else 8
+    return rows * columns // GROUP * (bits * GROUP // 8 + 4)
 
 
 def footprint(config: ModelConfig, storage: Storage, memory_bytes: int) -> Footprint:
@@ -100,7 +111,7 @@ def print_plan(model: Resolved, memory_bytes: int, max_context: int) -> None:
     )
     table = Table("dtype", "weights", "K/V per token", "K/V memory", "K/V tokens", f"sequences of {config.max_context}")
     most = 0
-    for name in ("int8", "bfloat16", "float32"):
+    for name in ("int4", "int8", "bfloat16", "float32"):
         size = footprint(config, choose_storage(name, torch.device("cpu")), memory_bytes)
         most = max(most, size.kv_tokens)
         numbers = (format_bytes(size.weight_bytes), format_bytes(size.kv_token_bytes), format_bytes(size.kv_bytes))

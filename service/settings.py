@@ -38,7 +38,7 @@ class Settings:
     models: tuple[str, ...] = DEFAULT_MODELS
     host: str = "127.0.0.1"
     port: int = 8000
-    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     device: str = "auto"
     memory: int = 0
     max_context: int = 0
@@ -246,7 +246,7 @@ _OPTIONS = (
     _option(
         "--dtype",
         "dtype",
-        type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
+        type=click.Choice(["auto", "float32", "bfloat16", "int8", "int4"]),
         help="Of the weights. auto is int8 on a CPU and bfloat16 on a GPU.",
     ),
     _option("--device", "device", type=Device(), help="auto, cpu, cuda or cuda:N."),

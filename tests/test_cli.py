@@ -200,7 +200,7 @@ def test_plan_prints_all_precisions(model: Path) -> None:
     rows = {
         line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in result.output.splitlines() if "│" in line
     }
-    assert set(rows) >= {"int8", "bfloat16", "float32"}
+    assert set(rows) >= {"int4", "int8", "bfloat16", "float32"}
     # Keys and values of 2 layers, 2 heads of 16, in bfloat16 and float32.
     assert (rows["bfloat16"][1], rows["float32"][1]) == ("256 B", "512 B")
 
@@ -212,7 +212,7 @@ def test_plan_refuses_what_cannot_be(model: Path) -> None:
     assert "give more --memory" in result.output
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_planned_weights_are_the_loaded_ones(tmp_path: Path, dtype: str, is_tied: bool) -> None:
     config = dataclasses.replace(TINY, has_tied_head=is_tied)

@@ -9,13 +9,17 @@
 #include <thread>
 #include <vector>
 
-// An int8 matrix [out, in] in strips of 16 outputs: data [strips][quads][16][4], quads = ceil(in / 4), zeros where it is padded.
-// scales and sums (of a row's int8 values) are padded to whole strips.
+// A matrix [out, in] in strips of 16 outputs, zeros where it is padded. Two forms.
+// group_bits 0: int8 with one scale per output. data [strips][quads][16][4], quads = ceil(in / 4); scales and sums (of a row's int8
+// values) are padded to whole strips.
+// group_bits 4 or 8: unsigned numbers of so many bits with a scale and an offset for every 32 inputs of an output, w = scale * u +
+// offset. data [strips][in / 32] of: lines of 64 bytes [16][4], with 8 bits one for each quad of inputs, with 4 bits one for quads j (low
+// nibbles) and j + 4 (high ones); then 16 scales and 16 offsets in float16. scales and sums are null.
 struct Matrix {
-    const int8_t* data;
+    const uint8_t* data;
     const float* scales;
     const int32_t* sums;
-    int64_t out, in;
+    int64_t out, in, group_bits;
 };
 
 // One decoder layer. A null pointer is an absent part; the matrices are empty (data null) when the weights are dense.
@@ -121,6 +125,7 @@ struct Table {
                      int64_t num_tokens);
     void (*gated)(Context&, const float* gate_up, float* out, int64_t num_rows, int64_t width, bool is_gelu);
     void (*sample)(Context&, const float* logits, const Draw&, int64_t* ids, int64_t num_rows, int64_t vocab_size);
+    bool (*draw)(Context&, const Matrix& head, const float* x, const Draw&, int64_t* ids, int64_t num_rows);
 };
 
 const Table* generic_table();
@@ -133,6 +138,6 @@ struct Context {
         : table(operations), pool(num_threads), of_thread(static_cast<size_t>(pool.size())) {}
     const Table* table;
     Pool pool;
-    Scratch bytes, scales, product, hidden, items, partial;
+    Scratch bytes, scales, product, hidden, items, partial, contests;
     std::vector<Scratch> of_thread;
 };

@@ -10,7 +10,7 @@ namespace {
 
 bool can_run_avx2() {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #else
     return false;
 #endif
@@ -50,6 +50,12 @@ int guarded(int64_t num_rows, Body&& body) {
 // Here and not in sample.h, because the library's templates compiled for one instruction set could be linked into another's code.
 void sort_descending(float* first, float* last) { std::sort(first, last, std::greater<float>()); }
 
+// Mutates: the order of [first, last). n begins at 1.
+float nth_highest(float* first, float* last, int64_t n) {
+    std::nth_element(first, first + n - 1, last, std::greater<float>());
+    return first[n - 1];
+}
+
 #define BRAID_API extern "C" __attribute__((visibility("default")))
 
 // isa: "avx512", "avx2", "generic", or "" for the best that this machine can run; null when it can't run the one asked for.
@@ -85,6 +91,13 @@ BRAID_API int braid_out_mlp(Context* c, const Layer* layer, const float* y, floa
 
 BRAID_API int braid_linear(Context* c, const Matrix* weight, const float* x, float* out, int64_t num_rows) {
     return guarded(num_rows, [&] { c->table->linear(*c, *weight, x, out, num_rows); });
+}
+
+// 3: some row needs all its logits: take braid_linear and braid_sample.
+BRAID_API int braid_draw(Context* c, const Matrix* head, const float* x, const Draw* draw, int64_t* ids, int64_t num_rows) {
+    bool is_done = true;
+    const int status = guarded(num_rows, [&] { is_done = c->table->draw(*c, *head, x, *draw, ids, num_rows); });
+    return status != 0 ? status : is_done ? 0 : 3;
 }
 
 // 2: an id lies outside the table.

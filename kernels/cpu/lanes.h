@@ -72,6 +72,17 @@ INLINE V load_bf16(const uint16_t* p) {
 }
 #endif
 
+// 16 numbers of float16 in memory become floats; a single one likewise.
+INLINE float half_to_float(uint16_t half) {
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, rest = half & 0x7fffu;
+    uint32_t bits = sign | ((rest << 13) + (112u << 23));
+    if (rest >= 0x7c00u) bits = sign | 0x7f800000u | (rest & 0x3ffu) << 13;  // infinite, or no number
+    float result;
+    std::memcpy(&result, &bits, 4);
+    if (rest < 0x400u) result = (sign != 0 ? -1.0f : 1.0f) * static_cast<float>(rest) * 5.9604644775390625e-8f;  // subnormal: times 2^-24
+    return result;
+}
+
 INLINE V max(V a, V b) { return a > b ? a : b; }
 INLINE V min(V a, V b) { return a < b ? a : b; }
 INLINE V to_float(VI x) { return __builtin_convertvector(x, V); }
@@ -85,15 +96,18 @@ INLINE VI lane_index() {
     return load_int(index);
 }
 
-INLINE float sum_lanes(V v) {
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) v[i] += v[i + half];
+// Each half of the lanes joins the other, down to one.
+template <class Join>
+INLINE float fold(V v, Join&& join) {
+    constexpr int kStages = W == 16 ? 4 : W == 8 ? 3 : 2;
+    each<kStages>([&](auto stage) ALWAYS { v = join(v, __builtin_shuffle(v, lane_index() ^ (W >> (stage + 1)))); });
     return v[0];
 }
+INLINE float sum_lanes(V v) {
+    return fold(v, [](V a, V b) ALWAYS { return a + b; });
+}
 INLINE float max_lanes(V v) {
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
-    return v[0];
+    return fold(v, [](V a, V b) ALWAYS { return max(a, b); });
 }
 INLINE V absolute(V x) { return reinterpret_cast<V>(reinterpret_cast<VU>(x) & 0x7fffffffu); }
 

@@ -2,8 +2,7 @@
 // that hands them out. Included by the isa_*.cpp files, each of which becomes one instruction set's version.
 #pragma once
 #include "attention.h"
-#include "product.h"
-#include "sample.h"
+#include "head.h"
 
 namespace {
 
@@ -23,7 +22,7 @@ void kv_write(Context& context, const Layer& layer, const KV& kv, const Batch& b
 
 void qkv(Context& context, const Layer& layer, const KV& kv, const Batch& batch, const float* x, float* residual, bool has_residual, const int64_t* positions,
          float* q, int64_t num_tokens) {
-    const Activations a = reserve_activations(context, num_tokens, layer.width);
+    const Activations a = reserve_activations(context, num_tokens, layer.qkv);
     float* normed = reserve_floats(context.hidden, num_tokens * layer.width);
     parallel_rows(context, num_tokens, layer.width, [&](int64_t row) {
         const int64_t at = row * layer.width;
@@ -31,29 +30,45 @@ void qkv(Context& context, const Layer& layer, const KV& kv, const Batch& batch,
         add_norm_quantize(has_residual ? x + at : nullptr, residual + at, layer.attention_norm, layer.eps, normed + at, a, row);
     });
     float* rows = reserve_floats(context.product, num_tokens * layer.qkv.out);
-    product(context, a, layer.qkv, PlainStore{layer.qkv, layer.qkv_bias, rows});
+    product(context, a, layer.qkv, PlainStore{layer.qkv.out, layer.qkv_bias, rows});
     kv_write(context, layer, kv, batch, rows, positions, q, num_tokens);
 }
 
 void linear(Context& context, const Matrix& weight, const float* x, float* out, int64_t num_rows) {
-    const Activations a = reserve_activations(context, num_rows, weight.in);
+    const Activations a = reserve_activations(context, num_rows, weight);
     parallel_rows(context, num_rows, weight.in, [&](int64_t row) { quantize_row(x + row * weight.in, a, row); });
-    product(context, a, weight, PlainStore{weight, nullptr, out});
+    product(context, a, weight, PlainStore{weight.out, nullptr, out});
+}
+
+bool draw(Context& context, const Matrix& head, const float* x, const Draw& wanted, int64_t* ids, int64_t num_rows) {
+    for (int64_t row = 0; row < num_rows; ++row)
+        if (needs_logits(wanted, row)) return false;
+    const Activations a = reserve_activations(context, num_rows, head);
+    parallel_rows(context, num_rows, head.in, [&](int64_t row) { quantize_row(x + row * head.in, a, row); });
+    const HeadStore store(context, wanted, head.out, num_rows);
+    product(context, a, head, store);
+    for (auto& memory : context.of_thread) memory.reserve(store.finish_bytes());
+    std::atomic<bool> is_done{true};
+    parallel(context, num_rows, [&](int64_t row, int thread) {
+        ids[row] = store.winner(row, context.of_thread[static_cast<size_t>(thread)].reserve(0));
+        if (ids[row] < 0) is_done = false;
+    });
+    return is_done;
 }
 
 void out_mlp(Context& context, const Layer& layer, const float* y, float* residual, float* x, int64_t num_tokens) {
     float* sum = reserve_floats(context.product, num_tokens * layer.width);
     linear(context, layer.out, y, sum, num_tokens);
-    const Activations a = reserve_activations(context, num_tokens, layer.width);
+    const Activations a = reserve_activations(context, num_tokens, layer.gate_up);
     parallel_rows(context, num_tokens, layer.width, [&](int64_t row) {
         const int64_t at = row * layer.width;
         add_norm_quantize(sum + at, residual + at, layer.mlp_norm, layer.eps, sum + at, a, row);
     });
     float* hidden = reserve_floats(context.hidden, num_tokens * layer.down.in);
     if (layer.gelu)
-        product(context, a, layer.gate_up, GatedStore<true>{layer.gate_up, hidden});
+        product(context, a, layer.gate_up, GatedStore<true>{layer.gate_up.out / 2, hidden});
     else
-        product(context, a, layer.gate_up, GatedStore<false>{layer.gate_up, hidden});
+        product(context, a, layer.gate_up, GatedStore<false>{layer.gate_up.out / 2, hidden});
     linear(context, layer.down, hidden, x, num_tokens);
 }
 
@@ -76,6 +91,6 @@ void gated(Context& context, const float* gate_up, float* out, int64_t num_rows,
     });
 }
 
-constexpr Table table_of(const char* name) { return Table{name, qkv, attend, out_mlp, linear, embed, rms_norm, kv_write, gated, sample}; }
+constexpr Table table_of(const char* name) { return Table{name, qkv, attend, out_mlp, linear, embed, rms_norm, kv_write, gated, sample, draw}; }
 
 }  // namespace

@@ -15,7 +15,10 @@ log = logging.getLogger(__name__)
 
 
 class Matrix(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("scales", c_void_p), ("sums", c_void_p), ("out_features", c_int64), ("in_features", c_int64))
+    _fields_ = (
+        *((name, c_void_p) for name in ("data", "scales", "sums")),
+        *((name, c_int64) for name in ("out_features", "in_features", "group_bits")),
+    )
 
 
 class Layer(ctypes.Structure):
@@ -62,6 +65,7 @@ _ARGUMENTS = {
     "braid_kv_write": (_P, _P, _P, _P, _P, _P, _P, _N),
     "braid_gated": (_P, _P, _P, _N, _N, c_int32),
     "braid_sample": (_P, _P, _P, _P, _N, _N),
+    "braid_draw": (_P, _P, _P, _P, _P, _N),
 }
 
 

@@ -17,9 +17,21 @@ from torch import Tensor
 
 from kernels.compose import FineOps, compose
 from kernels.cpu.library import KV, Batch, Draw, Layer, Matrix, load
-from kernels.cpu.packed import PackedStrips, linear_floats, pack_floats, pack_strips
+from kernels.cpu.packed import PackedStrips, linear_floats, pack_floats, pack_groups, pack_strips
 from kernels.linear import reference as plain_linear
-from kernels.ops import Activation, AttentionSpec, Int8Weight, LayerWeights, Ops, PagedBatch, PagedKV, Sampled, SampleRows, Weight
+from kernels.ops import (
+    Activation,
+    AttentionSpec,
+    GroupedWeight,
+    Int8Weight,
+    LayerWeights,
+    Ops,
+    PagedBatch,
+    PagedKV,
+    Sampled,
+    SampleRows,
+    Weight,
+)
 from kernels.reference_ops import REFERENCE_FINE_OPS, reference_ops
 from kernels.sample.reference import penalised, with_logprobs
 
@@ -28,6 +40,7 @@ _LANES = 16
 """Head width and feed-forward width must be multiples of this for the compiled attention and the fused feed-forward block."""
 _MOST_KEPT = 1024
 _UNSEEN = 2**63 - 1
+_NEEDS_LOGITS = 3
 
 
 def cpu_ops(isa: str | None = None, num_threads: int | None = None) -> Ops:
@@ -43,10 +56,12 @@ def cpu_ops(isa: str | None = None, num_threads: int | None = None) -> Ops:
     native = _Native(library, name, num_threads or torch.get_num_threads())
     fine = FineOps(native.attend, native.linear, native.embed, native.rms_norm, native.kv_write, native.gated, native.sample, native.pack)
     native.composed = compose("cpu", fine)
-    return replace(native.composed, qkv=native.qkv, out_mlp=native.out_mlp)
+    return replace(native.composed, qkv=native.qkv, out_mlp=native.out_mlp, draw=native.draw)
 
 
 def _pack_without_library(weight: Weight) -> Weight:
+    if isinstance(weight, GroupedWeight):
+        return plain_linear.dense_of(weight)
     return pack_floats(weight) if isinstance(weight, Int8Weight) else weight
 
 
@@ -57,7 +72,7 @@ def _linear_without_library(x: Tensor, weight: Weight) -> Tensor:
 
 
 def _strips(weight: Weight) -> PackedStrips | None:
-    return weight.packed if isinstance(weight, Int8Weight) and isinstance(weight.packed, PackedStrips) else None
+    return weight.packed if not isinstance(weight, Tensor) and isinstance(weight.packed, PackedStrips) else None
 
 
 def _pointer(x: Tensor | None) -> int | None:
@@ -112,6 +127,20 @@ class _Native:
         x = torch.empty_like(residual)
         self._check(self._library.braid_out_mlp(self._context, layer, y.data_ptr(), residual.data_ptr(), x.data_ptr(), len(y)))
         return x, residual
+
+    def draw(self, x: Tensor, head: Weight, rows: SampleRows) -> Sampled:
+        strips = _strips(head)
+        if strips is None or rows.counts is not None or rows.logprobs or not _is_native(x):
+            return self.composed.draw(x, head, rows)
+        x, draw = x.contiguous(), _Rows(rows, rows.mask)
+        ids = torch.empty(len(x), dtype=torch.int64)
+        status = self._library.braid_draw(
+            self._context, addressof(strips.matrix), x.data_ptr(), addressof(draw.struct), ids.data_ptr(), len(x)
+        )
+        if status == _NEEDS_LOGITS:
+            return self.composed.draw(x, head, rows)
+        self._check(status)
+        return Sampled(ids)
 
     # --- fine ---------------------------------------------------------------------------------------------------------------------
 
@@ -195,18 +224,19 @@ class _Native:
 
     def sample(self, logits: Tensor, rows: SampleRows) -> Sampled:
         scores = (penalised(logits, rows) if rows.counts is not None else logits.float()).contiguous()
-        mask = None if rows.mask is None or rows.counts is not None else rows.mask.int().contiguous()
-        floats = [x.float().contiguous() for x in (rows.temperature, rows.top_p, rows.min_p)]
-        ints = [rows.top_k.int().contiguous(), rows.seeds.contiguous(), rows.positions.contiguous()]
-        draw = Draw(*(x.data_ptr() for x in floats + ints), None if mask is None else mask.data_ptr())
+        draw = _Rows(rows, rows.mask if rows.counts is None else None)
         ids = torch.empty(len(scores), dtype=torch.int64)
         self._check(
-            self._library.braid_sample(self._context, scores.data_ptr(), addressof(draw), ids.data_ptr(), len(scores), scores.shape[1])
+            self._library.braid_sample(
+                self._context, scores.data_ptr(), addressof(draw.struct), ids.data_ptr(), len(scores), scores.shape[1]
+            )
         )
         return with_logprobs(ids, logits, rows)
 
     def pack(self, weight: Weight) -> Weight:
-        return pack_strips(weight) if isinstance(weight, Int8Weight) and weight.packed is None else weight
+        if isinstance(weight, Tensor) or weight.packed is not None:
+            return weight
+        return pack_groups(weight) if isinstance(weight, GroupedWeight) else pack_strips(weight)
 
     # --- structs ------------------------------------------------------------------------------------------------------------------
 
@@ -246,6 +276,17 @@ class _Native:
         ):
             batch = self._batch = (new.slots, new.block_table, new.query_start, new.context_len, new.grid_start, _batch_struct(new))
         return addressof(struct), addressof(batch[5])
+
+
+class _Rows:
+    """The struct of a call's parameters, and the tensors that it points into."""
+
+    def __init__(self, rows: SampleRows, mask: Tensor | None) -> None:
+        floats = [x.float().contiguous() for x in (rows.temperature, rows.top_p, rows.min_p)]
+        ints = [rows.top_k.int().contiguous(), rows.seeds.contiguous(), rows.positions.contiguous()]
+        self.mask = None if mask is None else mask.int().contiguous()
+        self.tensors = floats + ints
+        self.struct = Draw(*(x.data_ptr() for x in self.tensors), _pointer(self.mask))
 
 
 def _layer_struct(weights: LayerWeights, matrices: list[Matrix]) -> Layer:

@@ -1,4 +1,4 @@
-"""Int8 weights in the form that the compiled kernels read, and in the one that plain PyTorch multiplies fastest.
+"""Quantised weights in the form that the compiled kernels read, and in the one that plain PyTorch multiplies fastest.
 
 No kernel is called here. Called by `kernels.cpu.ops`.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.cpu.library import Matrix
 from kernels.linear.reference import EXACT_COLUMNS, quantize_rows
-from kernels.ops import Int8Weight
+from kernels.ops import GROUP, GroupedWeight, Int8Weight
 
 STRIP = 16
 """Outputs side by side: one 64-byte line holds 4 inputs of each."""
@@ -21,14 +21,9 @@ STRIP = 16
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PackedStrips:
-    """data int8 [strips, quads, 16, 4], zeros where padded; scales float32 and sums int32 (of a row's values), [strips * 16].
+    """What `Matrix` in braid_cpu.h describes. matrix points into the tensors."""
 
-    matrix points into the three tensors.
-    """
-
-    data: Tensor
-    scales: Tensor
-    sums: Tensor
+    tensors: tuple[Tensor, ...]
     matrix: Matrix
 
 
@@ -38,8 +33,23 @@ def pack_strips(weight: Int8Weight) -> Int8Weight:
     data = values.view(values.shape[0] // STRIP, STRIP, values.shape[1] // 4, 4).transpose(1, 2).contiguous()
     scales = F.pad(weight.scales, (0, -weight.out_features % STRIP)).contiguous()
     sums = values.sum(1, dtype=torch.int32)
-    matrix = Matrix(data.data_ptr(), scales.data_ptr(), sums.data_ptr(), weight.out_features, weight.in_features)
-    return replace(weight, values=weight.values.new_empty(0), packed=PackedStrips(data, scales, sums, matrix))
+    matrix = Matrix(data.data_ptr(), scales.data_ptr(), sums.data_ptr(), weight.out_features, weight.in_features, 0)
+    return replace(weight, values=weight.values.new_empty(0), packed=PackedStrips((data, scales, sums), matrix))
+
+
+def pack_groups(weight: GroupedWeight) -> GroupedWeight:
+    """The weight as strips of groups; what they hold is left empty."""
+    padding = (0, 0, 0, -weight.out_features % STRIP)
+    num_groups = weight.in_features // GROUP
+    quads = F.pad(weight.values, padding).view(-1, STRIP, num_groups, GROUP // 4, 4)
+    quads = quads.permute(0, 2, 3, 1, 4)  # [strips, groups, 8, 16, 4]
+    if weight.bits == 4:
+        quads = quads[:, :, :4] | quads[:, :, 4:] << 4
+    numbers = [F.pad(x, padding).view(-1, STRIP, num_groups).transpose(1, 2) for x in (weight.scales, weight.offsets)]
+    data = torch.cat([quads.flatten(2), *(x.contiguous().view(torch.uint8) for x in numbers)], dim=2).contiguous()
+    matrix = Matrix(data.data_ptr(), None, None, weight.out_features, weight.in_features, weight.bits)
+    empty = weight.scales.new_empty(0)
+    return replace(weight, values=weight.values.new_empty(0), scales=empty, offsets=empty, packed=PackedStrips((data,), matrix))
 
 
 def pack_floats(weight: Int8Weight) -> Int8Weight:

@@ -6,34 +6,43 @@
 namespace {
 
 #if defined(BRAID_AVX512)
-constexpr int kOffset = 128;  // vpdpbusd multiplies unsigned by signed bytes, so activations are stored + 128
-constexpr int kMostRows = 12;
+constexpr int kOffset = 128;  // vpdpbusd multiplies unsigned by signed bytes, so activations are stored + 128, for grouped weights as they are
+constexpr int kMostRows = 12, kMostGroupedRows = 8;
 #elif defined(BRAID_AVX2)
 constexpr int kOffset = 0;
-constexpr int kMostRows = 4;
+constexpr int kMostRows = 4, kMostGroupedRows = 4;
 #else
 constexpr int kOffset = 0;
-constexpr int kMostRows = 4;
+constexpr int kMostRows = 4, kMostGroupedRows = 4;
 #endif
+constexpr int64_t kGroup = 32;  // inputs that share a scale where weights are grouped
 
-// Rows of int8 for a product: [groups][quads][rows][4], so that a product reads the rows of a group from one place per quad.
-// The rows behind the last one are never stored anywhere, whatever they hold.
+// Rows of int8 for a product: [bands][quads][rows][4], so that a product reads the rows of a band from one place per quad. scales: one a
+// row; for grouped weights [bands][groups][rows], and beside them, of the same shape, the sum of each group's numbers times its scale,
+// which is what the weights' offsets are multiplied by. The rows behind the last one are never stored anywhere, whatever they hold.
 struct Activations {
     uint8_t* bytes;
-    float* scales;
+    float *scales, *sums;
     int64_t num_rows, width, rows, quads;
-    int64_t num_groups() const { return ceil_div(num_rows, rows); }
-    uint8_t* group(int64_t index) const { return bytes + index * quads * rows * 4; }
+    bool is_grouped;
+    int64_t num_bands() const { return ceil_div(num_rows, rows); }
+    int64_t num_groups() const { return width / kGroup; }
+    uint8_t* band(int64_t index) const { return bytes + index * quads * rows * 4; }
+    int64_t scale_of(int64_t band) const { return band * rows * (is_grouped ? num_groups() : 1); }
 };
 
-INLINE Activations reserve_activations(Context& context, int64_t num_rows, int64_t width) {
+// For a product with this weight.
+INLINE Activations reserve_activations(Context& context, int64_t num_rows, const Matrix& weight) {
     Activations a{};
     a.num_rows = num_rows;
-    a.width = width;
-    a.rows = ceil_div(num_rows, ceil_div(num_rows, kMostRows));
-    a.quads = ceil_div(width, 4);
-    a.bytes = static_cast<uint8_t*>(context.bytes.reserve(static_cast<size_t>(a.num_groups() * a.rows * a.quads * 4)));
-    a.scales = static_cast<float*>(context.scales.reserve(static_cast<size_t>(num_rows) * sizeof(float)));
+    a.width = weight.in;
+    a.is_grouped = weight.group_bits != 0;
+    a.rows = ceil_div(num_rows, ceil_div(num_rows, a.is_grouped ? kMostGroupedRows : kMostRows));
+    a.quads = ceil_div(a.width, 4);
+    a.bytes = static_cast<uint8_t*>(context.bytes.reserve(static_cast<size_t>(a.num_bands() * a.rows * a.quads * 4)));
+    const int64_t num_scales = a.scale_of(a.num_bands());
+    a.scales = static_cast<float*>(context.scales.reserve(static_cast<size_t>(2 * num_scales) * sizeof(float)));
+    a.sums = a.scales + num_scales;
     return a;
 }
 
@@ -46,26 +55,53 @@ INLINE float largest(const float* x, int64_t width) {
     return result;
 }
 
-// Symmetric int8 with the row's own scale, its absolute maximum / 127; ties to even, like the reference.
+INLINE float scale_for(float amax) {
+    const float scale = amax / 127.0f;
+    return scale > 0.0f ? scale : 1.0f;
+}
+
+// Ties to even, like the reference.
+INLINE VI quantized(V x, float scale) { return round_to_int(min(max(x / splat(scale), splat(-127.0f)), splat(127.0f))); }
+
+// W numbers as bytes, four of them every `stride` bytes.
+INLINE void store_bytes(uint8_t* out, int64_t stride, VI wide) {
+#if defined(BRAID_AVX512)
+    alignas(16) uint32_t quads[4];
+    _mm_store_si128(reinterpret_cast<__m128i*>(quads), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(wide)));
+    for (int q = 0; q < 4; ++q) std::memcpy(out + q * stride, &quads[q], 4);
+#else
+    for (int lane = 0; lane < W; ++lane) out[lane / 4 * stride + lane % 4] = static_cast<uint8_t>(wide[lane]);
+#endif
+}
+
+// Symmetric int8 with a scale of their own for every 32 numbers.
+INLINE void quantize_groups(const float* x, const Activations& a, int64_t row) {
+    const int64_t band = row / a.rows, of_row = row % a.rows, stride = a.rows * 4, first = a.scale_of(band) + of_row;
+    uint8_t* out = a.band(band) + of_row * 4;
+    for (int64_t g = 0; g < a.num_groups(); ++g, x += kGroup) {
+        const float scale = scale_for(largest(x, kGroup));
+        VI total{};
+        for (int64_t i = 0; i < kGroup; i += W, out += stride * (W / 4)) {
+            const VI wide = quantized(load(x + i), scale);
+            store_bytes(out, stride, wide);
+            total += wide;
+        }
+        a.scales[first + g * a.rows] = scale;
+        a.sums[first + g * a.rows] = scale * sum_lanes(to_float(total));
+    }
+}
+
+// Symmetric int8 with the row's own scale, its absolute maximum / 127, or with one for each group where the weights have groups.
 INLINE void quantize_row(const float* x, const Activations& a, int64_t row) {
-    const float amax = largest(x, a.width) / 127.0f;
-    const float scale = amax > 0.0f ? amax : 1.0f;
+    if (a.is_grouped) return quantize_groups(x, a, row);
+    const float scale = scale_for(largest(x, a.width));
     a.scales[row] = scale;
-    uint8_t* out = a.group(row / a.rows) + row % a.rows * 4;
+    uint8_t* out = a.band(row / a.rows) + row % a.rows * 4;
     const int64_t stride = a.rows * 4;
     int64_t i = 0;
-    for (; i + W <= a.width; i += W, out += stride * (W / 4)) {
-        const VI wide = round_to_int(min(max(load(x + i) / splat(scale), splat(-127.0f)), splat(127.0f))) + kOffset;
-#if defined(BRAID_AVX512)
-        alignas(16) uint32_t quads[4];
-        _mm_store_si128(reinterpret_cast<__m128i*>(quads), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(wide)));
-        for (int q = 0; q < 4; ++q) std::memcpy(out + q * stride, &quads[q], 4);
-#else
-        for (int lane = 0; lane < W; ++lane) out[lane / 4 * stride + lane % 4] = static_cast<uint8_t>(wide[lane]);
-#endif
-    }
+    for (; i + W <= a.width; i += W, out += stride * (W / 4)) store_bytes(out, stride, quantized(load(x + i), scale) + kOffset);
     for (; i < a.width; ++i, out += i % 4 == 0 ? stride : 0)  // fewer than W numbers
-        out[i % 4] = static_cast<uint8_t>(round_to_int(min(max(splat(x[i]) / splat(scale), splat(-127.0f)), splat(127.0f)))[0] + kOffset);
+        out[i % 4] = static_cast<uint8_t>(quantized(splat(x[i]), scale)[0] + kOffset);
     for (; i % 4 != 0; ++i) out[i % 4] = kOffset;
 }
 
@@ -143,6 +179,26 @@ INLINE void write_token(const Layer& layer, const KV& kv, float* row, int64_t po
     }
 }
 
+INLINE int64_t group_bytes(const Matrix& weight) { return weight.group_bits * 64 + 64; }
+INLINE int64_t strip_bytes(const Matrix& weight) {
+    return weight.group_bits == 0 ? ceil_div(weight.in, 4) * 64 : weight.in / kGroup * group_bytes(weight);
+}
+
+INLINE void embed_groups(const Matrix& table, const uint8_t* strip, int64_t of_strip, float* out) {
+    const int64_t lines = table.group_bits * 64;
+    for (const uint8_t* group = strip; group < strip + strip_bytes(table); group += group_bytes(table), out += kGroup) {
+        uint16_t numbers[2];
+        for (int n = 0; n < 2; ++n) std::memcpy(&numbers[n], group + lines + n * 32 + of_strip * 2, 2);
+        const float scale = half_to_float(numbers[0]), offset = half_to_float(numbers[1]);
+        for (int64_t i = 0; i < kGroup; ++i) {
+            const int64_t line = table.group_bits == 8 ? i / 4 : i / 4 % 4;
+            const uint8_t byte = group[line * 64 + of_strip * 4 + i % 4];
+            const uint8_t number = table.group_bits == 8 ? byte : i < kGroup / 2 ? byte & 15 : byte >> 4;
+            out[i] = scale * static_cast<float>(number) + offset;
+        }
+    }
+}
+
 template <bool kIsGelu>
 INLINE void gated_row(const float* gate_up, float* out, int64_t width) {
     int64_t i = 0;
@@ -152,10 +208,10 @@ INLINE void gated_row(const float* gate_up, float* out, int64_t width) {
 
 // A row of the table out of its strips.
 INLINE void embed_row(const Matrix& table, int64_t id, float* out) {
-    const int64_t quads = ceil_div(table.in, 4);
-    const int8_t* strip = table.data + id / 16 * quads * 64 + id % 16 * 4;
-    const float scale = table.scales[id];
-    for (int64_t i = 0; i < table.in; ++i) out[i] = static_cast<float>(strip[i / 4 * 64 + i % 4]) * scale;
+    const uint8_t* strip = table.data + id / 16 * strip_bytes(table);
+    if (table.group_bits != 0) return embed_groups(table, strip, id % 16, out);
+    for (int64_t i = 0; i < table.in; ++i)
+        out[i] = static_cast<float>(static_cast<int8_t>(strip[i / 4 * 64 + id % 16 * 4 + i % 4])) * table.scales[id];
 }
 
 }  // namespace

@@ -1,10 +1,12 @@
 // Draws one id a row: thresholds of min-p, top-k and top-p found without sorting the vocabulary, then the arg-max of score + noise.
 // The rules and their order are those of kernels/sample/reference.py, the noise that of kernels/sample/noise.py. No penalties here:
-// the caller puts them into the scores. Included by the isa_*.cpp files.
+// the caller puts them into the scores. Over all logits of a row, or over those that head.h has left of them.
 #pragma once
 #include "lanes.h"
 
-void sort_descending(float* first, float* last);  // dispatch.cpp
+// In dispatch.cpp.
+void sort_descending(float* first, float* last);
+float nth_highest(float* first, float* last, int64_t n);
 
 namespace {
 
@@ -175,6 +177,32 @@ float lowest_kept(const Scores& row, const Draw& draw, int64_t at, int64_t vocab
     return floor;
 }
 
+// The noise of a row's tokens.
+struct Noise {
+    uint32_t low, high;
+    INLINE explicit Noise(const Draw& draw, int64_t at) {
+        const uint64_t key = mix64(mix64(static_cast<uint64_t>(draw.seeds[at]) + 0x9e3779b97f4a7c15u) + static_cast<uint64_t>(draw.positions[at]));
+        low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
+    }
+    INLINE V of(VI ids) const { return gumbel(mix32(mix32(reinterpret_cast<VU>(ids) ^ low) + high)); }
+};
+
+// Of `num` scores, with row.top. ids: theirs, ascending, as many as there are scores; null: 0, 1, 2, ...
+int64_t chosen_id(const Scores& row, const int32_t* ids, const Draw& draw, int64_t at, int64_t num) {
+    const float floor = lowest_kept(row, draw, at, num), reach = row.top - kNoiseSpan;
+    const V kept = splat(floor > reach ? floor : reach);
+    const Noise noise(draw, at);
+    Best best;
+    for (int64_t i = 0; i < row.count; i += W) {
+        const V s = load(row.scores + i);
+        const VI is_kept = s >= kept;
+        if (!any(is_kept)) continue;
+        const VI of_lane = ids == nullptr ? lane_index() + static_cast<int32_t>(i) : load_int(ids + i);
+        best.see(is_kept ? s + noise.of(of_lane) : splat(-INFINITY), of_lane);
+    }
+    return best.winner();
+}
+
 int64_t drawn_id(const float* logits, const int32_t* bits, const Draw& draw, int64_t at, int64_t vocab_size, float* memory) {
     Scores row{memory, memory + ceil_div(vocab_size, W) * W, ceil_div(vocab_size, W) * W, -INFINITY};
     const V temperature = splat(draw.temperature[at]);
@@ -187,21 +215,7 @@ int64_t drawn_id(const float* logits, const int32_t* bits, const Draw& draw, int
         top = max(top, s);
     }
     row.top = max_lanes(top);
-    if (row.top == -INFINITY) return 0;
-    const float floor = lowest_kept(row, draw, at, vocab_size), reach = row.top - kNoiseSpan;
-    const V kept = splat(floor > reach ? floor : reach);
-    const uint64_t key = mix64(mix64(static_cast<uint64_t>(draw.seeds[at]) + 0x9e3779b97f4a7c15u) + static_cast<uint64_t>(draw.positions[at]));
-    const uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
-    Best best;
-    for (int64_t i = 0; i < row.count; i += W) {
-        const V s = load(row.scores + i);
-        const VI is_kept = s >= kept;
-        if (!any(is_kept)) continue;
-        const VI ids = lane_index() + static_cast<int32_t>(i);
-        const VU word = mix32(mix32(reinterpret_cast<VU>(ids) ^ low) + high);
-        best.see(is_kept ? s + gumbel(word) : splat(-INFINITY), ids);
-    }
-    return best.winner();
+    return row.top == -INFINITY ? 0 : chosen_id(row, nullptr, draw, at, vocab_size);
 }
 
 void sample(Context& context, const float* logits, const Draw& draw, int64_t* ids, int64_t num_rows, int64_t vocab_size) {

@@ -1,4 +1,4 @@
-"""Matrix products and embedding rows over dense and int8 weights, and how a matrix becomes int8, in plain PyTorch.
+"""Matrix products and embedding rows over dense and quantised weights, and how a matrix is quantised, in plain PyTorch.
 
 No Triton here and no model. Called by `reference_ops`, by back ends without a product of their own, by weight loading and by tests.
 Shape suffixes: M rows of x, T tokens, V vocabulary, D model width.
@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ops import Int8Weight, Weight
+from kernels.ops import GROUP, GroupedWeight, Int8Weight, Weight
 
+_SHARES = ((0.9, 1.0), (1.0, 0.9), (0.9, 0.9), (1.0, 0.8), (0.8, 1.0), (0.8, 0.9), (0.9, 0.8), (0.8, 0.8))
+# Of a group's range, below and above, that `quantize_grouped` tries.
 EXACT_COLUMNS = 1024
 """Columns summed at once in float32: 127 * 127 * 1024 < 2 ** 24, so every partial sum is a whole number that float32 holds."""
 
@@ -39,6 +41,8 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     """
     if isinstance(weight, Tensor):
         return F.linear(x, weight)
+    if isinstance(weight, GroupedWeight):
+        return _linear_grouped(x, weight)
     values, scales = quantize_rows(x)
     product = torch.zeros(len(x), weight.out_features, dtype=torch.float64, device=x.device)
     for column in range(0, weight.in_features, EXACT_COLUMNS):
@@ -47,10 +51,60 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     return (product.to(scales.dtype) * scales[:, None] * weight.scales.to(scales.dtype)).to(x.dtype)
 
 
+def _linear_grouped(x: Tensor, weight: GroupedWeight) -> Tensor:
+    """Each group's sum is exact; the groups are added in float32, or wider where x is."""
+    groups = (-1, weight.in_features // GROUP, GROUP)
+    values, scales = quantize_rows(x.reshape(-1, GROUP))
+    values, scales = values.view(groups), scales.view(groups[:2])  # [M, G, 32], [M, G]
+    sums = torch.einsum("mgi,ogi->mog", values.float(), weight.values.view(groups).float()).to(scales.dtype)
+    weight_scales, offsets = weight.scales.to(scales.dtype), weight.offsets.to(scales.dtype)
+    shares = sums * weight_scales * scales[:, None] + offsets * (values.sum(-1) * scales)[:, None]
+    return shares.sum(-1).to(x.dtype)
+
+
+def quantize_grouped(weight: Tensor, bits: int) -> GroupedWeight:
+    """A float matrix [out, in], in a multiple of 32, as numbers of `bits` bits.
+
+    0 and 2 ** bits - 1 stand for a group's least and largest number, or for what lies somewhat inside of them where the squared error
+    is then smaller: with few bits cutting an outlier off can cost less than coarse steps for all others.
+    """
+    out_features, in_features = weight.shape
+    groups = weight.float().view(-1, GROUP)
+    least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    best = _grid(groups, least, most, bits)
+    for low, high in _SHARES if bits < 8 else ():
+        other = _grid(groups, least * low, most * high, bits)
+        is_better = other[0] < best[0]
+        best = tuple(torch.where(is_better, new, old) for new, old in zip(other, best, strict=True))
+    _, values, scales, offsets = best
+    shape = (out_features, in_features // GROUP)
+    numbers = values.to(torch.uint8).view(out_features, in_features)
+    return GroupedWeight(out_features, in_features, bits, numbers, scales.half().view(shape), offsets.half().view(shape))
+
+
+def _grid(groups: Tensor, least: Tensor, most: Tensor, bits: int) -> tuple[Tensor, ...]:
+    """(squared error [n, 1], values [n, 32], scales [n, 1], offsets [n, 1]) of groups [n, 32] on a grid from least to most, all float32;
+    scales and offsets are numbers that float16 holds."""
+    offsets = least.half().float()
+    scales = ((most - offsets) / (2**bits - 1)).half().float()
+    values = ((groups - offsets) / torch.where(scales > 0, scales, 1)).round_().clamp_(0, 2**bits - 1)
+    error = (values * scales + offsets - groups).square().sum(-1, keepdim=True)
+    return error, values, scales, offsets
+
+
+def dense_of(weight: GroupedWeight) -> Tensor:
+    """float32 [out, in]."""
+    groups = weight.values.view(weight.out_features, -1, GROUP).float()
+    return (groups * weight.scales.float()[..., None] + weight.offsets.float()[..., None]).view(weight.out_features, weight.in_features)
+
+
 def embed(ids_T: Tensor, weight_VD: Weight, dtype: torch.dtype) -> Tensor:
-    """The rows of the table at int64 ids, [T, D] in `dtype`. An int8 table must still hold its `values`."""
+    """The rows of the table at int64 ids, [T, D] in `dtype`. A quantised table must still hold its `values`."""
     if isinstance(weight_VD, Tensor):
         return weight_VD[ids_T].to(dtype)
+    if isinstance(weight_VD, GroupedWeight):
+        rows = weight_VD.values[ids_T].view(len(ids_T), -1, GROUP).float()
+        return (rows * weight_VD.scales[ids_T].float()[..., None] + weight_VD.offsets[ids_T].float()[..., None]).flatten(1).to(dtype)
     return (weight_VD.values[ids_T].float() * weight_VD.scales[ids_T, None]).to(dtype)
 
 

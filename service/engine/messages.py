@@ -32,7 +32,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     flags say. max_context 0: the model's own."""
 
     models: tuple[ModelSource, ...]
-    dtype: Literal["auto", "float32", "bfloat16", "int8"]
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"]
     device: str
     memory_bytes: int
     max_context: int

@@ -2,7 +2,8 @@
 
 Trained decoders put huge numbers into a few channels; with one scale per row the other channels keep only a few levels of the 256.
 A random rotation spreads them evenly, and costs nothing at run time: RMSNorm commutes with a rotation once its weights are folded
-into the matrices behind it, so every rotation is folded into a matrix too. Exact but for rounding. Used by `transformer` for int8.
+into the matrices behind it, so every rotation is folded into a matrix too. Exact but for rounding. Used by `transformer` for int8, and
+for 4-bit weights that it quantises itself.
 Source: Ashkboos et al. 2024 (QuaRot), sections 4.1 and 4.2 (the residual stream and the values; no online transform).
 """
 

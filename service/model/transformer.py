@@ -9,16 +9,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar, cast
+from typing import Literal, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from kernels.linear.reference import quantize_int8
-from kernels.ops import Activation, AttentionSpec, Int8Weight, LayerSpec, LayerWeights, Neighbourhood, Ops, PagedKV, Weight
+from kernels.linear.reference import quantize_grouped, quantize_int8
+from kernels.ops import (
+    GROUP,
+    Activation,
+    AttentionSpec,
+    GroupedWeight,
+    Int8Weight,
+    LayerSpec,
+    LayerWeights,
+    Neighbourhood,
+    Ops,
+    PagedKV,
+    Weight,
+)
 from service.model.config import LayerAttention, ModelConfig
 from service.model.layers import DecoderLayer, rotary_table
 from service.model.rotation import RotatedSource, TensorSource
+from service.model.weights import WeightSource
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,20 +103,24 @@ class Transformer(nn.Module):
 
     def logits(self, x_TD: Tensor, residual_TD: Tensor, rows_R: Tensor) -> Tensor:
         """float32 [R, V] for the chosen rows."""
-        normed, _ = self.ops.rms_norm(x_TD[rows_R], residual_TD[rows_R], self.final_norm, self.config.norm_eps)
-        return self.ops.linear(normed, self.head).float()
+        return self.project(self.hidden(x_TD, residual_TD, rows_R))
 
     def hidden(self, x_TD: Tensor, residual_TD: Tensor, rows_R: Tensor) -> Tensor:
-        """float32 [R, D]: the final hidden states of the chosen rows, after the last norm, as the model computes: see `restore`."""
-        normed, _ = self.ops.rms_norm(x_TD[rows_R], residual_TD[rows_R], self.final_norm, self.config.norm_eps)
-        return normed.float()
+        """[R, D]: the final hidden states of the chosen rows, after the last norm, as the model computes: see `restore`."""
+        return self.ops.rms_norm(x_TD[rows_R], residual_TD[rows_R], self.final_norm, self.config.norm_eps)[0]
+
+    def project(self, hidden_RD: Tensor) -> Tensor:
+        """float32 [R, V]: logits."""
+        return self.ops.linear(hidden_RD, self.head).float()
 
     def restore(self, hidden_RD: Tensor) -> Tensor:
         """Final hidden states, or sums of them, in the basis that the model was trained in, float32 [R, D]."""
-        return hidden_RD if self.basis is None else hidden_RD @ self.basis
+        return hidden_RD.float() if self.basis is None else hidden_RD.float() @ self.basis
 
 
 def _bytes_of(weight: Weight) -> int:
+    if isinstance(weight, GroupedWeight):
+        return weight.out_features * weight.in_features // GROUP * (weight.bits * GROUP // 8 + 4)  # and two float16 per group
     if isinstance(weight, Int8Weight):
         return weight.out_features * (weight.in_features + 4)  # and a float32 scale per row
     return weight.numel() * weight.element_size()
@@ -120,10 +137,12 @@ def layer_spec(config: ModelConfig, attention: LayerAttention) -> LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """dtype: of activations and dense weights. is_int8: matrices are rotated and quantised per output row, all but the embedding."""
+    """dtype: of activations and dense weights. weights int8: matrices are rotated and quantised per output row, all but the embedding.
+    int4: as numbers in groups, those of a GGUF file that has all of them so as they are. Others are rotated and get 4 bits, values and
+    `down`, which suffer most, 8: SmolLM2's bits per byte rise by 2.6 % and not by 7 (docs/models.md)."""
 
     dtype: torch.dtype
-    is_int8: bool = False
+    weights: Literal["dense", "int8", "int4"] = "dense"
 
 
 class _Builder:
@@ -131,7 +150,8 @@ class _Builder:
 
     def __init__(self, config: ModelConfig, source: TensorSource, ops: Ops, precision: Precision, device: torch.device | str) -> None:
         self.config = config
-        self.source = RotatedSource(source, config) if precision.is_int8 else source
+        self.groups = source if precision.weights == "int4" and isinstance(source, WeightSource) and _has_groups(source, config) else None
+        self.source = source if precision.weights == "dense" or self.groups is not None else RotatedSource(source, config)
         self.ops = ops
         self.precision = precision
         self.device = device
@@ -141,19 +161,26 @@ class _Builder:
     def vector(self, name: str) -> Tensor:
         return self.source.get(name).to(device=self.device, dtype=self.precision.dtype).contiguous()
 
-    def matrix(self, *names: str) -> Weight:
+    def matrix(self, *names: str, bits: int = 4) -> Weight:
+        """bits: of each number where numbers in groups have to be made."""
+        if self.groups is not None and all(map(self.groups.has_groups, names)):
+            return self.ops.pack(_joined([self.groups.get_grouped(name) for name in names]))
         parts = [self.source.get(name) for name in names]
         dense = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if self.precision.is_int8:
-            return self.ops.pack(quantize_int8(dense.to(device=self.device, dtype=torch.float32)))
-        return self.ops.pack(dense.to(device=self.device, dtype=self.precision.dtype).contiguous())
+        if self.precision.weights == "dense":
+            return self.ops.pack(dense.to(device=self.device, dtype=self.precision.dtype).contiguous())
+        dense = dense.to(device=self.device, dtype=torch.float32)
+        if self.precision.weights == "int4" and dense.shape[1] % GROUP == 0:
+            return self.ops.pack(quantize_grouped(dense, bits))
+        return self.ops.pack(quantize_int8(dense))
 
     def tables(self) -> tuple[Weight, Weight]:
-        """Embedding and head. A step reads only some rows of the embedding, so with int8 it stays dense, in bfloat16."""
-        if self.precision.is_int8:
-            return self.source.get("embedding").to(device=self.device, dtype=torch.bfloat16), self.matrix("head")
-        embedding = self.matrix("embedding")
-        return embedding, embedding if self.config.has_tied_head else self.matrix("head")
+        """Embedding and head. A step reads only some rows of the embedding, so beside rotated weights it stays dense, in bfloat16. Of a
+        head the file's numbers are kept or 8 bits: it decides between ids that are close."""
+        if self.precision.weights != "dense" and self.groups is None:
+            return self.source.get("embedding").to(device=self.device, dtype=torch.bfloat16), self.matrix("head", bits=8)
+        embedding = self.matrix("embedding", bits=8)
+        return embedding, embedding if self.config.has_tied_head else self.matrix("head", bits=8)
 
     def grid(self) -> tuple[Tensor, Tensor] | None:
         return (self.vector("grid_rows"), self.vector("grid_columns")) if self.config.pictures is not None else None
@@ -167,16 +194,29 @@ class _Builder:
         return LayerWeights(
             spec=layer_spec(config, attention),
             attention_norm=self.vector(at + "attention_norm"),
-            qkv=self.matrix(at + "q", at + "k", at + "v"),
+            qkv=self.matrix(at + "q", at + "k", at + "v", bits=8),
             out=self.matrix(at + "out"),
             mlp_norm=self.vector(at + "mlp_norm"),
             gate_up=self.matrix(at + "gate", at + "up"),
-            down=self.matrix(at + "down"),
+            down=self.matrix(at + "down", bits=8),
             rotary=self.rotary[(attention.rope_base, attention.rope_scaling)],
             qkv_bias=torch.cat([self.vector(at + name) for name in ("q_bias", "k_bias", "v_bias")]) if config.has_qkv_bias else None,
             q_norm=self.vector(at + "q_norm") if config.has_qk_norm else None,
             k_norm=self.vector(at + "k_norm") if config.has_qk_norm else None,
         )
+
+
+def _has_groups(source: WeightSource, config: ModelConfig) -> bool:
+    """Are all matrices of the layers in groups already?"""
+    names = (f"layers.{index}.{part}" for index in range(len(config.layers)) for part in ("q", "k", "v", "out", "gate", "up", "down"))
+    return all(map(source.has_groups, names))
+
+
+def _joined(parts: Sequence[GroupedWeight]) -> GroupedWeight:
+    """One matrix below the other. Numbers of 4 bits beside some of 8 become such themselves: what they stand for is the same."""
+    out_features = sum(part.out_features for part in parts)
+    tensors = (torch.cat([getattr(part, name) for part in parts]) for name in ("values", "scales", "offsets"))
+    return GroupedWeight(out_features, parts[0].in_features, max(part.bits for part in parts), *tensors)
 
 
 def build_transformer(

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kernels.ops import GROUP, GroupedWeight
 from service.checkpoint import GGUFTensor, find_checkpoint, open_gguf, read_json
 from service.errors import WeightsError
 from service.model.config import ModelConfig, expected_shapes
@@ -25,6 +27,8 @@ from service.model.encoder_config import ENCODER_IGNORED, ENCODER_NAMES, ENCODER
 from service.model.families import GGUF_INTERLEAVED, GGUF_NAMES, GGUF_ROPE_FACTORS, HF_NAMES
 
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
+GROUPED_TYPES = ("Q4_0", "Q4_1", "Q8_0")
+"""Whose blocks are what `GroupedWeight` holds."""
 SAFETENSORS_TYPES = ("F32", "F16", "BF16")
 _MOST_NAMED = 5
 # gguf.quants works on 16 rows at a time, and on rows of a thousand numbers spends its time in Python: 16 rows handed over as one took
@@ -34,11 +38,13 @@ _ROWS_AS_ONE = 16
 
 @dataclass(frozen=True, slots=True)
 class FileTensor:
-    """One tensor as its file describes it; read gives its contents, dense."""
+    """One tensor as its file describes it; read gives its contents, dense. read_grouped: as the numbers in the file, where they are of
+    `GROUPED_TYPES`."""
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], Tensor]
+    read_grouped: Callable[[], GroupedWeight] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,16 @@ class WeightSource:
         if name not in self.tensors:
             raise WeightsError(f"the checkpoint has no {name}")
         return self.tensors[name].read()
+
+    def has_groups(self, name: str) -> bool:
+        return name in self.tensors and self.tensors[name].read_grouped is not None
+
+    def get_grouped(self, name: str) -> GroupedWeight:
+        """The numbers of the file as they are, unpacked. Raises: WeightsError where the file has none in groups."""
+        read = self.tensors[name].read_grouped if name in self.tensors else None
+        if read is None:
+            raise WeightsError(f"the checkpoint has no {name} in groups of {GROUP}")
+        return read()
 
 
 def open_weights(path: Path, config: ModelConfig) -> WeightSource:
@@ -119,17 +135,38 @@ def _gguf(path: Path, config: ModelConfig) -> dict[str, FileTensor]:
         for index in range(len(config.layers)):
             heads |= {f"blk.{index}.attn_q.{part}": config.num_heads for part in ("weight", "bias")}
             heads |= {f"blk.{index}.attn_k.{part}": config.num_kv_heads for part in ("weight", "bias")}
-    return {
-        name: FileTensor(tensor.shape, tensor.type.name, _gguf_reader(tensor, heads.get(name))) for name, tensor in gguf.tensors.items()
-    }
+    return {name: _gguf_tensor(tensor, heads.get(name)) for name, tensor in gguf.tensors.items()}
 
 
-def _gguf_reader(tensor: GGUFTensor, num_heads: int | None) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        dense = dense_of_gguf(tensor)
-        return dense if num_heads is None else half_split_rows(dense, num_heads)
+def _gguf_tensor(tensor: GGUFTensor, num_heads: int | None) -> FileTensor:
+    def ordered(rows: Tensor) -> Tensor:
+        return rows if num_heads is None else half_split_rows(rows, num_heads)
 
-    return read
+    def read_grouped() -> GroupedWeight:
+        bits, *parts = groups_of_gguf(tensor)
+        return GroupedWeight(tensor.shape[0], tensor.shape[1], bits, *map(ordered, parts))
+
+    is_grouped = tensor.type.name in GROUPED_TYPES and len(tensor.shape) == 2
+    return FileTensor(tensor.shape, tensor.type.name, lambda: ordered(dense_of_gguf(tensor)), read_grouped if is_grouped else None)
+
+
+def groups_of_gguf(tensor: GGUFTensor) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Bits, values uint8 [out, in], scales and offsets float16 [out, in / 32] of a matrix in one of `GROUPED_TYPES`.
+
+    Source: ggml's block_q4_0 (scale, 16 bytes: numbers 0-15 in the low nibbles, 16-31 in the high ones, 8 is zero), block_q4_1 (with
+    the offset behind the scale) and block_q8_0 (scale, 32 signed bytes).
+    """
+    rows, columns = tensor.shape
+    kind = tensor.type
+    block_bytes = {GGMLQuantizationType.Q4_0: 18, GGMLQuantizationType.Q4_1: 20, GGMLQuantizationType.Q8_0: 34}[kind]
+    blocks = torch.from_numpy(np.array(tensor.data)).view(torch.uint8).reshape(rows, columns // GROUP, block_bytes)
+    scales = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
+    if kind == GGMLQuantizationType.Q8_0:
+        return 8, (blocks[..., 2:] ^ 128).reshape(rows, columns), scales, scales * -128  # signed bytes + 128
+    numbers = blocks[..., -GROUP // 2 :]
+    values = torch.cat((numbers & 15, numbers >> 4), dim=-1).reshape(rows, columns)
+    has_offset = kind == GGMLQuantizationType.Q4_1
+    return 4, values, scales, blocks[..., 2:4].contiguous().view(torch.float16)[..., 0] if has_offset else scales * -8
 
 
 def dense_of_gguf(tensor: GGUFTensor) -> Tensor:

@@ -57,14 +57,18 @@ class Storage:
 
 
 def choose_storage(dtype: str, device: torch.device) -> Storage:
-    """auto is int8 on a CPU (activations float32, K/V bfloat16) and bfloat16 on a GPU."""
+    """auto is int8 on a CPU (activations float32, K/V bfloat16) and bfloat16 on a GPU. Raises: StartupError for int4 on a GPU."""
     if dtype == "auto":
         dtype = "int8" if device.type == "cpu" else "bfloat16"
     if dtype == "float32":
         return Storage(dtype, Precision(torch.float32), torch.float32)
     if dtype == "int8":
         activations = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return Storage(dtype, Precision(activations, is_int8=True), torch.bfloat16)
+        return Storage(dtype, Precision(activations, "int8"), torch.bfloat16)
+    if dtype == "int4":
+        if device.type != "cpu":
+            raise StartupError("--dtype int4 runs on the CPU alone so far; use bfloat16 or int8 on a GPU")
+        return Storage(dtype, Precision(torch.float32, "int4"), torch.bfloat16)
     return Storage(dtype, Precision(torch.bfloat16), torch.bfloat16)
 
 
@@ -199,7 +203,7 @@ def _equip(name: str, model: Transformer, load: Load, storage: Storage, kv_bytes
 def _has_own_products(storage: Storage, device: torch.device) -> bool:
     """Do the compiled kernels multiply? Then a row's result depends on nothing else; elsewhere its rounding depends on the number of rows,
     and an id that was guessed ahead could decide a tie."""
-    return device.type == "cpu" and storage.precision.is_int8 and native_library() is not None
+    return device.type == "cpu" and storage.precision.weights != "dense" and native_library() is not None
 
 
 def _equip_encoder(name: str, model: Encoder, load: Load, num_threads: int) -> Loaded:

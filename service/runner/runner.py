@@ -18,17 +18,19 @@ from service.runner.graphs import DecodeGraphs
 from service.runner.inputs import StepInputs, build_inputs
 from service.runner.kv_cache import KVCache
 from service.runner.reader import Reader
-from service.runner.sampler import Sampler
+from service.runner.sampler import Sampler, can_draw
 from service.scheduling.plan import Drawn, PromptReading, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """A step whose kernels have been issued: its plan, and the logits float32 [R, V] of the slices that its samples name. states: what the
-    layers gave, (x, residual) of all tokens [T, D]; only where prompts are read."""
+    """A step whose kernels have been issued: its plan, and of the slices that its samples name the logits float32 [R, V] where a graph made
+    them, else the final hidden states [R, D], of which logits may never be written. states: what the layers gave, (x, residual) of all
+    tokens [T, D]; only where prompts are read."""
 
     plan: StepPlan
-    logits: Tensor
+    hidden: Tensor | None = None
+    logits: Tensor | None = None
     states: tuple[Tensor, Tensor] | None = None
 
 
@@ -61,21 +63,31 @@ class Runner:
         self.sampler.release(plan.released)
         self.reader.release(plan.released)
         if not plan.slices:  # a step may only encode pictures
-            return Handle(plan, torch.empty((0, self.model.config.vocab_size), device=self.device))
+            return Handle(plan)
         with torch.inference_mode():
             inputs = build_inputs(plan, self.num_groups, self.cache.block_size, self.device)
             if plan.reads:  # a graph keeps logits alone
                 x, residual = self._run_layers(inputs)
-                return Handle(plan, self._logits(x, residual, inputs), (x, residual))
+                return Handle(plan, self._hidden(x, residual, inputs), states=(x, residual))
             if self.graphs is not None and self.graphs.can_run(inputs):
-                return Handle(plan, self.graphs.run(inputs)[inputs.rows])
-            return Handle(plan, self._compute(inputs))
+                return Handle(plan, logits=self.graphs.run(inputs)[inputs.rows])
+            return Handle(plan, self._hidden(*self._run_layers(inputs), inputs))
 
     def sample(self, handle: Handle, masks: NDArray[np.int32] | None = None) -> list[Drawn]:
         """One `Drawn` per sample of the plan, in its order. masks int32 [R, ceil(V / 32)], a row per sample, or None."""
         with torch.inference_mode():
             bits = None if masks is None else torch.from_numpy(masks).to(self.device)
-            return self.sampler.sample(handle.logits, handle.plan, bits)
+            if handle.hidden is not None and can_draw(handle.plan):
+                return self.sampler.draw(handle.hidden, self.model.head, handle.plan, bits)
+            return self.sampler.sample(self.logits(handle), handle.plan, bits)
+
+    def logits(self, handle: Handle) -> Tensor:
+        """float32 [R, V] of the slices that the plan's samples name; empty when nothing is sampled."""
+        if handle.logits is not None:
+            return handle.logits
+        if handle.hidden is None:
+            return torch.empty((0, self.model.config.vocab_size), dtype=torch.float32, device=self.device)
+        return self.model.project(handle.hidden)
 
     def read(self, handle: Handle) -> list[PromptReading]:
         """One `PromptReading` per read of the plan, in its order."""
@@ -86,13 +98,11 @@ class Runner:
 
     def _compute(self, inputs: StepInputs) -> Tensor:
         """Logits float32 [R, V] of inputs.rows."""
-        return self._logits(*self._run_layers(inputs), inputs)
+        return self.model.logits(*self._run_layers(inputs), inputs.rows)
 
     def _run_layers(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         return self.model.forward(inputs.ids, inputs.positions, self.cache.of_layers(inputs.batches))
 
-    def _logits(self, x: Tensor, residual: Tensor, inputs: StepInputs) -> Tensor:
-        """An empty tensor when nothing is sampled."""
-        if not inputs.rows.numel():
-            return x.new_empty((0, self.model.config.vocab_size), dtype=torch.float32)
-        return self.model.logits(x, residual, inputs.rows)
+    def _hidden(self, x: Tensor, residual: Tensor, inputs: StepInputs) -> Tensor | None:
+        """None when nothing is sampled."""
+        return self.model.hidden(x, residual, inputs.rows) if inputs.rows.numel() else None

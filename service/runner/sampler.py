@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.ops import Ops, SampleRows
+from kernels.ops import Ops, Sampled, SampleRows, Weight
 from kernels.sample.reference import GREEDY_BELOW
 from service.scheduling.plan import Drawn, Sample, StepPlan
 from service.scheduling.sampling import SamplingParams
@@ -49,7 +49,13 @@ class Sampler:
             return []
         logits = self._guided(logits, samples, masks)
         self._add_bias(logits, samples)
-        drawn = self.ops.sample(logits, self._rows(samples, masks))
+        return self._told(self.ops.sample(logits, self._rows(samples, masks)), samples)
+
+    def draw(self, hidden: Tensor, head: Weight, plan: StepPlan, masks: Tensor | None = None) -> list[Drawn]:
+        """The same out of final hidden states [R, D], for a plan that `can_draw`. Mutates: the penalty state of the plan's gangs."""
+        return self._told(self.ops.draw(hidden, head, self._rows(plan.samples, masks)), plan.samples)
+
+    def _told(self, drawn: Sampled, samples: Sequence[Sample]) -> list[Drawn]:
         ids = drawn.ids.tolist()
         if drawn.logprobs is None:
             return [Drawn(token) for token in ids]
@@ -147,6 +153,11 @@ class Sampler:
         state.counts.index_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
         state.length = len(history)
         return state
+
+
+def can_draw(plan: StepPlan) -> bool:
+    """Do the logits need no change before they are drawn from that a back end does not know: guidance, a bias?"""
+    return all(len(sample.slice_indexes) == 1 and not sample.params.logit_bias for sample in plan.samples)
 
 
 def _candidates(logits_V: Tensor, params: SamplingParams, mask: Tensor | None) -> Tensor | None:

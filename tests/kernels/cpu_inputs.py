@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.cpu.library import load
 from kernels.cpu.ops import cpu_ops
-from kernels.linear.reference import quantize_int8
+from kernels.linear.reference import quantize_grouped, quantize_int8
 from kernels.ops import AttentionSpec, Int8Weight, LayerSpec, LayerWeights, Ops, PagedBatch, PagedKV, Weight
 
 needs_library = pytest.mark.skipif(load() is None, reason="the compiled CPU kernels were not built")
@@ -35,16 +35,20 @@ def runnable_isas() -> list[str]:
 ISAS = runnable_isas()
 
 
-def random_layer(generator: torch.Generator, *, activation: str = "silu", has_bias: bool = False, has_norms: bool = False) -> LayerWeights:
-    """Odd sizes on purpose: D is no multiple of 16, and 5 query rows of 48 numbers share a group of none that vectors like."""
-    heads, kv_heads, head_width, width, wide = 6, 2, 48, 92, 160
+def random_layer(
+    generator: torch.Generator, *, activation: str = "silu", has_bias: bool = False, has_norms: bool = False, bits: int = 0
+) -> LayerWeights:
+    """Odd sizes on purpose: D is no multiple of 16, and 5 query rows of 48 numbers share a group of none that vectors like. bits: of
+    numbers in groups, for which D has to be a multiple of 32; 0 for int8 rows."""
+    heads, kv_heads, head_width, width, wide = 6, 2, 48, 96 if bits else 92, 160
     spec = LayerSpec(heads, kv_heads, head_width, AttentionSpec(head_width**-0.5), 1e-5, activation)  # type: ignore[arg-type]
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
     def matrix(rows: int, columns: int) -> Weight:
-        return quantize_int8(normal(rows, columns) / columns**0.5)
+        dense = normal(rows, columns) / columns**0.5
+        return quantize_grouped(dense, bits) if bits else quantize_int8(dense)
 
     angles = torch.arange(512)[:, None] * 10_000.0 ** (-torch.arange(head_width // 2) / (head_width // 2))
     out = (heads + 2 * kv_heads) * head_width

@@ -12,9 +12,8 @@ from torch import Tensor
 from kernels.cpu import ops as ops_module
 from kernels.cpu.library import Draw, load
 from kernels.cpu.ops import ISA_VARIABLE, cpu_ops
-from kernels.cpu.packed import PackedStrips, pack_strips
-from kernels.linear.reference import quantize_int8
-from kernels.ops import Int8Weight
+from kernels.cpu.packed import PackedStrips, pack_groups, pack_strips
+from kernels.linear.reference import quantize_grouped, quantize_int8
 from kernels.reference_ops import reference_ops
 from tests.kernels.cpu_inputs import ISAS, copied, needs_library, packed, paged_batch, random_kv, random_layer
 
@@ -81,9 +80,9 @@ def test_nothing_is_written_around_an_output(isa: str, generator: torch.Generato
 
 
 def _write_everything(library: ctypes.CDLL, context: int, generator: torch.Generator) -> None:
-    for num_rows, out, width in ((1, 33, 7), (5, 47, 92), (13, 1, 20)):
-        weight = pack_strips(quantize_int8(torch.randn(out, width, generator=generator)))
-        assert isinstance(weight, Int8Weight)
+    for num_rows, out, width, bits in ((1, 33, 7, 0), (5, 47, 92, 0), (13, 1, 20, 0), (1, 33, 32, 4), (5, 47, 96, 8), (13, 1, 64, 4)):
+        dense = torch.randn(out, width, generator=generator)
+        weight = pack_groups(quantize_grouped(dense, bits)) if bits else pack_strips(quantize_int8(dense))
         assert isinstance(weight.packed, PackedStrips)
         matrix = addressof(weight.packed.matrix)
         x = torch.randn(num_rows, max(width, 2 * out), generator=generator)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.linear.reference import quantize_int8
-from kernels.ops import Int8Weight, Ops
+from kernels.linear.reference import dense_of, quantize_grouped, quantize_int8
+from kernels.ops import GroupedWeight, Int8Weight, Ops
 from kernels.reference_ops import reference_ops
 from tests.kernels.cpu_inputs import ISAS, copied, dense, needs_library, packed, paged_batch, random_kv, random_layer
+from tests.kernels.rule import assert_earned
 
 pytestmark = needs_library
 REFERENCE = reference_ops()
@@ -46,6 +47,43 @@ def test_linear_does_not_overflow_at_the_largest_numbers(ops: Ops) -> None:
     x = torch.ones(2, 2048)
     x[1] = -1
     assert torch.equal(ops.linear(x, ops.pack(weight)), REFERENCE.linear(x, weight))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("out", "width"), [(16, 32), (33, 64), (100, 96), (64, 1536), (513, 64)])
+@pytest.mark.parametrize("num_rows", [1, 5, 13, 50])
+def test_linear_over_groups(ops: Ops, generator: torch.Generator, bits: int, out: int, width: int, num_rows: int) -> None:
+    weight = quantize_grouped(torch.randn(out, width, generator=generator) + 0.3, bits)
+    x = torch.randn(num_rows, width, generator=generator)
+    x[0] = 0
+    x[-1] *= torch.logspace(-4, 4, width)
+    assert_earned(ops.linear(x, ops.pack(weight)), REFERENCE.linear(x, weight), REFERENCE.linear(x.double(), weight))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_do_not_overflow_at_the_largest_numbers(ops: Ops, bits: int) -> None:
+    """All sums are whole numbers here, so the result has to be exact."""
+    values = torch.full((16, 2048), 2**bits - 1, dtype=torch.uint8)
+    values[3] = 0
+    values[4, ::2] = 0
+    ones = torch.ones(16, 64, dtype=torch.float16)
+    weight = GroupedWeight(16, 2048, bits, values, ones, -ones * 2 ** (bits - 1))
+    x = torch.full((2, 2048), 127.0)
+    x[1] = -127
+    assert torch.equal(ops.linear(x, ops.pack(weight)), (x.double() @ dense_of(weight).double().T).float())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_groups_are_embedded(ops: Ops, generator: torch.Generator, bits: int) -> None:
+    weight = quantize_grouped(torch.randn(37, 96, generator=generator), bits)
+    weight.scales[0, 0], weight.offsets[1, 1] = 2**-24, -(2**-15)  # float16 without its leading one
+    ids = torch.tensor([0, 36, 15, 16, 1])
+    table = ops.pack(weight)
+    assert isinstance(table, GroupedWeight)
+    assert table.values.numel() == table.scales.numel() == 0
+    torch.testing.assert_close(ops.embed(ids, table, torch.float32), REFERENCE.embed(ids, weight, torch.float32), rtol=1e-6, atol=1e-7)
+    with pytest.raises(IndexError, match="vocabulary of 37"):
+        ops.embed(torch.tensor([37]), table, torch.float32)
 
 
 def test_packing_frees_the_rows_and_embed_still_reads_them(ops: Ops, generator: torch.Generator) -> None:
@@ -104,14 +142,16 @@ def test_kv_write_and_padding_that_writes_nothing(ops: Ops, generator: torch.Gen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("activation", "has_bias", "has_norms"), [("silu", False, False), ("gelu_tanh", True, True)])
-def test_coarse_ops(ops: Ops, generator: torch.Generator, dtype: torch.dtype, activation: str, has_bias: bool, has_norms: bool) -> None:
-    weights = random_layer(generator, activation=activation, has_bias=has_bias, has_norms=has_norms)
+@pytest.mark.parametrize(("activation", "is_full"), [("silu", False), ("gelu_tanh", True)])
+@pytest.mark.parametrize("bits", [0, 4, 8])
+def test_coarse_ops(ops: Ops, generator: torch.Generator, dtype: torch.dtype, activation: str, is_full: bool, bits: int) -> None:
+    weights = random_layer(generator, activation=activation, has_bias=is_full, has_norms=is_full, bits=bits)
+    width = len(weights.attention_norm)
     ours = packed(weights, ops)
     batch, positions = paged_batch(SLICES, 4, 40, generator)
     kv = random_kv(batch, (40, 2, 4, 48), dtype, generator)
     expected_kv = copied(kv)
-    x, residual = (torch.randn(len(positions), 92, generator=generator) for _ in range(2))
+    x, residual = (torch.randn(len(positions), width, generator=generator) for _ in range(2))
     for given in (None, residual):
         q, total = ops.qkv(x, None if given is None else given.clone(), ours, positions, kv)
         expected_q, expected_total = REFERENCE.qkv(x, given, weights, positions, expected_kv)

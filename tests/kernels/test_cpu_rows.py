@@ -45,10 +45,10 @@ def run_layer(
     return q, kv.keys[:rows], kv.values[:rows], total, out
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_layers(ops: Ops, generator: torch.Generator, activation: str) -> None:
-    weights = packed(random_layer(generator, activation=activation, has_bias=True, has_norms=True), ops)
-    x, residual = (torch.randn(NUM_ROWS, 92, generator=generator) for _ in range(2))
+@pytest.mark.parametrize(("activation", "bits"), [("silu", 0), ("gelu_tanh", 0), ("silu", 4), ("silu", 8)])
+def test_layers(ops: Ops, generator: torch.Generator, activation: str, bits: int) -> None:
+    weights = packed(random_layer(generator, activation=activation, has_bias=True, has_norms=True, bits=bits), ops)
+    x, residual = (torch.randn(NUM_ROWS, len(weights.attention_norm), generator=generator) for _ in range(2))
     y = torch.randn(NUM_ROWS, 6 * 48, generator=generator)
     positions = torch.randint(500, (NUM_ROWS,), generator=generator)
     alone = [run_layer(ops, weights, *(t[i : i + 1] for t in (x, residual, y, positions))) for i in range(NUM_ROWS)]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.ops import cpu_ops
-from kernels.ops import Ops, SampleRows
+from kernels.linear.reference import quantize_grouped, quantize_int8
+from kernels.ops import Ops, SampleRows, Weight
 from kernels.reference_ops import reference_ops
 from tests.kernels.cpu_inputs import ISAS, needs_library
 
@@ -116,9 +117,7 @@ def test_a_row_draws_the_same_alone(ops: Ops, generator: torch.Generator) -> Non
     rows = sample_rows(generator, top_p=0.9)
     ids = ops.sample(logits, rows).ids
     for row in (0, 17, NUM_ROWS - 1):
-        one = slice(row, row + 1)
-        alone = SampleRows(rows.temperature[one], rows.top_k[one], rows.top_p[one], rows.min_p[one], rows.seeds[one], rows.positions[one])
-        assert ops.sample(logits[one], alone).ids.item() == ids[row]
+        assert ops.sample(logits[row : row + 1], one_of(rows, row)).ids.item() == ids[row]
 
 
 def test_draws_follow_the_distribution(ops: Ops, generator: torch.Generator) -> None:
@@ -130,3 +129,81 @@ def test_draws_follow_the_distribution(ops: Ops, generator: torch.Generator) -> 
     found = ops.sample(logits, rows).ids.bincount(minlength=8)
     expected = logits[0].softmax(-1) * count
     assert ((found - expected) ** 2 / expected).sum() < 24.3
+
+
+HEADS = [7, 33, 500, 5000]
+
+
+def head_inputs(generator: torch.Generator, vocab_size: int, kind: str) -> tuple[Tensor, Weight]:
+    """Hidden rows [R, 64] and a head [V, 64]: int8 rows, or numbers of 4 bits in groups."""
+    dense = torch.randn(vocab_size, 64, generator=generator)
+    weight = quantize_int8(dense) if kind == "int8" else quantize_grouped(dense, 4)
+    return torch.randn(NUM_ROWS, 64, generator=generator) * 0.5, weight
+
+
+@pytest.mark.parametrize("vocab_size", HEADS)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.3},
+        {"top_k": 1},
+        {"top_k": 40},
+        {"top_k": 256, "top_p": 0.9},
+        {"top_k": 300},
+        {"top_p": 0.9},
+        {"min_p": 0.1},
+        {"min_p": 0.0001, "temperature": 3.0},
+        {"temperature": 1.7, "top_k": 100, "top_p": 0.8, "min_p": 0.02},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_a_fused_draw_is_the_draw_from_all_logits(
+    ops: Ops, generator: torch.Generator, vocab_size: int, kind: str, changes: dict[str, float], has_mask: bool
+) -> None:
+    x, weight = head_inputs(generator, vocab_size, kind)
+    rows = sample_rows(generator, **changes)
+    if has_mask:
+        rows.mask = torch.randint(-(2**31), 2**31 - 1, (NUM_ROWS, -(-vocab_size // 32)), generator=generator, dtype=torch.int32)
+        rows.mask[1] = 0
+    head = ops.pack(weight)
+    assert torch.equal(ops.draw(x, head, rows).ids, ops.sample(ops.linear(x, head), rows).ids)
+
+
+def test_a_fused_draw_of_rows_that_all_differ(ops: Ops, generator: torch.Generator) -> None:
+    """Greedy beside sampled with and without thresholds, each as alone."""
+    x, weight = head_inputs(generator, 3000, "int8")
+    rows, head = sample_rows(generator), ops.pack(weight)
+    rows.temperature[::3] = 0
+    rows.top_k[1::3] = torch.arange(len(rows.top_k[1::3]), dtype=torch.int32) + 1
+    rows.min_p[::5] = 0.05
+    ids = ops.draw(x, head, rows).ids
+    assert torch.equal(ids, ops.sample(ops.linear(x, head), rows).ids)
+    for row in (0, 16, 31, NUM_ROWS - 1):
+        assert ops.draw(x[row : row + 1], head, one_of(rows, row)).ids.item() == ids[row]
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"top_k": 5}, {"min_p": 0.5}], ids=str)
+def test_more_equal_logits_than_a_draw_remembers(ops: Ops, generator: torch.Generator, changes: dict[str, float]) -> None:
+    x, weight = head_inputs(generator, 9000, "int8")
+    x[3] = 0
+    x[4] = float("nan")
+    rows, head = sample_rows(generator, **changes), ops.pack(weight)
+    assert torch.equal(ops.draw(x, head, rows).ids, ops.sample(ops.linear(x, head), rows).ids)
+
+
+def test_logprobs_and_penalties_take_all_logits(ops: Ops, generator: torch.Generator) -> None:
+    x, weight = head_inputs(generator, 100, "int8")
+    rows, head = sample_rows(generator), ops.pack(weight)
+    rows.logprobs, rows.num_top = True, 2
+    ours, theirs = ops.draw(x, head, rows), REFERENCE.sample(ops.linear(x, head), rows)
+    for name in ("ids", "logprobs", "top_ids", "top_logprobs"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def one_of(rows: SampleRows, row: int) -> SampleRows:
+    one = slice(row, row + 1)
+    return SampleRows(rows.temperature[one], rows.top_k[one], rows.top_p[one], rows.min_p[one], rows.seeds[one], rows.positions[one])

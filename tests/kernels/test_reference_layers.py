@@ -10,7 +10,7 @@ from kernels.gated import cases as gated_cases
 from kernels.gated.reference import gated
 from kernels.kv_write import cases as kv_write_cases
 from kernels.kv_write.reference import kv_write
-from kernels.linear.reference import embed, linear, quantize_int8
+from kernels.linear.reference import dense_of, embed, linear, quantize_grouped, quantize_int8
 from kernels.norm import cases as norm_cases
 from kernels.norm.reference import rms_norm
 from kernels.ops import Int8Weight, select_ops
@@ -88,6 +88,44 @@ def test_quantised_rows_are_within_half_a_step() -> None:
     error = (weight.values * weight.scales[:, None] - dense).abs()
     assert bool((error <= weight.scales[:, None] * 0.5001).all())
     assert weight.values.abs().amax(1).tolist() == [127, 127, 127, 0, 127, 127, 127]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_grouped_numbers_are_near_the_dense_ones(bits: int) -> None:
+    torch.manual_seed(0)
+    dense = torch.randn(7, 96) * torch.logspace(-3, 3, 7)[:, None]
+    dense[3] = 0
+    weight = quantize_grouped(dense, bits)
+    assert (weight.bits, weight.values.dtype, tuple(weight.scales.shape)) == (bits, torch.uint8, (7, 3))
+    assert int(weight.values.max()) <= 2**bits - 1
+    groups = dense.view(7, 3, 32)
+    whole_range = (groups.amax(-1) - groups.amin(-1)) / (2**bits - 1)  # the step that reaches both ends
+    error = (dense_of(weight) - dense).view(7, 3, 32).square().sum(-1)
+    assert bool((error <= 32 * (0.51 * whole_range) ** 2).all())
+    assert torch.equal(dense_of(weight)[3], dense[3])
+
+
+def test_grids_that_cut_ends_off_are_better_than_whole_ranges() -> None:
+    torch.manual_seed(0)
+    dense = torch.randn(200, 96)
+    groups = dense.view(200, 3, 32)
+    least, step = groups.amin(-1, keepdim=True), (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15
+    whole = torch.round((groups - least) / step) * step + least
+    found = dense_of(quantize_grouped(dense, 4)).view_as(groups)
+    assert float((found - groups).square().sum()) < 0.93 * float((whole - groups).square().sum())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_grouped_product_is_near_the_dense_one_and_rows_are_independent(bits: int) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(9, 320)
+    x[:, 7] *= 100  # one scale a row would leave the others a few levels
+    weight = quantize_grouped(torch.randn(40, 320), bits)
+    together, expected = linear(x, weight), x @ dense_of(weight).T
+    assert float((together - expected).norm() / expected.norm()) < 0.02
+    for row in range(9):
+        torch.testing.assert_close(linear(x[row : row + 1], weight), together[row : row + 1], rtol=1e-5, atol=1e-5)
+    assert torch.equal(embed(torch.tensor([3, 39]), weight, torch.float32), dense_of(weight)[[3, 39]])
 
 
 def test_int8_product_is_exact_where_float32_is_not() -> None:

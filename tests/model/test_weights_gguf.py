@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from gguf.quants import dequantize, quantize
 
+from kernels.linear.reference import dense_of
 from service.checkpoint import GGUFTensor
 from service.errors import WeightsError
 from service.model.config import ModelConfig, RopeScaling, expected_shapes
@@ -55,6 +56,21 @@ def test_quantised_types_match_the_library(tmp_path: Path, kind: Type) -> None:
             assert np.abs(library - tensors[name]).mean() < {"8": 0.01, "5": 0.06, "4": 0.12}[kind.name[1]]
     expected_dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name, torch.float32)
     assert found["layers.0.gate"].dtype == expected_dtype
+
+
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.Q4_1], ids=lambda kind: kind.name)
+def test_groups_stand_for_what_the_library_reads(tmp_path: Path, kind: Type) -> None:
+    tensors = random_tensors(TINY)
+    stored = dict.fromkeys(("layers.0.gate", "layers.1.out", "embedding", "layers.0.v", "layers.1.k"), kind)
+    source = open_weights(write_gguf(tmp_path / "tiny.gguf", TINY, tensors, types=stored), TINY)
+    for name in stored:
+        weight = source.get_grouped(name)
+        assert weight.bits == (8 if kind is Type.Q8_0 else 4)
+        assert int(weight.values.max()) < 2**weight.bits
+        torch.testing.assert_close(dense_of(weight), source.get(name), rtol=0, atol=1e-6)
+    assert not source.has_groups("layers.0.up")
+    with pytest.raises(WeightsError, match=r"no layers\.0\.up in groups"):
+        source.get_grouped("layers.0.up")
 
 
 def unpack_scales(packed: np.ndarray) -> tuple[list[int], list[int]]:

@@ -43,7 +43,7 @@ def load(folder: Path, back_end: str, *, is_int8: bool = False) -> Transformer:
     config = read_config(folder)
     assert config == CONFIG
     with torch.inference_mode():
-        precision = Precision(torch.float32, is_int8=is_int8)
+        precision = Precision(torch.float32, "int8" if is_int8 else "dense")
         return build_transformer(config, open_weights(folder, config), select_ops(back_end), precision=precision)
 
 

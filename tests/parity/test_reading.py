@@ -40,8 +40,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def build(path: Path, ops: str, *, is_int8: bool = False) -> Transformer:
     config = read_config(path)
+    precision = Precision(torch.float32, "int8" if is_int8 else "dense")
     with torch.inference_mode():
-        return build_transformer(config, open_weights(path, config), select_ops(ops), precision=Precision(torch.float32, is_int8))  # type: ignore[arg-type]
+        return build_transformer(config, open_weights(path, config), select_ops(ops), precision=precision)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module", params=["reference", "cpu"])

@@ -30,8 +30,9 @@ def codec(smollm2_path: Path) -> Codec:
 
 def build(path: Path, *, is_int8: bool) -> Transformer:
     config = read_config(path).with_max_context(1024)
+    precision = Precision(torch.float32, "int8" if is_int8 else "dense")
     with torch.inference_mode():
-        return build_transformer(config, open_weights(path, config), select_ops("cpu"), precision=Precision(torch.float32, is_int8))
+        return build_transformer(config, open_weights(path, config), select_ops("cpu"), precision=precision)
 
 
 def chat(codec: Codec, text: str) -> list[int]:

@@ -19,7 +19,7 @@ def test_padded_static_inputs_equal_the_plain_step() -> None:
     runner.cache.pool.normal_()
     kept = runner.cache.pool.clone()
     plan = step_of(runner, [(40, [5]), (0, [6]), (63, [7])], 64)
-    want = runner.forward(plan).logits
+    want = runner.logits(runner.forward(plan))
     written = runner.cache.pool.clone()
 
     graphs = DecodeGraphs(runner._compute, num_groups=2, max_context=64, block_size=16, max_sequences=8, device=device)
@@ -58,6 +58,6 @@ def test_static_inputs_say_where_pictures_begin() -> None:
             static.ids[:3], static.positions[:3] = inputs.ids, inputs.positions
             for target, source in zip(static.batches, inputs.batches, strict=True):
                 _fill(target, source, 3)
-            torch.testing.assert_close(runner._compute(static)[:3], runner.forward(plan).logits, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(runner._compute(static)[:3], runner.logits(runner.forward(plan)), atol=1e-5, rtol=1e-5)
             assert static.batches[0].grid_start is not None
             assert static.batches[0].grid_start.tolist() == ([31, 0, -1] if plan is codes else [-1] * 3) + [-1] * 5

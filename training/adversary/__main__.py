@@ -75,7 +75,7 @@ def _documents(codec: Codec, design: Design) -> tuple[Ids, Ids]:
 def _tools(path: Path, codec: Codec, design: Design) -> Tools:
     config = read_config(path).with_max_context(design.prompt_len + design.reply_len + 8)
     ops = select_ops("cpu")
-    model = build_transformer(config, open_weights(path, config), ops, precision=Precision(torch.float32, is_int8=True))
+    model = build_transformer(config, open_weights(path, config), ops, precision=Precision(torch.float32, "int8"))
     judge_path = resolve(JUDGE).path
     encoder_config = read_encoder_config(judge_path)
     if encoder_config is None:

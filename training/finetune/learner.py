@@ -86,7 +86,7 @@ class Learner:
         x, residual = hidden(self.model, ids.to(self.device), None)
         if self.head is None:
             return self.model.logits(x, residual, rows)
-        return cast(Tensor, self.head(self.model.hidden(x, residual, rows))).float()
+        return cast(Tensor, self.head(self.model.hidden(x, residual, rows).float())).float()
 
     def settle(self) -> None:
         """Puts the adapters into the matrices and rounds everything to bfloat16, so that what is measured next is what is exported.

@@ -1,0 +1,75 @@
+"""How a model's matrices are held: rows of int8, numbers in groups as a file has them, and such that are made at load."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+
+from kernels.ops import GroupedWeight, Int8Weight, select_ops
+from service.model.config import expected_shapes
+from service.model.families import read_config
+from service.model.transformer import Precision, Transformer, build_transformer
+from service.model.weights import open_weights
+from tests.model.checkpoints import TINY, random_tensors, write_gguf
+from tests.parity.steps import Steps
+
+UNTIED = dataclasses.replace(TINY, has_tied_head=False)
+MATRICES = ("qkv", "out", "gate_up", "down")
+LAYERS = [name for name, shape in expected_shapes(TINY).items() if len(shape) == 2 and name.startswith("layers.")]
+
+
+def build(path: Path, weights: str, back_end: str = "reference") -> Transformer:
+    config = read_config(path)
+    precision = Precision(torch.float32, weights)  # type: ignore[arg-type]
+    return build_transformer(config, open_weights(path, config), select_ops(back_end), precision=precision)  # type: ignore[arg-type]
+
+
+def logits(model: Transformer) -> torch.Tensor:
+    return torch.cat(Steps(model, block_size=16, num_blocks=8).run([(0, [1, 5, 9, 3, 70, 33, 20, 8])]))
+
+
+@pytest.fixture
+def grouped_file(tmp_path: Path) -> Path:
+    """q and k of 4 bits, v of 8, as files of mixed types have them."""
+    types = {name: Type.Q8_0 if name.endswith((".v", ".down")) else Type.Q4_1 for name in LAYERS}
+    return write_gguf(tmp_path / "grouped.gguf", TINY, random_tensors(TINY), types={**types, "embedding": Type.Q8_0})
+
+
+def test_a_files_groups_are_kept(grouped_file: Path) -> None:
+    kept, dense = build(grouped_file, "int4"), build(grouped_file, "dense")
+    found = {name: getattr(kept.layers[0].weights, name) for name in MATRICES}  # type: ignore[union-attr]
+    assert {name: weight.bits for name, weight in found.items()} == {"qkv": 8, "out": 4, "gate_up": 4, "down": 8}
+    assert kept.embedding is kept.head, "a tied table is held once"
+    assert kept.basis is None
+    error = (logits(kept) - logits(dense)).norm() / logits(dense).norm()
+    assert error < 0.15, "only activations are quantised"
+
+
+@pytest.mark.parametrize("back_end", ["reference", "cpu"])
+def test_others_are_rotated_and_get_groups_of_their_own(tmp_path: Path, back_end: str) -> None:
+    path = write_gguf(tmp_path / "dense.gguf", UNTIED, random_tensors(UNTIED))
+    made, dense = build(path, "int4", back_end), build(path, "dense")
+    assert made.basis is not None
+    assert isinstance(made.head, GroupedWeight)
+    assert made.head.bits == 8
+    error = (logits(made) - logits(dense)).norm() / logits(dense).norm()
+    assert 0.001 < error < 0.6, "random numbers without any structure are the worst that 4 bits can meet"
+
+
+def test_rows_that_are_no_whole_groups_become_int8(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, feed_forward_width=80)
+    path = write_gguf(tmp_path / "odd.gguf", config, random_tensors(config))
+    weights = build(path, "int4").layers[1].weights  # type: ignore[union-attr]
+    assert isinstance(weights.down, Int8Weight)
+    assert isinstance(weights.gate_up, GroupedWeight)
+
+
+def test_without_the_library_groups_become_dense(grouped_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.cpu.ops.load", lambda: None)
+    model = build(grouped_file, "int4", "cpu")
+    assert isinstance(model.head, torch.Tensor)
+    torch.testing.assert_close(logits(model), logits(build(grouped_file, "dense")), rtol=1e-4, atol=1e-4)
