@@ -307,6 +307,7 @@ def make_bench(
     whole_prompts: bool = False,
     pictures: PictureIds | None = None,
     max_drafting: int = 64,
+    has_draft_model: bool = False,
     max_waiting_requests: int = 64,
     max_waiting_tokens: int = 2**20,
 ) -> Bench:
@@ -321,6 +322,7 @@ def make_bench(
         whole_prompts=whole_prompts,
         pictures=pictures,
         max_drafting=max_drafting,
+        has_draft_model=has_draft_model,
         max_waiting_requests=max_waiting_requests,
         max_waiting_tokens=max_waiting_tokens,
     )
