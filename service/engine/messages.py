@@ -29,7 +29,7 @@ class ModelSource(msgspec.Struct, frozen=True):
 
 class Load(msgspec.Struct, frozen=True, tag=True):
     """The first message down. memory_bytes: for weights and K/V of all models; 0 lets the engine decide. dtype and device as the
-    flags say. max_context 0: the model's own."""
+    flags say. max_context 0: the model's own. draft: a small model with the same tokens that guesses ids for the first of the models."""
 
     models: tuple[ModelSource, ...]
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"]
@@ -41,6 +41,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     prefix_cache: bool
     threads: int = 0
     log_level: str = "info"
+    draft: ModelSource | None = None
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
@@ -210,7 +211,7 @@ class Event(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LaneStats(msgspec.Struct, frozen=True):
-    """One model's state after a step, and its totals since start."""
+    """One model's state after a step, and its totals since start. drafts: by kind, ids guessed ahead and those of them that were right."""
 
     model: str
     running: int
@@ -224,6 +225,7 @@ class LaneStats(msgspec.Struct, frozen=True):
     prefix_queries: int
     prefix_hits: int
     steps: int
+    drafts: dict[str, tuple[int, int]] = {}
 
 
 class Delivery(msgspec.Struct, frozen=True, tag=True):
