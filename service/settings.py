@@ -39,6 +39,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     device: str = "auto"
     memory: int = 0
     max_context: int = 0
@@ -248,6 +249,12 @@ _OPTIONS = (
         "dtype",
         type=click.Choice(["auto", "float32", "bfloat16", "int8", "int4"]),
         help="Of the weights. auto is int8 on a CPU and bfloat16 on a GPU.",
+    ),
+    _option(
+        "--kv-dtype",
+        "kv_dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
+        help="Of keys and values. auto is bfloat16, and float32 beside float32 weights.",
     ),
     _option("--device", "device", type=Device(), help="auto, cpu, cuda or cuda:N."),
     _option(

@@ -33,8 +33,10 @@ struct Layer {
 // The paged pool of one layer; strides in elements, the last dimension is contiguous.
 struct KV {
     void *keys, *values;
-    int64_t key_block, key_head, key_place, value_block, value_head, value_place;
-    int64_t block_size, num_kv_heads, head_width, is_bf16;
+    float *key_scales, *value_scales;  // of int8 alone: one for each token and head, [blocks][heads][block_size]
+    int64_t key_block, key_head, key_place, value_block, value_head, value_place, scale_block, scale_head;
+    int64_t block_size, num_kv_heads, head_width;
+    int64_t bits;        // 32: float32, 16: bfloat16, 8: int8
     int64_t key_number;  // between two numbers of a key: 1, or block_size where a block holds its keys as columns
 };
 

@@ -51,6 +51,7 @@ INLINE V load_bf16(const uint16_t* p) {
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return reinterpret_cast<V>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
 }
+INLINE V load_int8(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
 #elif defined(BRAID_AVX2)
 INLINE V splat(float x) { return _mm256_set1_ps(x); }
 INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
@@ -59,6 +60,7 @@ INLINE V load_bf16(const uint16_t* p) {
     const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return reinterpret_cast<V>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
 }
+INLINE V load_int8(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))); }
 #else
 INLINE V splat(float x) { return V{x, x, x, x}; }
 INLINE V fma(V a, V b, V c) { return a * b + c; }
@@ -69,6 +71,10 @@ INLINE VI round_to_int(V x) {
 INLINE V load_bf16(const uint16_t* p) {
     const VU words = {p[0], p[1], p[2], p[3]};
     return reinterpret_cast<V>(words << 16);
+}
+INLINE V load_int8(const int8_t* p) {
+    const VI numbers = {p[0], p[1], p[2], p[3]};
+    return __builtin_convertvector(numbers, V);
 }
 #endif
 

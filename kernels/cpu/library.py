@@ -32,9 +32,9 @@ class Layer(ctypes.Structure):
 
 class KV(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
         *((name, c_int64) for name in ("key_block", "key_head", "key_place", "value_block", "value_head", "value_place")),
-        *((name, c_int64) for name in ("block_size", "num_kv_heads", "head_width", "is_bf16", "key_number")),
+        *((name, c_int64) for name in ("scale_block", "scale_head", "block_size", "num_kv_heads", "head_width", "bits", "key_number")),
     )
 
 

@@ -308,11 +308,14 @@ def _layer_struct(weights: LayerWeights, matrices: list[Matrix]) -> Layer:
 
 def _pool_struct(kv: PagedKV) -> KV | None:
     _, num_kv_heads, block_size, width = kv.keys.shape
-    if kv.keys.dtype not in (torch.bfloat16, torch.float32) or 1 not in kv.keys.stride()[2:] or kv.values.stride(3) != 1:
+    scales = kv.key_scales
+    if kv.keys.dtype not in (torch.bfloat16, torch.float32, torch.int8) or (kv.keys.dtype is torch.int8) == (scales is None):
         return None
-    strides = (*kv.keys.stride()[:3], *kv.values.stride()[:3])
-    numbers = (block_size, num_kv_heads, width, kv.keys.dtype is torch.bfloat16, kv.keys.stride(3))
-    return KV(kv.keys.data_ptr(), kv.values.data_ptr(), *strides, *numbers)
+    if 1 not in kv.keys.stride()[2:] or kv.values.stride(3) != 1 or (scales is not None and scales.stride(2) != 1):
+        return None
+    strides = (*kv.keys.stride()[:3], *kv.values.stride()[:3], *((0, 0) if scales is None else scales.stride()[:2]))
+    numbers = (block_size, num_kv_heads, width, 8 * kv.keys.itemsize, kv.keys.stride(3))
+    return KV(kv.keys.data_ptr(), kv.values.data_ptr(), _pointer(scales), _pointer(kv.value_scales), *strides, *numbers)
 
 
 def _batch_struct(batch: PagedBatch) -> Batch:

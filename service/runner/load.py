@@ -6,7 +6,7 @@ Called once by `service/worker.py`. Numbers derived here (blocks, dtype) are ret
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,8 +56,18 @@ class Storage:
     kv_dtype: torch.dtype
 
 
-def choose_storage(dtype: str, device: torch.device) -> Storage:
-    """auto is int8 on a CPU (activations float32, K/V bfloat16) and bfloat16 on a GPU. Raises: StartupError for int4 on a GPU."""
+def choose_storage(dtype: str, device: torch.device, kv_dtype: str = "auto") -> Storage:
+    """auto is int8 on a CPU (activations float32, K/V bfloat16) and bfloat16 on a GPU. Raises: StartupError for what a GPU does not have
+    yet: int4, and K/V in int8."""
+    storage = _choose_weights(dtype, device)
+    if kv_dtype == "auto":
+        return storage
+    if kv_dtype == "int8" and device.type != "cpu":
+        raise StartupError("--kv-dtype int8 runs on the CPU alone so far; use bfloat16 on a GPU")
+    return replace(storage, kv_dtype=getattr(torch, kv_dtype))
+
+
+def _choose_weights(dtype: str, device: torch.device) -> Storage:
     if dtype == "auto":
         dtype = "int8" if device.type == "cpu" else "bfloat16"
     if dtype == "float32":
@@ -94,7 +104,7 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
     if load.threads:
         torch.set_num_threads(load.threads)
     device = choose_device(load.device)
-    storage = choose_storage(load.dtype, device)
+    storage = choose_storage(load.dtype, device, load.kv_dtype)
     ops = select_ops("cpu" if device.type == "cpu" else "triton")
     models: list[tuple[ModelSource, Transformer | Encoder]] = []
     for source in load.models:
