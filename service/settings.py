@@ -254,7 +254,7 @@ _OPTIONS = (
         "--kv-dtype",
         "kv_dtype",
         type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
-        help="Of keys and values. auto is bfloat16, and float32 beside float32 weights.",
+        help="Of keys and values. auto is int8 beside quantised weights on a CPU, else as the weights or bfloat16.",
     ),
     _option("--device", "device", type=Device(), help="auto, cpu, cuda or cuda:N."),
     _option(

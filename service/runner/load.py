@@ -57,7 +57,7 @@ class Storage:
 
 
 def choose_storage(dtype: str, device: torch.device, kv_dtype: str = "auto") -> Storage:
-    """auto is int8 on a CPU (activations float32, K/V bfloat16) and bfloat16 on a GPU. Raises: StartupError for what a GPU does not have
+    """auto is int8 on a CPU (activations float32, K/V int8 too) and bfloat16 on a GPU. Raises: StartupError for what a GPU does not have
     yet: int4, and K/V in int8."""
     storage = _choose_weights(dtype, device)
     if kv_dtype == "auto":
@@ -73,12 +73,13 @@ def _choose_weights(dtype: str, device: torch.device) -> Storage:
     if dtype == "float32":
         return Storage(dtype, Precision(torch.float32), torch.float32)
     if dtype == "int8":
-        activations = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return Storage(dtype, Precision(activations, "int8"), torch.bfloat16)
+        if device.type == "cpu":
+            return Storage(dtype, Precision(torch.float32, "int8"), torch.int8)
+        return Storage(dtype, Precision(torch.bfloat16, "int8"), torch.bfloat16)
     if dtype == "int4":
         if device.type != "cpu":
             raise StartupError("--dtype int4 runs on the CPU alone so far; use bfloat16 or int8 on a GPU")
-        return Storage(dtype, Precision(torch.float32, "int4"), torch.bfloat16)
+        return Storage(dtype, Precision(torch.float32, "int4"), torch.int8)
     return Storage(dtype, Precision(torch.bfloat16), torch.bfloat16)
 
 

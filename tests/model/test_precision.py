@@ -10,10 +10,12 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from kernels.ops import GroupedWeight, Int8Weight, select_ops
+from service.footprint import weight_bytes
 from service.model.config import expected_shapes
 from service.model.families import read_config
 from service.model.transformer import Precision, Transformer, build_transformer
 from service.model.weights import open_weights
+from service.runner.load import choose_storage
 from tests.model.checkpoints import TINY, random_tensors, write_gguf
 from tests.parity.steps import Steps
 
@@ -45,6 +47,9 @@ def test_a_files_groups_are_kept(grouped_file: Path) -> None:
     assert {name: weight.bits for name, weight in found.items()} == {"qkv": 8, "out": 4, "gate_up": 4, "down": 8}
     assert kept.embedding is kept.head, "a tied table is held once"
     assert kept.basis is None
+    config = read_config(grouped_file)
+    storage = choose_storage("int4", torch.device("cpu"))
+    assert weight_bytes(config, storage, open_weights(grouped_file, config)) == kept.held_bytes
     error = (logits(kept) - logits(dense)).norm() / logits(dense).norm()
     assert error < 0.15, "only activations are quantised"
 
