@@ -150,9 +150,8 @@ class _Builder:
 
     def __init__(self, config: ModelConfig, source: TensorSource, ops: Ops, precision: Precision, device: torch.device | str) -> None:
         self.config = config
-        self.groups = (
-            source if precision.weights == "int4" and isinstance(source, WeightSource) and source.layers_have_groups(config) else None
-        )
+        has_groups = precision.weights == "int4" and isinstance(source, WeightSource) and source.layers_have_groups(config)
+        self.groups = cast(WeightSource, source) if has_groups else None
         self.source = source if precision.weights == "dense" or self.groups is not None else RotatedSource(source, config)
         self.ops = ops
         self.precision = precision
