@@ -74,7 +74,7 @@ struct Draw {
 class Pool {
   public:
     using Tile = void (*)(void* argument, int64_t tile, int thread);
-    explicit Pool(int num_threads);
+    Pool(int num_threads, int spin_us);
     ~Pool();
     int size() const { return static_cast<int>(workers_.size()) + 1; }
     void run(Tile tile, void* argument, int64_t num_tiles);
@@ -83,6 +83,7 @@ class Pool {
     void work(int thread);
     void loop(int thread);
     bool wait_briefly() const;
+    const int spin_us_;
     // Phase number in the high half, tiles not yet taken in the low half: taking one is one compare-and-swap that also proves that
     // the phase it was read from is still running, so tile_, argument_ and total_ are stable until the tile is reported done.
     alignas(64) std::atomic<uint64_t> ticket_{0};
@@ -136,8 +137,8 @@ const Table* avx512_table();  // the same
 
 // One back end: its instruction set, its threads and its memory. Not to be entered by two threads at once.
 struct Context {
-    Context(const Table* operations, int num_threads)
-        : table(operations), pool(num_threads), of_thread(static_cast<size_t>(pool.size())) {}
+    Context(const Table* operations, int num_threads, int spin_us)
+        : table(operations), pool(num_threads, spin_us), of_thread(static_cast<size_t>(pool.size())) {}
     const Table* table;
     Pool pool;
     Scratch bytes, scales, product, hidden, items, partial, contests;

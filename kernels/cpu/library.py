@@ -84,7 +84,7 @@ def load() -> ctypes.CDLL | None:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, c_int32
-    library.braid_create.argtypes, library.braid_create.restype = (c_char_p, c_int32), c_void_p
+    library.braid_create.argtypes, library.braid_create.restype = (c_char_p, c_int32, c_int32), c_void_p
     library.braid_destroy.argtypes, library.braid_destroy.restype = (c_void_p,), None
     library.braid_isa.argtypes, library.braid_isa.restype = (c_void_p,), c_char_p
     return library
