@@ -7,7 +7,7 @@ namespace {
 
 #if defined(BRAID_AVX512)
 constexpr int kOffset = 128;  // vpdpbusd multiplies unsigned by signed bytes, so activations are stored + 128, for grouped weights as they are
-constexpr int kMostRows = 12, kMostGroupedRows = 8;
+constexpr int kMostRows = 12, kMostGroupedRows = 12;
 #elif defined(BRAID_AVX2)
 constexpr int kOffset = 0;
 constexpr int kMostRows = 4, kMostGroupedRows = 4;
