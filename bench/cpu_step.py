@@ -85,6 +85,15 @@ class Model:
         dense = torch.randn(rows, columns) / columns**0.5
         return self.ops.pack(quantize_int8(dense) if self.bits == 8 else quantize_grouped(dense, bits or self.bits))
 
+    def kvs(self, batch: PagedBatch) -> list[PagedKV]:
+        """One per layer."""
+        return [PagedKV(*view, batch, *scales) for view, scales in zip(self.views, self.scales, strict=True)]
+
+    def kv_bytes(self) -> float:
+        """Of a number in the pool, its share of a scale included."""
+        keys = self.views[0][0]
+        return keys.itemsize + (4 / keys.shape[3] if self.scales[0][0] is not None else 0)
+
     def weight_bytes(self) -> int:
         matrices = [getattr(layer, name) for layer in self.layers for name in ("qkv", "out", "gate_up", "down")] + [self.table]
         return sum(m.out_features * m.in_features for m in matrices if isinstance(m, Int8Weight))
@@ -100,8 +109,7 @@ class Model:
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor, batch: PagedBatch, sampled: torch.Tensor) -> torch.Tensor:
         x = self.ops.embed(ids, self.table, torch.float32)
         residual = None
-        for layer, (keys, values), scales in zip(self.layers, self.views, self.scales, strict=True):
-            kv = PagedKV(keys, values, batch, *scales)
+        for layer, kv in zip(self.layers, self.kvs(batch), strict=True):
             q, residual = self.ops.qkv(x, residual, layer, positions, kv)
             x, residual = self.ops.out_mlp(self.ops.attend(q, kv, layer.spec.attention), residual, layer)
         assert residual is not None
