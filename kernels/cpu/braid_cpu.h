@@ -134,6 +134,7 @@ struct Table {
 const Table* generic_table();
 const Table* avx2_table();    // null where the library is not built for x86
 const Table* avx512_table();  // the same
+const Table* neon_table();    // null where it is not built for AArch64
 
 // One back end: its instruction set, its threads and its memory. Not to be entered by two threads at once.
 struct Context {

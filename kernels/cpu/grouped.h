@@ -101,6 +101,51 @@ void dot_grouped(const Band& band, const Pair& pair, float (*y)[32]) {
         each<R>([&](auto r) ALWAYS { store(y[r] + part * 8, totals[r]); });
     }
 }
+#elif defined(BRAID_NEON)
+// The quads of 4 outputs as signed bytes; with 8 bits minus 128.
+template <int kBits>
+INLINE int8x16_t load_quads(const uint8_t* group, int j, int part) {
+    const uint8x16_t line = vld1q_u8(group + (kBits == 4 ? j % 4 : j) * 64 + part * 16);
+    if (kBits == 8) return vreinterpretq_s8_u8(veorq_u8(line, vdupq_n_u8(128)));
+    return vreinterpretq_s8_u8(j < 4 ? vandq_u8(line, vdupq_n_u8(15)) : vshrq_n_u8(line, 4));
+}
+
+template <int R, int kBits>
+void dot_grouped(const Band& band, const Pair& pair, float (*y)[32]) {
+    constexpr int64_t kBytes = kBits * 64 + 64;
+    const int64_t num_groups = pair.weight.in / kGroup;
+    Fetcher fetcher(pair);
+    for (int part = 0; part < 8; part += 2) {  // 8 outputs each
+        const uint8_t *rows = band.bytes, *group = pair.strip(part < 4 ? pair.first : pair.second);
+        const float *scales = band.scales, *sums = band.sums;
+        V totals[R][2];
+        each<R>([&](auto r) ALWAYS { totals[r][0] = totals[r][1] = V{}; });
+        for (int64_t g = 0; g < num_groups; ++g, rows += R * kGroup, scales += R, sums += R, group += kBytes) {
+            if (part == 0) each<kBits + 1>([&](auto) ALWAYS { fetcher.step(); });
+            int32x4_t exact[R][2];
+            each<R>([&](auto r) ALWAYS { exact[r][0] = exact[r][1] = vdupq_n_s32(0); });
+            each<8>([&](auto j) ALWAYS {
+                const int8x16_t w0 = load_quads<kBits>(group, j, part % 4), w1 = load_quads<kBits>(group, j, part % 4 + 1);
+                each<R>([&](auto r) ALWAYS {
+                    const int8x16_t x = load_quad(rows + (j * R + r) * 4);
+                    exact[r][0] = vdotq_s32(exact[r][0], w0, x);
+                    exact[r][1] = vdotq_s32(exact[r][1], w1, x);
+                });
+            });
+            each<2>([&](auto i) ALWAYS {
+                const uint8_t* at = group + kBits * 64 + (part % 4 + i) * 8;
+                const V scale = load_half(at);
+                V offset = load_half(at + 32);
+                if (kBits == 8) offset = fma(scale, splat(128.0f), offset);
+                each<R>([&](auto r) ALWAYS {
+                    totals[r][i] = fma(to_float(exact[r][i]), scale * splat(scales[r]), totals[r][i]);
+                    totals[r][i] = fma(offset, splat(sums[r]), totals[r][i]);
+                });
+            });
+        }
+        each<R>([&](auto r) ALWAYS { each<2>([&](auto i) ALWAYS { store(y[r] + (part + i) * 4, totals[r][i]); }); });
+    }
+}
 #else
 template <int R, int kBits>
 void dot_grouped(const Band& band, const Pair& pair, float (*y)[32]) {

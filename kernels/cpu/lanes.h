@@ -1,4 +1,4 @@
-// Vectors of one instruction set (BRAID_AVX512, BRAID_AVX2 or neither) and elementary functions on them, all in one fixed order.
+// Vectors of one instruction set (BRAID_AVX512, BRAID_AVX2, BRAID_NEON or none) and elementary functions on them, all in one fixed order.
 // Everything is in an anonymous namespace, because several translation units compile it with different flags.
 #pragma once
 #include <cmath>
@@ -6,6 +6,8 @@
 #include <utility>
 #if defined(BRAID_AVX512) || defined(BRAID_AVX2)
 #include <immintrin.h>
+#elif defined(BRAID_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "braid_cpu.h"
@@ -61,6 +63,16 @@ INLINE V load_bf16(const uint16_t* p) {
     return reinterpret_cast<V>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
 }
 INLINE V load_int8(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))); }
+#elif defined(BRAID_NEON)
+INLINE V splat(float x) { return vdupq_n_f32(x); }
+INLINE V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
+INLINE VI round_to_int(V x) { return vcvtnq_s32_f32(x); }
+INLINE V load_bf16(const uint16_t* p) { return reinterpret_cast<V>(vshll_n_u16(vld1_u16(p), 16)); }
+INLINE V load_half(const uint8_t* p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }  // W numbers of float16
+INLINE V load_int8(const int8_t* p) {
+    const VI numbers = {p[0], p[1], p[2], p[3]};
+    return vcvtq_f32_s32(numbers);
+}
 #else
 INLINE V splat(float x) { return V{x, x, x, x}; }
 INLINE V fma(V a, V b, V c) { return a * b + c; }

@@ -48,9 +48,9 @@ _NEEDS_LOGITS = 3
 def cpu_ops(isa: str | None = None, num_threads: int | None = None, *, spin_us: int = SPIN_US) -> Ops:
     """The table of the CPU back end, with threads and memory of its own.
 
-    isa: "avx512", "avx2", "generic" or "" for the best this machine runs; None reads BRAID_CPU_ISA. num_threads: None takes PyTorch's
-    number. spin_us: how long a thread without work looks for some before it sleeps. Raises: ValueError when the machine or the library
-    can't run the instruction set asked for.
+    isa: "avx512", "avx2", "neon", "generic" or "" for the best this machine runs; None reads BRAID_CPU_ISA. num_threads: None takes
+    PyTorch's number. spin_us: how long a thread without work looks for some before it sleeps. Raises: ValueError when the machine or the
+    library can't run the instruction set asked for.
     """
     library = load()
     if library is None:
@@ -94,7 +94,7 @@ class _Native:
         self._context = library.braid_create(isa.encode(), num_threads, spin_us)
         if self._context is None:
             raise ValueError(
-                f"this machine can't run the CPU kernels {isa!r}; there are avx512, avx2 and generic, where the processor has them"
+                f"this machine can't run the CPU kernels {isa!r}; there are avx512, avx2, neon and generic, where the processor has them"
             )
         weakref.finalize(self, library.braid_destroy, self._context)
         self.composed = reference_ops()

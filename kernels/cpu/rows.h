@@ -69,6 +69,11 @@ INLINE void store_bytes(uint8_t* out, int64_t stride, VI wide) {
     alignas(16) uint32_t quads[4];
     _mm_store_si128(reinterpret_cast<__m128i*>(quads), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(wide)));
     for (int q = 0; q < 4; ++q) std::memcpy(out + q * stride, &quads[q], 4);
+#elif defined(BRAID_NEON)
+    const int16x4_t narrow = vmovn_s32(wide);
+    const uint32_t quad = vget_lane_u32(vreinterpret_u32_s8(vmovn_s16(vcombine_s16(narrow, narrow))), 0);
+    std::memcpy(out, &quad, 4);
+    (void)stride;  // one quad
 #else
     for (int lane = 0; lane < W; ++lane) out[lane / 4 * stride + lane % 4] = static_cast<uint8_t>(wide[lane]);
 #endif

@@ -90,7 +90,7 @@ void accumulate(const float* a, int64_t lda, const float* b, int64_t ldb, int64_
     each<R>([&](auto r) ALWAYS { each<C>([&](auto j) ALWAYS { store(c + r * ldc + j * W, sums[r][j]); }); });
 }
 
-#if defined(BRAID_AVX512)
+#if defined(BRAID_AVX512) || defined(BRAID_NEON)  // which have 32 registers
 constexpr int kRowBlock = 6, kColumnBlock = 4;
 #else
 constexpr int kRowBlock = 3, kColumnBlock = 2;

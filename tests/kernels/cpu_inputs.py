@@ -23,7 +23,7 @@ def runnable_isas() -> list[str]:
     if load() is None:
         return []
     found = []
-    for isa in ("avx512", "avx2", "generic"):
+    for isa in ("avx512", "avx2", "neon", "generic"):
         try:
             cpu_ops(isa, 1)
         except ValueError:
