@@ -28,22 +28,31 @@ FLAGS = [
     "-Wno-maybe-uninitialized",
 ]
 ISA_FLAGS = {
-    "isa_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mprefer-vector-width=512".split(),
-    "isa_avx2.cpp": "-mavx2 -mfma -mf16c".split(),
+    "x86_64": {
+        "isa_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mprefer-vector-width=512".split(),
+        "isa_avx2.cpp": "-mavx2 -mfma -mf16c".split(),
+    },
+    "aarch64": {"isa_neon.cpp": ["-march=armv8.2-a+dotprod"]},
 }
+SAME_MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}
 FOLDER = Path("kernels/cpu")
 WEIGHTS = Path("weights")
+
+
+def flags_of(source: str, machine: str) -> list[str]:
+    """What a file of the library is compiled with for a machine, named as `platform.machine` does."""
+    machine = machine.lower()
+    return FLAGS + ISA_FLAGS.get(SAME_MACHINE.get(machine, machine), {}).get(source, [])
 
 
 class BuildKernels(build_ext):
     """Adds flags file by file: one flag set for the whole library would let machines without AVX-512 run into it."""
 
     def build_extension(self, ext: Extension) -> None:
-        is_x86 = platform.machine().lower() in ("x86_64", "amd64")
         objects: list[str] = []
         for source in ext.sources:
-            extra = ISA_FLAGS.get(Path(source).name, []) if is_x86 else []
-            objects += self.compiler.compile([source], output_dir=self.build_temp, depends=ext.depends, extra_postargs=FLAGS + extra)
+            flags = flags_of(Path(source).name, platform.machine())
+            objects += self.compiler.compile([source], output_dir=self.build_temp, depends=ext.depends, extra_postargs=flags)
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), extra_postargs=["-pthread"], target_lang="c++")
 
 
@@ -59,15 +68,16 @@ class BuildWithWeights(build_py):
                 self.copy_file(str(path), str(target))
 
 
-setup(
-    ext_modules=[
-        Extension(
-            "kernels.cpu._braid_cpu",
-            sources=sorted(str(path) for path in FOLDER.glob("*.cpp")),
-            depends=sorted(str(path) for path in FOLDER.glob("*.h")),
-            language="c++",
-            optional=True,
-        )
-    ],
-    cmdclass={"build_ext": BuildKernels, "build_py": BuildWithWeights},
-)
+if __name__ == "__main__":  # the tests take the flags from here
+    setup(
+        ext_modules=[
+            Extension(
+                "kernels.cpu._braid_cpu",
+                sources=sorted(str(path) for path in FOLDER.glob("*.cpp")),
+                depends=sorted(str(path) for path in FOLDER.glob("*.h")),
+                language="c++",
+                optional=True,
+            )
+        ],
+        cmdclass={"build_ext": BuildKernels, "build_py": BuildWithWeights},
+    )

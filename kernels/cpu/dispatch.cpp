@@ -3,6 +3,12 @@
 #include <cstring>
 #include <functional>
 #include <new>
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 #include "braid_cpu.h"
 
@@ -25,12 +31,25 @@ bool can_run_avx512() {
 #endif
 }
 
+// NEON itself is part of AArch64; its dot products of int8 came with version 8.2.
+bool can_run_neon() {
+#if defined(__aarch64__) && defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__aarch64__) && defined(__APPLE__)
+    int has_dot = 0;
+    size_t size = sizeof has_dot;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has_dot, &size, nullptr, 0) == 0 && has_dot != 0;
+#else
+    return false;
+#endif
+}
+
+// The first that this machine can run, the best one, or the one so named.
 const Table* find_table(const char* name) {
-    const Table* wide = can_run_avx512() ? avx512_table() : nullptr;
-    const Table* middle = can_run_avx2() ? avx2_table() : nullptr;
-    if (*name == '\0') return wide ? wide : middle ? middle : generic_table();
-    for (const Table* table : {wide, middle, generic_table()})
-        if (table != nullptr && std::strcmp(table->name, name) == 0) return table;
+    const Table* runnable[] = {can_run_avx512() ? avx512_table() : nullptr, can_run_avx2() ? avx2_table() : nullptr,
+                               can_run_neon() ? neon_table() : nullptr, generic_table()};
+    for (const Table* table : runnable)
+        if (table != nullptr && (*name == '\0' || std::strcmp(table->name, name) == 0)) return table;
     return nullptr;
 }
 
@@ -58,12 +77,13 @@ float nth_highest(float* first, float* last, int64_t n) {
 
 #define BRAID_API extern "C" __attribute__((visibility("default")))
 
-// isa: "avx512", "avx2", "generic", or "" for the best that this machine can run; null when it can't run the one asked for.
-BRAID_API Context* braid_create(const char* isa, int32_t num_threads) {
+// isa: "avx512", "avx2", "neon", "generic", or "" for the best that this machine can run; null when it can't run the one asked for.
+// spin_us: how long a thread without work looks for some before it sleeps.
+BRAID_API Context* braid_create(const char* isa, int32_t num_threads, int32_t spin_us) {
     const Table* table = find_table(isa);
     if (table == nullptr) return nullptr;
     try {
-        return new Context(table, num_threads);
+        return new Context(table, num_threads, spin_us);
     } catch (...) {
         return nullptr;
     }

@@ -122,6 +122,35 @@ void dot(const Band& band, const Pair& pair, float (*y)[32]) {
     }
     finish_dot<R>(band, pair, exact, y);
 }
+#elif defined(BRAID_NEON)
+INLINE int8x16_t load_quad(const uint8_t* p) {  // four times
+    int32_t quad;
+    std::memcpy(&quad, p, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(quad));
+}
+
+template <int R>
+void dot(const Band& band, const Pair& pair, float (*y)[32]) {
+    const int64_t quads = ceil_div(pair.weight.in, 4);
+    int32_t exact[R][32];
+    Fetcher fetcher(pair);
+    for (int half = 0; half < 2; ++half) {
+        const uint8_t *rows = band.bytes, *strip = pair.strip(half == 0 ? pair.first : pair.second);
+        int32x4_t sums[R][4];
+        each<R>([&](auto r) ALWAYS { each<4>([&](auto i) ALWAYS { sums[r][i] = vdupq_n_s32(0); }); });
+        for (int64_t q = 0; q < quads; ++q, rows += R * 4, strip += 64) {
+            if (half == 0) fetcher.step();
+            int8x16_t w[4];
+            each<4>([&](auto i) ALWAYS { w[i] = vreinterpretq_s8_u8(vld1q_u8(strip + i * 16)); });
+            each<R>([&](auto r) ALWAYS {
+                const int8x16_t x = load_quad(rows + r * 4);
+                each<4>([&](auto i) ALWAYS { sums[r][i] = vdotq_s32(sums[r][i], w[i], x); });
+            });
+        }
+        each<R>([&](auto r) ALWAYS { each<4>([&](auto i) ALWAYS { vst1q_s32(exact[r] + half * 16 + i * 4, sums[r][i]); }); });
+    }
+    finish_dot<R>(band, pair, exact, y);
+}
 #else
 template <int R>
 void dot(const Band& band, const Pair& pair, float (*y)[32]) {

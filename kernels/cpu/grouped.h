@@ -19,40 +19,35 @@ INLINE __m512i load_quads(const uint8_t* group, int j) {
 template <int R, int kBits>
 void dot_grouped(const Band& band, const Pair& pair, float (*y)[32]) {
     constexpr int64_t kBytes = kBits * 64 + 64;
-    const uint8_t *rows = band.bytes, *strips[2] = {pair.strip(pair.first), pair.strip(pair.second)};
-    const float *scales = band.scales, *sums = band.sums;
     const int64_t num_groups = pair.weight.in / kGroup;
     Fetcher fetcher(pair);
-    __m512 totals[R][2];
-    each<R>([&](auto r) ALWAYS { totals[r][0] = totals[r][1] = _mm512_setzero_ps(); });
-    for (int64_t g = 0; g < num_groups; ++g, rows += R * kGroup, scales += R, sums += R) {
-        each<kBits + 1>([&](auto) ALWAYS { fetcher.step(); });
-        each<2>([&](auto half) ALWAYS {
-            const uint8_t* at = strips[half] + g * kBytes;
+    for (int half = 0; half < 2; ++half) {
+        const uint8_t *rows = band.bytes, *group = pair.strip(half == 0 ? pair.first : pair.second);
+        const float *scales = band.scales, *sums = band.sums;
+        __m512 totals[R];
+        each<R>([&](auto r) ALWAYS { totals[r] = _mm512_setzero_ps(); });
+        for (int64_t g = 0; g < num_groups; ++g, rows += R * kGroup, scales += R, sums += R, group += kBytes) {
+            each<(kBits + 2) / 2>([&](auto) ALWAYS { fetcher.step(); });
             __m512i exact[R];  // rows side by side: one row's sums wait for each other
             each<R>([&](auto r) ALWAYS { exact[r] = _mm512_setzero_si512(); });
             each<8>([&](auto j) ALWAYS {
-                const __m512i w = load_quads<kBits>(at, j);
+                const __m512i w = load_quads<kBits>(group, j);
                 each<R>([&](auto r) ALWAYS {
                     int32_t quad;
                     std::memcpy(&quad, rows + (j * R + r) * 4, 4);
                     exact[r] = _mm512_dpbusd_epi32(exact[r], w, _mm512_set1_epi32(quad));
                 });
             });
-            const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + kBits * 64)));
-            const __m512 offset = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + kBits * 64 + 32)));
+            const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + kBits * 64)));
+            const __m512 offset = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + kBits * 64 + 32)));
             each<R>([&](auto r) ALWAYS {
                 const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(scales[r]));
-                totals[r][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact[r]), both, totals[r][half]);
-                totals[r][half] = _mm512_fmadd_ps(offset, _mm512_set1_ps(sums[r]), totals[r][half]);
+                totals[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact[r]), both, totals[r]);
+                totals[r] = _mm512_fmadd_ps(offset, _mm512_set1_ps(sums[r]), totals[r]);
             });
-            asm volatile("" ::: "memory");  // else the compiler keeps the broadcasts for the other half, and spills registers for them
-        });
+        }
+        each<R>([&](auto r) ALWAYS { _mm512_storeu_ps(y[r] + half * 16, totals[r]); });
     }
-    each<R>([&](auto r) ALWAYS {
-        _mm512_storeu_ps(y[r], totals[r][0]);
-        _mm512_storeu_ps(y[r] + 16, totals[r][1]);
-    });
 }
 #elif defined(BRAID_AVX2)
 // Half a line, the quads of 8 outputs, as unsigned bytes.
@@ -106,6 +101,51 @@ void dot_grouped(const Band& band, const Pair& pair, float (*y)[32]) {
         each<R>([&](auto r) ALWAYS { store(y[r] + part * 8, totals[r]); });
     }
 }
+#elif defined(BRAID_NEON)
+// The quads of 4 outputs as signed bytes; with 8 bits minus 128.
+template <int kBits>
+INLINE int8x16_t load_quads(const uint8_t* group, int j, int part) {
+    const uint8x16_t line = vld1q_u8(group + (kBits == 4 ? j % 4 : j) * 64 + part * 16);
+    if (kBits == 8) return vreinterpretq_s8_u8(veorq_u8(line, vdupq_n_u8(128)));
+    return vreinterpretq_s8_u8(j < 4 ? vandq_u8(line, vdupq_n_u8(15)) : vshrq_n_u8(line, 4));
+}
+
+template <int R, int kBits>
+void dot_grouped(const Band& band, const Pair& pair, float (*y)[32]) {
+    constexpr int64_t kBytes = kBits * 64 + 64;
+    const int64_t num_groups = pair.weight.in / kGroup;
+    Fetcher fetcher(pair);
+    for (int part = 0; part < 8; part += 2) {  // 8 outputs each
+        const uint8_t *rows = band.bytes, *group = pair.strip(part < 4 ? pair.first : pair.second);
+        const float *scales = band.scales, *sums = band.sums;
+        V totals[R][2];
+        each<R>([&](auto r) ALWAYS { totals[r][0] = totals[r][1] = V{}; });
+        for (int64_t g = 0; g < num_groups; ++g, rows += R * kGroup, scales += R, sums += R, group += kBytes) {
+            if (part == 0) each<kBits + 1>([&](auto) ALWAYS { fetcher.step(); });
+            int32x4_t exact[R][2];
+            each<R>([&](auto r) ALWAYS { exact[r][0] = exact[r][1] = vdupq_n_s32(0); });
+            each<8>([&](auto j) ALWAYS {
+                const int8x16_t w0 = load_quads<kBits>(group, j, part % 4), w1 = load_quads<kBits>(group, j, part % 4 + 1);
+                each<R>([&](auto r) ALWAYS {
+                    const int8x16_t x = load_quad(rows + (j * R + r) * 4);
+                    exact[r][0] = vdotq_s32(exact[r][0], w0, x);
+                    exact[r][1] = vdotq_s32(exact[r][1], w1, x);
+                });
+            });
+            each<2>([&](auto i) ALWAYS {
+                const uint8_t* at = group + kBits * 64 + (part % 4 + i) * 8;
+                const V scale = load_half(at);
+                V offset = load_half(at + 32);
+                if (kBits == 8) offset = fma(scale, splat(128.0f), offset);
+                each<R>([&](auto r) ALWAYS {
+                    totals[r][i] = fma(to_float(exact[r][i]), scale * splat(scales[r]), totals[r][i]);
+                    totals[r][i] = fma(offset, splat(sums[r]), totals[r][i]);
+                });
+            });
+        }
+        each<R>([&](auto r) ALWAYS { each<2>([&](auto i) ALWAYS { store(y[r] + (part + i) * 4, totals[r][i]); }); });
+    }
+}
 #else
 template <int R, int kBits>
 void dot_grouped(const Band& band, const Pair& pair, float (*y)[32]) {
@@ -135,7 +175,8 @@ void dot_grouped(const Band& band, const Pair& pair, float (*y)[32]) {
 #if defined(BRAID_AVX512)
 template <int kBits>
 constexpr Dot kGroupedDots[] = {dot_grouped<1, kBits>, dot_grouped<2, kBits>, dot_grouped<3, kBits>, dot_grouped<4, kBits>,
-                                dot_grouped<5, kBits>, dot_grouped<6, kBits>, dot_grouped<7, kBits>, dot_grouped<8, kBits>};
+                                dot_grouped<5, kBits>, dot_grouped<6, kBits>, dot_grouped<7, kBits>, dot_grouped<8, kBits>,
+                                dot_grouped<9, kBits>, dot_grouped<10, kBits>, dot_grouped<11, kBits>, dot_grouped<12, kBits>};
 #else
 template <int kBits>
 constexpr Dot kGroupedDots[] = {dot_grouped<1, kBits>, dot_grouped<2, kBits>, dot_grouped<3, kBits>, dot_grouped<4, kBits>};

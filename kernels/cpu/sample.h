@@ -59,6 +59,8 @@ INLINE bool any(VI mask) {
     return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
 #elif defined(BRAID_AVX2)
     return _mm256_movemask_epi8(reinterpret_cast<__m256i>(mask)) != 0;
+#elif defined(BRAID_NEON)
+    return vmaxvq_u32(reinterpret_cast<uint32x4_t>(mask)) != 0;
 #else
     return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
 #endif

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from ctypes import addressof
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from kernels.reference_ops import reference_ops
 from tests.kernels.cpu_inputs import ISAS, copied, needs_library, packed, paged_batch, random_kv, random_layer
 
 GUARD = 12345.0
+THREADS = Path("/proc/self/task")
 
 
 @pytest.fixture
@@ -72,7 +75,7 @@ def is_intact(whole: Tensor) -> bool:
 def test_nothing_is_written_around_an_output(isa: str, generator: torch.Generator) -> None:
     library = load()
     assert library is not None
-    context = library.braid_create(isa.encode(), 2)
+    context = library.braid_create(isa.encode(), 2, 50)
     try:
         _write_everything(library, context, generator)
     finally:
@@ -120,3 +123,48 @@ def _write_everything(library: ctypes.CDLL, context: int, generator: torch.Gener
         assert library.braid_sample(context, rows.data_ptr(), addressof(draw), drawn.data_ptr(), num_rows, width) == 0
         assert is_intact(whole)
         assert ((drawn >= 0) & (drawn < width)).all()
+
+
+def _product(library: ctypes.CDLL, context: int, generator: torch.Generator) -> None:
+    """Enough work for every thread to take some."""
+    weight = pack_strips(quantize_int8(torch.randn(1024, 256, generator=generator)))
+    assert isinstance(weight.packed, PackedStrips)
+    x, y = torch.randn(64, 256, generator=generator), torch.empty(64, 1024)
+    assert library.braid_linear(context, addressof(weight.packed.matrix), x.data_ptr(), y.data_ptr(), 64) == 0
+
+
+@needs_library
+def test_threads_park_soon_after_their_work(generator: torch.Generator) -> None:
+    """They spin for 50 microseconds; threads that never parked would use as many seconds as there are cores."""
+    library = load()
+    assert library is not None
+    context = library.braid_create(b"", 4)
+    try:
+        _product(library, context, generator)
+        before = time.process_time()
+        time.sleep(1)
+        assert time.process_time() - before < 0.05
+        _product(library, context, generator)  # and wake again
+    finally:
+        library.braid_destroy(context)
+
+
+@needs_library
+@pytest.mark.skipif(not THREADS.exists(), reason="only Linux lists a process's threads there")
+def test_no_thread_outlives_its_context(generator: torch.Generator) -> None:
+    library = load()
+    assert library is not None
+    context = library.braid_create(b"", 1)
+    _product(library, context, generator)  # PyTorch's own threads have begun by then
+    library.braid_destroy(context)
+    num_before = len(list(THREADS.iterdir()))
+    for turn in range(40):
+        context = library.braid_create(b"", 5)
+        assert len(list(THREADS.iterdir())) >= num_before + 4
+        if turn % 2:  # half of them are gone before their threads have seen any work
+            _product(library, context, generator)
+        library.braid_destroy(context)
+    end = time.monotonic() + 5
+    while len(list(THREADS.iterdir())) > num_before and time.monotonic() < end:
+        time.sleep(0.01)  # a joined thread is listed until the system has buried it
+    assert len(list(THREADS.iterdir())) <= num_before
