@@ -29,7 +29,7 @@ class ModelSource(msgspec.Struct, frozen=True):
 
 class Load(msgspec.Struct, frozen=True, tag=True):
     """The first message down. memory_bytes: for weights and K/V of all models; 0 lets the engine decide. dtype, kv_dtype and device as
-    the flags say. max_context 0: the model's own. draft: a small model with the same tokens that guesses ids for the first of the models."""
+    the flags say. max_context 0: the model's own. draft: a small model with the same tokens, which guesses ids for the first model."""
 
     models: tuple[ModelSource, ...]
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"]
