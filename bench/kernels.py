@@ -233,7 +233,7 @@ def blocks_for(rows: Sequence[int], decodes: Sequence[tuple[int, int]], prefill:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--isa", default="", show_default="the best one", help="avx512, avx2 or generic.")
+@click.option("--isa", default="", show_default="the best one", help="avx512, avx2, neon or generic.")
 @click.option("--threads", type=click.IntRange(1), default=torch.get_num_threads, show_default="one per core")
 @click.option("--seconds", type=click.FloatRange(0), default=0.5, help="For each case.")
 @click.option("--only", default="", show_default="all", help="A kernel: linear, attend, rms_norm, gated, kv_write, embed, sample.")
