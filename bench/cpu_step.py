@@ -10,12 +10,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from kernels.cpu.ops import cpu_ops
-from kernels.linear.reference import quantize_int8
-from kernels.ops import AttentionSpec, Int8Weight, LayerSpec, LayerWeights, Ops, PagedBatch, PagedKV, Weight
+from kernels.linear.reference import quantize_grouped, quantize_int8
+from kernels.ops import AttentionSpec, Int8Weight, LayerSpec, LayerWeights, Ops, PagedBatch, PagedKV, SampleRows, Weight
 from service.runner.kv_cache import as_kept
 
 BLOCK_SIZE = 16
@@ -40,11 +41,22 @@ class Shape:
 
 
 class Model:
-    """Layers, tied table and a bfloat16 K/V pool of num_blocks, keys as columns as the runner keeps them."""
+    """Layers, table (embedding and head) and a K/V pool of num_blocks. bits: 8 for int8 rows, 4 for numbers in groups (the head's 8).
+    has_columns: keys lie as columns, as the runner keeps them."""
 
-    def __init__(self, ops: Ops, num_blocks: int, shape: Shape = Shape()) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        num_blocks: int,
+        shape: Shape = Shape(),
+        *,
+        bits: Literal[4, 8] = 8,
+        kv_dtype: torch.dtype = torch.int8,
+        has_columns: bool = True,
+    ) -> None:
         self.ops = ops
         self.shape = shape
+        self.bits = bits
         width, head_width = shape.width, shape.head_width
         spec = LayerSpec(shape.heads, shape.kv_heads, head_width, AttentionSpec(head_width**-0.5), 1e-5, "silu")
         rotary = torch.randn(8192, 2, head_width // 2)
@@ -61,13 +73,26 @@ class Model:
             )
             for _ in range(shape.layers)
         ]
-        self.table = self._matrix(shape.vocab_size, width)
+        self.table = self._matrix(shape.vocab_size, width, bits=8)
         self.norm = torch.ones(width)
-        pool = torch.randn(shape.layers, 2, num_blocks, shape.kv_heads, BLOCK_SIZE, head_width).bfloat16()
-        self.views = [(as_kept(pool[layer, 0]), pool[layer, 1]) for layer in range(shape.layers)]
+        pool = torch.randn(shape.layers, 2, num_blocks, shape.kv_heads, BLOCK_SIZE, head_width).mul_(30 if kv_dtype is torch.int8 else 1)
+        pool = pool.clamp_(-127, 127).to(kv_dtype)
+        scales = torch.full(pool.shape[:-1], 1 / 30) if kv_dtype is torch.int8 else None
+        self.views = [(as_kept(pool[layer, 0]) if has_columns else pool[layer, 0], pool[layer, 1]) for layer in range(shape.layers)]
+        self.scales = [(None, None) if scales is None else scales[layer].unbind(0) for layer in range(shape.layers)]
 
-    def _matrix(self, rows: int, columns: int) -> Weight:
-        return self.ops.pack(quantize_int8(torch.randn(rows, columns) / columns**0.5))
+    def _matrix(self, rows: int, columns: int, bits: int = 0) -> Weight:
+        dense = torch.randn(rows, columns) / columns**0.5
+        return self.ops.pack(quantize_int8(dense) if self.bits == 8 else quantize_grouped(dense, bits or self.bits))
+
+    def kvs(self, batch: PagedBatch) -> list[PagedKV]:
+        """One per layer."""
+        return [PagedKV(*view, batch, *scales) for view, scales in zip(self.views, self.scales, strict=True)]
+
+    def kv_bytes(self) -> float:
+        """Of a number in the pool, its share of a scale included."""
+        keys = self.views[0][0]
+        return keys.itemsize + (4 / keys.shape[3] if self.scales[0][0] is not None else 0)
 
     def weight_bytes(self) -> int:
         matrices = [getattr(layer, name) for layer in self.layers for name in ("qkv", "out", "gate_up", "down")] + [self.table]
@@ -75,15 +100,20 @@ class Model:
 
     def step(self, ids: torch.Tensor, positions: torch.Tensor, batch: PagedBatch, sampled: torch.Tensor) -> torch.Tensor:
         """Logits of the sampled rows."""
+        return self.ops.linear(self.hidden(ids, positions, batch, sampled), self.table)
+
+    def draw(self, ids: torch.Tensor, positions: torch.Tensor, batch: PagedBatch, sampled: torch.Tensor, rows: SampleRows) -> torch.Tensor:
+        """Ids drawn for the sampled rows."""
+        return self.ops.draw(self.hidden(ids, positions, batch, sampled), self.table, rows).ids
+
+    def hidden(self, ids: torch.Tensor, positions: torch.Tensor, batch: PagedBatch, sampled: torch.Tensor) -> torch.Tensor:
         x = self.ops.embed(ids, self.table, torch.float32)
         residual = None
-        for layer, (keys, values) in zip(self.layers, self.views, strict=True):
-            kv = PagedKV(keys, values, batch)
+        for layer, kv in zip(self.layers, self.kvs(batch), strict=True):
             q, residual = self.ops.qkv(x, residual, layer, positions, kv)
             x, residual = self.ops.out_mlp(self.ops.attend(q, kv, layer.spec.attention), residual, layer)
         assert residual is not None
-        normed, _ = self.ops.rms_norm(x[sampled], residual[sampled], self.norm, 1e-5)
-        return self.ops.linear(normed, self.table)
+        return self.ops.rms_norm(x[sampled], residual[sampled], self.norm, 1e-5)[0]
 
 
 def batch_of(num_sequences: int, length: int, start: int) -> tuple[PagedBatch, torch.Tensor]:

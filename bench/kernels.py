@@ -26,14 +26,13 @@ from torch import Tensor
 from bench.cpu_step import BLOCK_SIZE, Model, Shape, batch_of
 from bench.probe import arithmetic_rate, describe_machine, int8_rate, read_bandwidth
 from kernels.cpu.ops import cpu_ops
-from kernels.ops import Int8Weight, PagedKV, SampleRows, Weight
+from kernels.ops import GROUP, GroupedWeight, SampleRows, Weight
 
 ROWS = (1, 4, 16, 64, 512)
 DECODES = ((16, 200), (1, 4096), (16, 1024))
 PREFILL = 512
 SAMPLED = (1, 16, 64)
 _LEAST_REPEATS = 5
-_KV_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class Case:
     name: str
     call: Callable[[int], object]
     copies: int
-    num_bytes: int
+    num_bytes: float
     num_operations: int = 0
     arithmetic: Literal["int8", "float32"] = "float32"
 
@@ -79,19 +78,18 @@ class Figure:
 
 
 def products(model: Model, rows: Sequence[int]) -> Iterator[Case]:
-    """Int8 matrices, with the activations' quantisation."""
+    """Quantised matrices, with the activations' quantisation."""
+    kind = "int8" if model.bits == 8 else "int4"
 
     def case(name: str, weights: list[Weight], num_rows: int) -> Case:
-        first = weights[0]
-        num_out, num_in = (first.out_features, first.in_features) if isinstance(first, Int8Weight) else tuple(first.shape)
+        num_out, num_in, num_bytes = size_of(weights[0])
         x = torch.randn(num_rows, num_in)
-        num_bytes = num_out * (num_in + 4) + 4 * num_rows * (num_in + num_out)
         return Case(
             "linear",
-            f"{name} {num_out} x {num_in}, {num_rows} rows",
+            f"{kind} {name} {num_out} x {num_in}, {num_rows} rows",
             lambda at: model.ops.linear(x, weights[at]),
             len(weights),
-            num_bytes,
+            num_bytes + 4 * num_rows * (num_in + num_out),
             2 * num_rows * num_out * num_in,
             "int8",
         )
@@ -102,6 +100,16 @@ def products(model: Model, rows: Sequence[int]) -> Iterator[Case]:
         yield case("head", [model.table], num_rows)
 
 
+def size_of(weight: Weight) -> tuple[int, int, float]:
+    """Outputs, inputs, bytes."""
+    if isinstance(weight, Tensor):
+        return weight.shape[0], weight.shape[1], weight.numel() * weight.itemsize
+    num_out, num_in = weight.out_features, weight.in_features
+    if isinstance(weight, GroupedWeight):
+        return num_out, num_in, num_out * num_in * (weight.bits / 8 + 4 / GROUP)
+    return num_out, num_in, num_out * (num_in + 4)
+
+
 def attention(model: Model, decodes: Sequence[tuple[int, int]], prefill: int) -> Iterator[Case]:
     """decodes: sequences, each with a context of so many tokens. prefill: of one sequence from nothing."""
     shape = model.shape
@@ -109,11 +117,11 @@ def attention(model: Model, decodes: Sequence[tuple[int, int]], prefill: int) ->
     works = [(f"decode, {count} x {context}", count, 1, context) for count, context in decodes]
     for name, count, length, context in (*works, (f"prefill, {prefill}", 1, prefill, prefill)):
         batch, _ = batch_of(count, length, context - length)
-        kvs = [PagedKV(keys, values, batch) for keys, values in model.views]
+        kvs = model.kvs(batch)
         q = torch.randn(count * length, shape.heads, shape.head_width)
         # Of a prefill's pairs of tokens the mask leaves half.
         num_pairs = count * context if length == 1 else prefill * (prefill + 1) // 2
-        num_bytes = 2 * count * context * shape.kv_heads * shape.head_width * _KV_BYTES + 2 * q.numel() * 4
+        num_bytes = 2 * count * context * shape.kv_heads * shape.head_width * model.kv_bytes() + 2 * q.numel() * 4
         yield Case(
             "attend",
             name,
@@ -143,14 +151,14 @@ def row_works(model: Model, rows: Sequence[int]) -> Iterator[Case]:
         yield Case("gated", words, lambda at, gate_up=gate_up: ops.gated(gate_up, "silu"), 1, 6 * gate_up.numel(), 2 * gate_up.numel())
         batch, positions = batch_of(1, num_rows, 0) if num_rows > 64 else batch_of(num_rows, 1, 0)
         qkv = torch.randn(num_rows, shape.qkv_rows)
-        kvs = [PagedKV(keys, values, batch) for keys, values in model.views]
+        kvs = model.kvs(batch)
         kv_numbers = 2 * shape.kv_heads * shape.head_width
         yield Case(
             "kv_write",
             words,
             lambda at, qkv=qkv, positions=positions, kvs=kvs: ops.kv_write(qkv, layer, positions, kvs[at]),
             len(kvs),
-            num_rows * (4 * (2 * shape.qkv_rows - kv_numbers) + kv_numbers * _KV_BYTES),
+            num_rows * (4 * (2 * shape.qkv_rows - kv_numbers) + kv_numbers * model.kv_bytes()),
             3 * qkv.numel(),
         )
         ids = torch.randint(shape.vocab_size, (num_rows,))
@@ -176,6 +184,24 @@ def sampling(model: Model, counts: Sequence[int]) -> Iterator[Case]:
                 lambda at, logits=logits, rows=rows: model.ops.sample(logits, rows),
                 1,
                 4 * logits.numel(),
+            )
+
+
+def draws(model: Model, counts: Sequence[int]) -> Iterator[Case]:
+    """The head and the draw in one."""
+    num_out, num_in, num_bytes = size_of(model.table)
+    for count in counts:
+        x = torch.randn(count, num_in)
+        for name, temperature, top_k in (("greedy", 0.0, 0), ("plain", 0.6, 0), ("top-k 50", 0.6, 50)):
+            rows = sample_rows(count, temperature, top_k, 1.0)
+            yield Case(
+                "draw",
+                f"{name}, {count} x {num_out}",
+                lambda at, x=x, rows=rows: model.ops.draw(x, model.table, rows),
+                1,
+                num_bytes + 4 * x.numel(),
+                2 * count * num_out * num_in,
+                "int8",
             )
 
 
@@ -220,11 +246,17 @@ def print_figure(figure: Figure) -> None:
     )
 
 
-def cases_of(model: Model, rows: Sequence[int], decodes: Sequence[tuple[int, int]], prefill: int, counts: Sequence[int]) -> Iterator[Case]:
-    yield from products(model, rows)
+def cases_of(
+    models: Sequence[Model], rows: Sequence[int], decodes: Sequence[tuple[int, int]], prefill: int, counts: Sequence[int]
+) -> Iterator[Case]:
+    """models: of int8 rows, and of 4 bits in groups."""
+    model = models[0]
+    for one in models:
+        yield from products(one, rows)
     yield from attention(model, decodes, prefill)
     yield from row_works(model, rows)
     yield from sampling(model, counts)
+    yield from draws(model, counts)
 
 
 def blocks_for(rows: Sequence[int], decodes: Sequence[tuple[int, int]], prefill: int) -> int:
@@ -232,14 +264,34 @@ def blocks_for(rows: Sequence[int], decodes: Sequence[tuple[int, int]], prefill:
     return max(*rows, prefill // BLOCK_SIZE + 1, *(count * (context // BLOCK_SIZE + 1) for count, context in decodes))
 
 
+def plot_roofline(figures: Sequence[Figure], limits: Limits, title: str, path: Path) -> None:
+    """Operations a second over operations a byte, below the two limits of each kind of arithmetic. Source: Williams et al. 2009."""
+    from matplotlib.figure import Figure as Drawing  # takes a second to import
+
+    drawing = Drawing(figsize=(8, 5), layout="constrained")
+    axes = drawing.add_subplot()
+    for kernel, kind, colour in (("linear", "int8 ", "C0"), ("linear", "int4 ", "C1"), ("attend", "", "C2")):
+        own = [each for each in figures if each.kernel == kernel and each.case.startswith(kind)]
+        intensities = [each.gigaoperations_per_s / each.gigabytes_per_s for each in own]
+        axes.scatter(intensities, [each.gigaoperations_per_s for each in own], s=14, color=colour, label=f"{kernel} {kind}".strip())
+    reach = [2.0**power for power in range(-1, 13)]
+    for name, rate, style in (("int8 (nominal)", limits.int8, "-"), ("float32", limits.float32, "--")):
+        axes.plot(reach, [min(limits.read * x, rate) / 1e9 for x in reach], "k" + style, linewidth=0.8, label=f"limit, {name}")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GOP/s", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    drawing.savefig(path, dpi=100)
+
+
 @click.command(context_settings={"show_default": True})
 @click.option("--isa", default="", show_default="the best one", help="avx512, avx2, neon or generic.")
 @click.option("--threads", type=click.IntRange(1), default=torch.get_num_threads, show_default="one per core")
 @click.option("--seconds", type=click.FloatRange(0), default=0.5, help="For each case.")
-@click.option("--only", default="", show_default="all", help="A kernel: linear, attend, rms_norm, gated, kv_write, embed, sample.")
+@click.option("--only", default="", show_default="all", help="A kernel: linear, attend, rms_norm, gated, kv_write, embed, sample, draw.")
 @click.option("--tiny", "is_tiny", is_flag=True, help="Shapes that take no time, to see that everything runs.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
-def main(isa: str, threads: int, seconds: float, only: str, is_tiny: bool, json_path: Path | None) -> None:
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Draw a roofline of products and attention.")
+def main(isa: str, threads: int, seconds: float, only: str, is_tiny: bool, json_path: Path | None, plot_path: Path | None) -> None:
     """Time the CPU kernels."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
@@ -253,16 +305,18 @@ def main(isa: str, threads: int, seconds: float, only: str, is_tiny: bool, json_
         raise click.UsageError(str(error)) from error
     sizes = ((1, 20), ((2, 20), (1, 40)), 24, (1, 3)) if is_tiny else (ROWS, DECODES, PREFILL, SAMPLED)
     shape = Shape(layers=2, width=64, heads=4, kv_heads=2, head_width=16, wide=96, vocab_size=96) if is_tiny else Shape()
-    model = Model(ops, blocks_for(*sizes[:3]), shape)
+    models = [Model(ops, blocks_for(*sizes[:3]), shape), Model(ops, 1, shape, bits=4)]
     # Our own threads do the work; PyTorch's would spin beside them, as in the server.
     torch.set_num_threads(1)
     click.echo(f"{'kernel':>9} {'case':<32} {'us':>10} {'GB/s':>8} {'GOP/s':>8} {'share':>7}  limit")
     figures = []
     with torch.inference_mode():
-        for case in cases_of(model, *sizes):
+        for case in cases_of(models, *sizes):
             if only in ("", case.kernel):
                 figures.append(figure_of(case, time_case(case, seconds), limits))
                 print_figure(figures[-1])
+    if plot_path is not None:
+        plot_roofline(figures, limits, f"{machine['processor']}, {threads} threads, commit {machine['commit']}", plot_path)
     if json_path is not None:
         options = {"isa": isa, "threads": threads, "seconds": seconds}
         report = {

@@ -120,6 +120,7 @@ def _load_message(settings: Settings, models: Sequence[Resolved]) -> Load:
     return Load(
         models=tuple(ModelSource(model.name, str(model.path)) for model in models),
         dtype=settings.dtype,
+        kv_dtype=settings.kv_dtype,
         device=settings.device,
         memory_bytes=settings.memory,
         max_context=settings.max_context,

@@ -18,6 +18,7 @@ from service.memory import available_bytes
 from service.model.config import ModelConfig, expected_shapes
 from service.model.encoder_config import EncoderConfig, read_encoder_config
 from service.model.families import read_config
+from service.model.weights import WeightSource, open_weights
 from service.runner.kv_cache import KVLayout, partition_layers
 from service.runner.load import BLOCK_SIZE, MOST_KV_BYTES_CPU, Storage, choose_encoder_storage, choose_storage
 from service.settings import format_bytes
@@ -34,9 +35,11 @@ class Footprint:
     num_sequences: int
 
 
-def weight_bytes(config: ModelConfig, storage: Storage) -> int:
-    """Of all matrices, each counted once; beside a quantised head there are a bfloat16 embedding and the basis of the rotation. For a
-    GGUF file whose 4-bit numbers int4 keeps as they are, this is too much: it has neither."""
+def weight_bytes(config: ModelConfig, storage: Storage, source: WeightSource | None = None) -> int:
+    """Of all matrices, each counted once; beside a quantised head there are a bfloat16 embedding and the basis of the rotation, unless
+    int4 keeps the numbers that source has in groups."""
+    if storage.precision.weights == "int4" and source is not None and source.layers_have_groups(config):
+        return _kept_bytes(config, source)
     matrices = {name: shape for name, shape in expected_shapes(config).items() if len(shape) == 2}
     if storage.precision.weights != "dense":
         rows, columns = matrices.pop("embedding")
@@ -48,6 +51,18 @@ def weight_bytes(config: ModelConfig, storage: Storage) -> int:
     return sum(rows * columns for rows, columns in matrices.values()) * storage.precision.dtype.itemsize
 
 
+def _kept_bytes(config: ModelConfig, source: WeightSource) -> int:
+    """Matrices that are one in memory have the bits of the widest among them; tables without groups get 8."""
+    total = 0
+    for name, shape in expected_shapes(config).items():
+        layer, _, part = name.rpartition(".")
+        joined = next((parts for parts in (("q", "k", "v"), ("gate", "up")) if part in parts), (part,))
+        bits = max(source.bits_of(f"{layer}.{one}" if layer else one) for one in joined)
+        if len(shape) == 2:
+            total += shape[0] * shape[1] // GROUP * ((bits or 8) * GROUP // 8 + 4)
+    return total
+
+
 def quantised_bytes(name: str, rows: int, columns: int, *, has_groups: bool) -> int:
     """Rows of int8 have a float32 scale each, groups of 32 numbers two float16."""
     if not has_groups or columns % GROUP:
@@ -56,9 +71,9 @@ def quantised_bytes(name: str, rows: int, columns: int, *, has_groups: bool) -> 
     return rows * columns // GROUP * (bits * GROUP // 8 + 4)
 
 
-def footprint(config: ModelConfig, storage: Storage, memory_bytes: int) -> Footprint:
+def footprint(config: ModelConfig, storage: Storage, memory_bytes: int, source: WeightSource | None = None) -> Footprint:
     """memory_bytes: for weights and K/V; 0 takes what the loader would on a CPU now. Sizes may be 0 where nothing fits."""
-    weights = weight_bytes(config, storage)
+    weights = weight_bytes(config, storage, source)
     if memory_bytes:
         kv_bytes = max(memory_bytes - weights, 0)
     else:
@@ -110,9 +125,9 @@ def print_plan(model: Resolved, memory_bytes: int, max_context: int) -> None:
         highlight=False,
     )
     table = Table("dtype", "weights", "K/V per token", "K/V memory", "K/V tokens", f"sequences of {config.max_context}")
-    most = 0
+    most, source = 0, open_weights(model.path, config)
     for name in ("int4", "int8", "bfloat16", "float32"):
-        size = footprint(config, choose_storage(name, torch.device("cpu")), memory_bytes)
+        size = footprint(config, choose_storage(name, torch.device("cpu")), memory_bytes, source)
         most = max(most, size.kv_tokens)
         numbers = (format_bytes(size.weight_bytes), format_bytes(size.kv_token_bytes), format_bytes(size.kv_bytes))
         table.add_row(name, *numbers, f"{size.kv_tokens}", f"{size.num_sequences}")

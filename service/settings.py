@@ -39,6 +39,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     device: str = "auto"
     memory: int = 0
     max_context: int = 0
@@ -247,7 +248,13 @@ _OPTIONS = (
         "--dtype",
         "dtype",
         type=click.Choice(["auto", "float32", "bfloat16", "int8", "int4"]),
-        help="Of the weights. auto is int8 on a CPU and bfloat16 on a GPU.",
+        help="Of the weights. auto is bfloat16 on a GPU, on a CPU int8, or int4 for a GGUF file of 4 bits.",
+    ),
+    _option(
+        "--kv-dtype",
+        "kv_dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
+        help="Of keys and values. auto is int8 beside quantised weights on a CPU, else as the weights or bfloat16.",
     ),
     _option("--device", "device", type=Device(), help="auto, cpu, cuda or cuda:N."),
     _option(

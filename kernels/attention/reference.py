@@ -28,7 +28,8 @@ def attend(q_TNH: Tensor, kv: PagedKV, spec: AttentionSpec) -> Tensor:
             continue
         grid_start_Q = None if batch.grid_start is None else batch.grid_start[starts[index] : starts[index + 1]]
         seen_C, mask_QC = visible(len(q_QNH), context, spec, grid_start_Q, q_TNH.device)
-        outputs.append(_attend_one(q_QNH, _gather(kv.keys, kv, index, seen_C), _gather(kv.values, kv, index, seen_C), mask_QC, spec))
+        keys, values = _gather(kv.keys, kv.key_scales, kv, index, seen_C), _gather(kv.values, kv.value_scales, kv, index, seen_C)
+        outputs.append(_attend_one(q_QNH, keys, values, mask_QC, spec))
     rest = q_TNH[starts[-1] :]  # padding behind the last sequence
     return torch.cat([*outputs, torch.zeros_like(rest)]).flatten(1)
 
@@ -61,11 +62,12 @@ def _is_near(at_Q1: Tensor, keys_C: Tensor, start_Q1: Tensor, near: Neighbourhoo
     return is_other | (keys_C == at_Q1) | ((rows <= near.row_radius) & (columns <= near.column_radius))
 
 
-def _gather(pool: Tensor, kv: PagedKV, index: int, seen_C: Tensor) -> Tensor:
+def _gather(pool: Tensor, scales: Tensor | None, kv: PagedKV, index: int, seen_C: Tensor) -> Tensor:
     """[K, C, H] of one sequence out of the pool [B, K, P, H]."""
     block_size = pool.shape[2]
-    blocks = kv.batch.block_table[index, seen_C // block_size].long()
-    return pool[blocks, :, seen_C % block_size].transpose(0, 1)
+    blocks, places = kv.batch.block_table[index, seen_C // block_size].long(), seen_C % block_size
+    numbers = pool[blocks, :, places].transpose(0, 1)
+    return numbers if scales is None else numbers * scales[blocks, :, places].T[..., None]
 
 
 def _attend_one(q_QNH: Tensor, k_KCH: Tensor, v_KCH: Tensor, mask_QC: Tensor, spec: AttentionSpec) -> Tensor:

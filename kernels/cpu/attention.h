@@ -60,7 +60,9 @@ void attend_split(const AttentionCall& call, const Item& item, const Item* next,
         load_tile<T>(call, item, sight, base, count, desk);
         for (int64_t i = 0; i < rows * kTile; ++i) desk.scores[i] = 0.0f;
         multiply_add(rows, kTile, desk.q, call.width(), desk.keys, call.width(), desk.scores, ahead);
+        if constexpr (sizeof(T) == 1) find_scales(call, item, sight, base, count, desk), scale_scores(desk.key_scales, rows, columns, desk);
         for (int64_t row = 0; row < rows; ++row) soften(call, sight, sight.first + row / call.group(), base, columns, row, desk);
+        if constexpr (sizeof(T) == 1) scale_scores(desk.value_scales, rows, columns, desk);
         multiply_add(rows, call.width(), desk.scores, kTile, desk.values, count, desk.sums, ahead);
         ahead.flush();
     }
@@ -153,7 +155,8 @@ void attend(Context& context, const KV& kv, const Batch& batch, const Spec& spec
         const Desk desk(context.of_thread[static_cast<size_t>(thread)].reserve(0), rows, width);
         const int64_t at = count - 1 - tile;  // the later a query, the more keys: long items first
         const Item* next = at >= threads ? items + at - threads : nullptr;
-        kv.is_bf16 ? attend_item<uint16_t>(call, items[at], next, desk) : attend_item<float>(call, items[at], next, desk);
+        const auto attend_one = kv.bits == 16 ? attend_item<uint16_t> : kv.bits == 8 ? attend_item<int8_t> : attend_item<float>;
+        attend_one(call, items[at], next, desk);
     });
     const Desk desk(context.of_thread[0].reserve(0), rows, width);
     for (int64_t at = 0; at < count;) {

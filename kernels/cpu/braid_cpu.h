@@ -33,8 +33,10 @@ struct Layer {
 // The paged pool of one layer; strides in elements, the last dimension is contiguous.
 struct KV {
     void *keys, *values;
-    int64_t key_block, key_head, key_place, value_block, value_head, value_place;
-    int64_t block_size, num_kv_heads, head_width, is_bf16;
+    float *key_scales, *value_scales;  // of int8 alone: one for each token and head, [blocks][heads][block_size]
+    int64_t key_block, key_head, key_place, value_block, value_head, value_place, scale_block, scale_head;
+    int64_t block_size, num_kv_heads, head_width;
+    int64_t bits;        // 32: float32, 16: bfloat16, 8: int8
     int64_t key_number;  // between two numbers of a key: 1, or block_size where a block holds its keys as columns
 };
 
@@ -72,7 +74,7 @@ struct Draw {
 class Pool {
   public:
     using Tile = void (*)(void* argument, int64_t tile, int thread);
-    explicit Pool(int num_threads);
+    Pool(int num_threads, int spin_us);
     ~Pool();
     int size() const { return static_cast<int>(workers_.size()) + 1; }
     void run(Tile tile, void* argument, int64_t num_tiles);
@@ -81,6 +83,7 @@ class Pool {
     void work(int thread);
     void loop(int thread);
     bool wait_briefly() const;
+    const int spin_us_;
     // Phase number in the high half, tiles not yet taken in the low half: taking one is one compare-and-swap that also proves that
     // the phase it was read from is still running, so tile_, argument_ and total_ are stable until the tile is reported done.
     alignas(64) std::atomic<uint64_t> ticket_{0};
@@ -135,8 +138,8 @@ const Table* neon_table();    // null where it is not built for AArch64
 
 // One back end: its instruction set, its threads and its memory. Not to be entered by two threads at once.
 struct Context {
-    Context(const Table* operations, int num_threads)
-        : table(operations), pool(num_threads), of_thread(static_cast<size_t>(pool.size())) {}
+    Context(const Table* operations, int num_threads, int spin_us)
+        : table(operations), pool(num_threads, spin_us), of_thread(static_cast<size_t>(pool.size())) {}
     const Table* table;
     Pool pool;
     Scratch bytes, scales, product, hidden, items, partial, contests;

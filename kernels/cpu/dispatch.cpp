@@ -78,11 +78,12 @@ float nth_highest(float* first, float* last, int64_t n) {
 #define BRAID_API extern "C" __attribute__((visibility("default")))
 
 // isa: "avx512", "avx2", "neon", "generic", or "" for the best that this machine can run; null when it can't run the one asked for.
-BRAID_API Context* braid_create(const char* isa, int32_t num_threads) {
+// spin_us: how long a thread without work looks for some before it sleeps.
+BRAID_API Context* braid_create(const char* isa, int32_t num_threads, int32_t spin_us) {
     const Table* table = find_table(isa);
     if (table == nullptr) return nullptr;
     try {
-        return new Context(table, num_threads);
+        return new Context(table, num_threads, spin_us);
     } catch (...) {
         return nullptr;
     }

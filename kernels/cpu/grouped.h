@@ -19,40 +19,35 @@ INLINE __m512i load_quads(const uint8_t* group, int j) {
 template <int R, int kBits>
 void dot_grouped(const Band& band, const Pair& pair, float (*y)[32]) {
     constexpr int64_t kBytes = kBits * 64 + 64;
-    const uint8_t *rows = band.bytes, *strips[2] = {pair.strip(pair.first), pair.strip(pair.second)};
-    const float *scales = band.scales, *sums = band.sums;
     const int64_t num_groups = pair.weight.in / kGroup;
     Fetcher fetcher(pair);
-    __m512 totals[R][2];
-    each<R>([&](auto r) ALWAYS { totals[r][0] = totals[r][1] = _mm512_setzero_ps(); });
-    for (int64_t g = 0; g < num_groups; ++g, rows += R * kGroup, scales += R, sums += R) {
-        each<kBits + 1>([&](auto) ALWAYS { fetcher.step(); });
-        each<2>([&](auto half) ALWAYS {
-            const uint8_t* at = strips[half] + g * kBytes;
+    for (int half = 0; half < 2; ++half) {
+        const uint8_t *rows = band.bytes, *group = pair.strip(half == 0 ? pair.first : pair.second);
+        const float *scales = band.scales, *sums = band.sums;
+        __m512 totals[R];
+        each<R>([&](auto r) ALWAYS { totals[r] = _mm512_setzero_ps(); });
+        for (int64_t g = 0; g < num_groups; ++g, rows += R * kGroup, scales += R, sums += R, group += kBytes) {
+            each<(kBits + 2) / 2>([&](auto) ALWAYS { fetcher.step(); });
             __m512i exact[R];  // rows side by side: one row's sums wait for each other
             each<R>([&](auto r) ALWAYS { exact[r] = _mm512_setzero_si512(); });
             each<8>([&](auto j) ALWAYS {
-                const __m512i w = load_quads<kBits>(at, j);
+                const __m512i w = load_quads<kBits>(group, j);
                 each<R>([&](auto r) ALWAYS {
                     int32_t quad;
                     std::memcpy(&quad, rows + (j * R + r) * 4, 4);
                     exact[r] = _mm512_dpbusd_epi32(exact[r], w, _mm512_set1_epi32(quad));
                 });
             });
-            const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + kBits * 64)));
-            const __m512 offset = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + kBits * 64 + 32)));
+            const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + kBits * 64)));
+            const __m512 offset = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + kBits * 64 + 32)));
             each<R>([&](auto r) ALWAYS {
                 const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(scales[r]));
-                totals[r][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact[r]), both, totals[r][half]);
-                totals[r][half] = _mm512_fmadd_ps(offset, _mm512_set1_ps(sums[r]), totals[r][half]);
+                totals[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact[r]), both, totals[r]);
+                totals[r] = _mm512_fmadd_ps(offset, _mm512_set1_ps(sums[r]), totals[r]);
             });
-            asm volatile("" ::: "memory");  // else the compiler keeps the broadcasts for the other half, and spills registers for them
-        });
+        }
+        each<R>([&](auto r) ALWAYS { _mm512_storeu_ps(y[r] + half * 16, totals[r]); });
     }
-    each<R>([&](auto r) ALWAYS {
-        _mm512_storeu_ps(y[r], totals[r][0]);
-        _mm512_storeu_ps(y[r] + 16, totals[r][1]);
-    });
 }
 #elif defined(BRAID_AVX2)
 // Half a line, the quads of 8 outputs, as unsigned bytes.
@@ -180,7 +175,8 @@ void dot_grouped(const Band& band, const Pair& pair, float (*y)[32]) {
 #if defined(BRAID_AVX512)
 template <int kBits>
 constexpr Dot kGroupedDots[] = {dot_grouped<1, kBits>, dot_grouped<2, kBits>, dot_grouped<3, kBits>, dot_grouped<4, kBits>,
-                                dot_grouped<5, kBits>, dot_grouped<6, kBits>, dot_grouped<7, kBits>, dot_grouped<8, kBits>};
+                                dot_grouped<5, kBits>, dot_grouped<6, kBits>, dot_grouped<7, kBits>, dot_grouped<8, kBits>,
+                                dot_grouped<9, kBits>, dot_grouped<10, kBits>, dot_grouped<11, kBits>, dot_grouped<12, kBits>};
 #else
 template <int kBits>
 constexpr Dot kGroupedDots[] = {dot_grouped<1, kBits>, dot_grouped<2, kBits>, dot_grouped<3, kBits>, dot_grouped<4, kBits>};

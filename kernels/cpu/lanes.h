@@ -53,6 +53,7 @@ INLINE V load_bf16(const uint16_t* p) {
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return reinterpret_cast<V>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
 }
+INLINE V load_int8(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
 #elif defined(BRAID_AVX2)
 INLINE V splat(float x) { return _mm256_set1_ps(x); }
 INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
@@ -61,12 +62,17 @@ INLINE V load_bf16(const uint16_t* p) {
     const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return reinterpret_cast<V>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
 }
+INLINE V load_int8(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))); }
 #elif defined(BRAID_NEON)
 INLINE V splat(float x) { return vdupq_n_f32(x); }
 INLINE V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
 INLINE VI round_to_int(V x) { return vcvtnq_s32_f32(x); }
 INLINE V load_bf16(const uint16_t* p) { return reinterpret_cast<V>(vshll_n_u16(vld1_u16(p), 16)); }
 INLINE V load_half(const uint8_t* p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }  // W numbers of float16
+INLINE V load_int8(const int8_t* p) {
+    const VI numbers = {p[0], p[1], p[2], p[3]};
+    return vcvtq_f32_s32(numbers);
+}
 #else
 INLINE V splat(float x) { return V{x, x, x, x}; }
 INLINE V fma(V a, V b, V c) { return a * b + c; }
@@ -77,6 +83,10 @@ INLINE VI round_to_int(V x) {
 INLINE V load_bf16(const uint16_t* p) {
     const VU words = {p[0], p[1], p[2], p[3]};
     return reinterpret_cast<V>(words << 16);
+}
+INLINE V load_int8(const int8_t* p) {
+    const VI numbers = {p[0], p[1], p[2], p[3]};
+    return __builtin_convertvector(numbers, V);
 }
 #endif
 

@@ -32,9 +32,9 @@ class Layer(ctypes.Structure):
 
 class KV(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
         *((name, c_int64) for name in ("key_block", "key_head", "key_place", "value_block", "value_head", "value_place")),
-        *((name, c_int64) for name in ("block_size", "num_kv_heads", "head_width", "is_bf16", "key_number")),
+        *((name, c_int64) for name in ("scale_block", "scale_head", "block_size", "num_kv_heads", "head_width", "bits", "key_number")),
     )
 
 
@@ -84,7 +84,7 @@ def load() -> ctypes.CDLL | None:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, c_int32
-    library.braid_create.argtypes, library.braid_create.restype = (c_char_p, c_int32), c_void_p
+    library.braid_create.argtypes, library.braid_create.restype = (c_char_p, c_int32, c_int32), c_void_p
     library.braid_destroy.argtypes, library.braid_destroy.restype = (c_void_p,), None
     library.braid_isa.argtypes, library.braid_isa.restype = (c_void_p,), c_char_p
     return library

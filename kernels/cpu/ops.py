@@ -36,6 +36,8 @@ from kernels.reference_ops import REFERENCE_FINE_OPS, reference_ops
 from kernels.sample.reference import penalised, with_logprobs
 
 ISA_VARIABLE = "BRAID_CPU_ISA"
+SPIN_US = 50
+# Between two operations of a step lie a few microseconds of Python, between two steps some hundred: spinning covers the former.
 _LANES = 16
 """Head width and feed-forward width must be multiples of this for the compiled attention and the fused feed-forward block."""
 _MOST_KEPT = 1024
@@ -43,17 +45,18 @@ _UNSEEN = 2**63 - 1
 _NEEDS_LOGITS = 3
 
 
-def cpu_ops(isa: str | None = None, num_threads: int | None = None) -> Ops:
+def cpu_ops(isa: str | None = None, num_threads: int | None = None, *, spin_us: int = SPIN_US) -> Ops:
     """The table of the CPU back end, with threads and memory of its own.
 
     isa: "avx512", "avx2", "neon", "generic" or "" for the best this machine runs; None reads BRAID_CPU_ISA. num_threads: None takes
-    PyTorch's number. Raises: ValueError when the machine or the library can't run the instruction set asked for.
+    PyTorch's number. spin_us: how long a thread without work looks for some before it sleeps. Raises: ValueError when the machine or the
+    library can't run the instruction set asked for.
     """
     library = load()
     if library is None:
         return compose("cpu", replace(REFERENCE_FINE_OPS, linear=_linear_without_library, pack=_pack_without_library))
     name = os.environ.get(ISA_VARIABLE, "") if isa is None else isa
-    native = _Native(library, name, num_threads or torch.get_num_threads())
+    native = _Native(library, name, num_threads or torch.get_num_threads(), spin_us)
     fine = FineOps(native.attend, native.linear, native.embed, native.rms_norm, native.kv_write, native.gated, native.sample, native.pack)
     native.composed = compose("cpu", fine)
     return replace(native.composed, qkv=native.qkv, out_mlp=native.out_mlp, draw=native.draw)
@@ -86,9 +89,9 @@ def _is_native(x: Tensor) -> bool:
 class _Native:
     """One context of the library, and the C structs of the layers, pools and batches it has met. Not for two threads at once."""
 
-    def __init__(self, library: ctypes.CDLL, isa: str, num_threads: int) -> None:
+    def __init__(self, library: ctypes.CDLL, isa: str, num_threads: int, spin_us: int) -> None:
         self._library = library
-        self._context = library.braid_create(isa.encode(), num_threads)
+        self._context = library.braid_create(isa.encode(), num_threads, spin_us)
         if self._context is None:
             raise ValueError(
                 f"this machine can't run the CPU kernels {isa!r}; there are avx512, avx2, neon and generic, where the processor has them"
@@ -308,11 +311,14 @@ def _layer_struct(weights: LayerWeights, matrices: list[Matrix]) -> Layer:
 
 def _pool_struct(kv: PagedKV) -> KV | None:
     _, num_kv_heads, block_size, width = kv.keys.shape
-    if kv.keys.dtype not in (torch.bfloat16, torch.float32) or 1 not in kv.keys.stride()[2:] or kv.values.stride(3) != 1:
+    scales = kv.key_scales
+    if kv.keys.dtype not in (torch.bfloat16, torch.float32, torch.int8) or (kv.keys.dtype is torch.int8) == (scales is None):
         return None
-    strides = (*kv.keys.stride()[:3], *kv.values.stride()[:3])
-    numbers = (block_size, num_kv_heads, width, kv.keys.dtype is torch.bfloat16, kv.keys.stride(3))
-    return KV(kv.keys.data_ptr(), kv.values.data_ptr(), *strides, *numbers)
+    if 1 not in kv.keys.stride()[2:] or kv.values.stride(3) != 1 or (scales is not None and scales.stride(2) != 1):
+        return None
+    strides = (*kv.keys.stride()[:3], *kv.values.stride()[:3], *((0, 0) if scales is None else scales.stride()[:2]))
+    numbers = (block_size, num_kv_heads, width, 8 * kv.keys.itemsize, kv.keys.stride(3))
+    return KV(kv.keys.data_ptr(), kv.values.data_ptr(), _pointer(scales), _pointer(kv.value_scales), *strides, *numbers)
 
 
 def _batch_struct(batch: PagedBatch) -> Batch:

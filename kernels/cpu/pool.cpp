@@ -10,8 +10,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Between two operations of a step lie a few microseconds of Python; between two steps some hundred. Spinning covers the former.
-constexpr auto kSpin = std::chrono::microseconds(50);
 constexpr int kPausesPerLook = 32;
 
 inline void pause_cpu() {
@@ -24,7 +22,7 @@ inline void pause_cpu() {
 
 }  // namespace
 
-Pool::Pool(int num_threads) {
+Pool::Pool(int num_threads, int spin_us) : spin_us_(spin_us) {
     try {
         for (int thread = 1; thread < num_threads; ++thread) workers_.emplace_back([this, thread] { loop(thread); });
     } catch (const std::system_error&) {  // the system grants no more threads: fewer do the same work
@@ -71,7 +69,7 @@ void Pool::work(int thread) {
 }
 
 bool Pool::wait_briefly() const {
-    const auto end = Clock::now() + kSpin;
+    const auto end = Clock::now() + std::chrono::microseconds(spin_us_);
     do {
         for (int look = 0; look < kPausesPerLook; ++look) {
             if (static_cast<uint32_t>(ticket_.load(std::memory_order_relaxed)) != 0) return true;

@@ -7,7 +7,7 @@ namespace {
 
 #if defined(BRAID_AVX512)
 constexpr int kOffset = 128;  // vpdpbusd multiplies unsigned by signed bytes, so activations are stored + 128, for grouped weights as they are
-constexpr int kMostRows = 12, kMostGroupedRows = 8;
+constexpr int kMostRows = 12, kMostGroupedRows = 12;
 #elif defined(BRAID_AVX2)
 constexpr int kOffset = 0;
 constexpr int kMostRows = 4, kMostGroupedRows = 4;
@@ -146,18 +146,33 @@ INLINE void add_norm_quantize(const float* x, float* residual, const float* weig
 // Pairs (i, i + H / 2). Source: Su et al. 2021, section 3.4.2, in half-split order.
 INLINE void rotate(const float* x, const float* cosine, float* out, int64_t half) {
     const float* sine = cosine + half;
-    for (int64_t i = 0; i < half; ++i) {
+    int64_t i = 0;
+    for (; i + W <= half; i += W) {
+        const V low = load(x + i), high = load(x + i + half), c = load(cosine + i), s = load(sine + i);
+        store(out + i, low * c - high * s);
+        store(out + i + half, high * c + low * s);
+    }
+    for (; i < half; ++i) {
         const float low = x[i], high = x[i + half];
         out[i] = low * cosine[i] - high * sine[i];
         out[i + half] = high * cosine[i] + low * sine[i];
     }
 }
 
-// step: between two numbers in the pool.
-INLINE void store_head(void* pool, int64_t at, int64_t step, const float* x, const KV& kv) {
-    if (kv.is_bf16) {
+// step: between two numbers in the pool. scale: where the one of int8 goes, the numbers' absolute maximum / 127.
+INLINE void store_head(void* pool, int64_t at, int64_t step, float* scale, const float* x, const KV& kv) {
+    if (kv.bits == 16) {
         uint16_t* out = static_cast<uint16_t*>(pool) + at;
         for (int64_t i = 0; i < kv.head_width; ++i) out[i * step] = to_bf16(x[i]);
+    } else if (kv.bits == 8) {
+        int8_t* out = static_cast<int8_t*>(pool) + at;
+        *scale = scale_for(largest(x, kv.head_width));
+        int64_t i = 0;
+        for (; i + W <= kv.head_width; i += W) {
+            const VI numbers = quantized(load(x + i), *scale);
+            for (int lane = 0; lane < W; ++lane) out[(i + lane) * step] = static_cast<int8_t>(numbers[lane]);
+        }
+        for (; i < kv.head_width; ++i) out[i * step] = static_cast<int8_t>(quantized(splat(x[i]), *scale)[0]);
     } else {
         float* out = static_cast<float*>(pool) + at;
         for (int64_t i = 0; i < kv.head_width; ++i) out[i * step] = x[i];
@@ -179,8 +194,10 @@ INLINE void write_token(const Layer& layer, const KV& kv, float* row, int64_t po
         float* k = row + (num_heads + head) * width;
         if (layer.k_norm != nullptr) norm_row(k, layer.k_norm, layer.eps, k, width);
         rotate(k, angles, k, width / 2);
-        store_head(kv.keys, block * kv.key_block + head * kv.key_head + place * kv.key_place, kv.key_number, k, kv);
-        store_head(kv.values, block * kv.value_block + head * kv.value_head + place * kv.value_place, 1, k + num_kv_heads * width, kv);
+        const int64_t scale = block * kv.scale_block + head * kv.scale_head + place;
+        store_head(kv.keys, block * kv.key_block + head * kv.key_head + place * kv.key_place, kv.key_number, kv.key_scales + scale, k, kv);
+        store_head(kv.values, block * kv.value_block + head * kv.value_head + place * kv.value_place, 1, kv.value_scales + scale,
+                   k + num_kv_heads * width, kv);
     }
 }
 

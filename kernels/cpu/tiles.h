@@ -34,12 +34,13 @@ struct AttentionCall {
 
 // A thread's memory for one item.
 struct Desk {
-    const void** lines;  // a tile's keys and values
+    const void** lines;  // a tile's keys, values and scales
+    float *key_scales, *value_scales;  // [64], of int8 alone
     float *q, *keys, *values, *scores, *sums, *total;  // [R, H], [H, 64], [64, H], [R, 64], [R, H], [R, H]
     float *maxima, *weights, *total_maxima, *total_weights;
-    static int64_t num_lines(int64_t width) { return 2 * kTile * ceil_div(width * 4, 64); }
+    static int64_t num_lines(int64_t width) { return 2 * kTile * (ceil_div(width * 4, 64) + 1); }
     static size_t bytes(int64_t rows, int64_t width) {
-        const int64_t floats = 3 * rows * width + 2 * kTile * width + rows * kTile + 4 * rows;
+        const int64_t floats = 3 * rows * width + 2 * kTile * (width + 1) + rows * kTile + 4 * rows;
         return static_cast<size_t>(floats) * sizeof(float) + static_cast<size_t>(num_lines(width)) * sizeof(void*);
     }
     Desk(void* memory, int64_t rows, int64_t width) {
@@ -47,6 +48,7 @@ struct Desk {
         float* next = reinterpret_cast<float*>(lines + num_lines(width));
         const auto take = [&](int64_t count) { return next += count, next - count; };
         keys = take(kTile * width), values = take(kTile * width), scores = take(rows * kTile);
+        key_scales = take(kTile), value_scales = take(kTile);
         q = take(rows * width), sums = take(rows * width), total = take(rows * width);
         maxima = take(rows), weights = take(rows), total_maxima = take(rows), total_weights = take(rows);
     }
@@ -155,7 +157,9 @@ struct Sight {
 
 INLINE V load_number(const float* p) { return load(p); }
 INLINE V load_number(const uint16_t* p) { return load_bf16(p); }
+INLINE V load_number(const int8_t* p) { return load_int8(p); }
 INLINE float as_float(float x) { return x; }
+INLINE float as_float(int8_t x) { return static_cast<float>(x); }
 INLINE float as_float(uint16_t x) {
     const uint32_t bits = static_cast<uint32_t>(x) << 16;
     float number;
@@ -219,6 +223,8 @@ INLINE void list_tile(const AttentionCall& call, const Item& item, const Sight& 
         for (int64_t at = base / kv.block_size; at * kv.block_size < base + count; ++at) {
             ahead.add(first_key + table[at] * kv.key_block, bytes * kv.block_size);
             ahead.add(first_value + table[at] * kv.value_block, bytes * least(kv.block_size, base + count - at * kv.block_size));
+            const int64_t scale = table[at] * kv.scale_block + item.head * kv.scale_head;
+            if constexpr (sizeof(T) == 1) ahead.add(kv.key_scales + scale, 1), ahead.add(kv.value_scales + scale, 1);
         }
         return;
     }
@@ -300,6 +306,25 @@ INLINE void soften(const AttentionCall& call, const Sight& sight, int64_t positi
         desk.maxima[row] = now;
     }
     desk.weights[row] += sum_lanes(weight);
+}
+
+// Of int8, the scales of a tile's keys and values; zeros for what no query of the item sees, and behind the count up to the next W. Whole
+// numbers are multiplied, and then the scores with the keys' scales and the weights with the values', in both ways over a tile.
+INLINE void find_scales(const AttentionCall& call, const Item& item, const Sight& sight, int64_t base, int64_t count, Desk& desk) {
+    const KV& kv = call.kv;
+    const int32_t* table = call.batch.block_table + item.sequence * call.batch.table_stride;
+    const uint64_t seen = sight.any_bits(base) & below(count);
+    for (int64_t i = 0; i < ceil_div(count, W) * W; ++i) {
+        const bool is_seen = (seen >> i & 1) != 0;
+        const int64_t at = base + i, scale = is_seen ? table[at / kv.block_size] * kv.scale_block + item.head * kv.scale_head + at % kv.block_size : 0;
+        desk.key_scales[i] = is_seen ? kv.key_scales[scale] : 0.0f;
+        desk.value_scales[i] = is_seen ? kv.value_scales[scale] : 0.0f;
+    }
+}
+
+INLINE void scale_scores(const float* scales, int64_t rows, int64_t columns, Desk& desk) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t j = 0; j < columns; j += W) store(desk.scores + row * kTile + j, load(desk.scores + row * kTile + j) * load(scales + j));
 }
 
 // Where the W keys of each group of a tile begin, when blocks hold keys as columns: numbers [H][W], key_number apart.
@@ -385,7 +410,9 @@ void attend_direct(const AttentionCall& call, const Item& item, const Sight& sig
     int64_t row = 0;
     for (; row + 3 <= rows; row += 3) score_direct<3>(call, groups, num_groups, desk.q + row * width, desk.scores + row * kTile, ahead);
     for (; row < rows; ++row) score_direct<1>(call, groups, num_groups, desk.q + row * width, desk.scores + row * kTile, ahead);
+    if constexpr (sizeof(T) == 1) find_scales(call, item, sight, base, count, desk), scale_scores(desk.key_scales, rows, num_groups * W, desk);
     for (row = 0; row < rows; ++row) soften(call, sight, sight.first, base, num_groups * W, row, desk);
+    if constexpr (sizeof(T) == 1) scale_scores(desk.value_scales, rows, num_groups * W, desk);
     row = 0;
     for (; row + 3 <= rows; row += 3) add_direct<3>(call, values, count, desk.scores + row * kTile, desk.sums + row * width, ahead);
     for (; row < rows; ++row) add_direct<1>(call, values, count, desk.scores + row * kTile, desk.sums + row * width, ahead);

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.linear.reference import quantize_rows
 from kernels.norm.reference import rms_norm
 from kernels.ops import LayerWeights, PagedKV
 
@@ -17,7 +18,7 @@ def kv_write(qkv: Tensor, weights: LayerWeights, positions_T: Tensor, kv: PagedK
     """q [T, N, H] in the input's dtype from qkv [T, (N + 2K) * H], whose bias is already in. positions int64 [T].
 
     Norm and rotation are float32 or wider and rounded once. A row whose slot is -1 is returned but not stored.
-    Mutates: kv.keys, kv.values at the batch's slots.
+    An int8 pool gets each head of a token by its own scale. Mutates: kv.keys, kv.values and their scales at the batch's slots.
     """
     spec = weights.spec
     wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).view(len(qkv), -1, spec.head_width)
@@ -47,5 +48,10 @@ def _store(k_TKH: Tensor, v_TKH: Tensor, kv: PagedKV) -> None:
     if not bool(written.all()):
         slots, k_TKH, v_TKH = slots[written], k_TKH[written], v_TKH[written]
     block, place = slots // block_size, slots % block_size
-    kv.keys[block, :, place] = k_TKH.to(kv.keys.dtype)
-    kv.values[block, :, place] = v_TKH.to(kv.values.dtype)
+    for pool, scales, numbers in ((kv.keys, kv.key_scales, k_TKH), (kv.values, kv.value_scales, v_TKH)):
+        if scales is None:
+            pool[block, :, place] = numbers.to(pool.dtype)
+        else:
+            whole, of_row = quantize_rows(numbers.flatten(0, 1))
+            pool[block, :, place] = whole.view(numbers.shape)
+            scales[block, :, place] = of_row.view(numbers.shape[:2]).float()

@@ -28,8 +28,8 @@ class ModelSource(msgspec.Struct, frozen=True):
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """The first message down. memory_bytes: for weights and K/V of all models; 0 lets the engine decide. dtype and device as the
-    flags say. max_context 0: the model's own."""
+    """The first message down. memory_bytes: for weights and K/V of all models; 0 lets the engine decide. dtype, kv_dtype and device as
+    the flags say. max_context 0: the model's own."""
 
     models: tuple[ModelSource, ...]
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"]
@@ -41,6 +41,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     prefix_cache: bool
     threads: int = 0
     log_level: str = "info"
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):

@@ -150,7 +150,8 @@ class _Builder:
 
     def __init__(self, config: ModelConfig, source: TensorSource, ops: Ops, precision: Precision, device: torch.device | str) -> None:
         self.config = config
-        self.groups = source if precision.weights == "int4" and isinstance(source, WeightSource) and _has_groups(source, config) else None
+        has_groups = precision.weights == "int4" and isinstance(source, WeightSource) and source.layers_have_groups(config)
+        self.groups = cast(WeightSource, source) if has_groups else None
         self.source = source if precision.weights == "dense" or self.groups is not None else RotatedSource(source, config)
         self.ops = ops
         self.precision = precision
@@ -163,7 +164,7 @@ class _Builder:
 
     def matrix(self, *names: str, bits: int = 4) -> Weight:
         """bits: of each number where numbers in groups have to be made."""
-        if self.groups is not None and all(map(self.groups.has_groups, names)):
+        if self.groups is not None and all(map(self.groups.bits_of, names)):
             return self.ops.pack(_joined([self.groups.get_grouped(name) for name in names]))
         parts = [self.source.get(name) for name in names]
         dense = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -204,12 +205,6 @@ class _Builder:
             q_norm=self.vector(at + "q_norm") if config.has_qk_norm else None,
             k_norm=self.vector(at + "k_norm") if config.has_qk_norm else None,
         )
-
-
-def _has_groups(source: WeightSource, config: ModelConfig) -> bool:
-    """Are all matrices of the layers in groups already?"""
-    names = (f"layers.{index}.{part}" for index in range(len(config.layers)) for part in ("q", "k", "v", "out", "gate", "up", "down"))
-    return all(map(source.has_groups, names))
 
 
 def _joined(parts: Sequence[GroupedWeight]) -> GroupedWeight:

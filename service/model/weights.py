@@ -27,8 +27,8 @@ from service.model.encoder_config import ENCODER_IGNORED, ENCODER_NAMES, ENCODER
 from service.model.families import GGUF_INTERLEAVED, GGUF_NAMES, GGUF_ROPE_FACTORS, HF_NAMES
 
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
-GROUPED_TYPES = ("Q4_0", "Q4_1", "Q8_0")
-"""Whose blocks are what `GroupedWeight` holds."""
+GROUPED_TYPES = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+"""Bits of the types whose blocks are what `GroupedWeight` holds."""
 SAFETENSORS_TYPES = ("F32", "F16", "BF16")
 _MOST_NAMED = 5
 # gguf.quants works on 16 rows at a time, and on rows of a thousand numbers spends its time in Python: 16 rows handed over as one took
@@ -59,8 +59,19 @@ class WeightSource:
             raise WeightsError(f"the checkpoint has no {name}")
         return self.tensors[name].read()
 
-    def has_groups(self, name: str) -> bool:
-        return name in self.tensors and self.tensors[name].read_grouped is not None
+    def bits_of(self, name: str) -> int:
+        """Of each number, where the file has them in groups; else 0."""
+        found = self.tensors.get(name)
+        return GROUPED_TYPES[found.dtype] if found is not None and found.read_grouped is not None else 0
+
+    def layers_have_groups(self, config: ModelConfig) -> bool:
+        """Are all matrices of the layers in groups already?"""
+        return all(map(self.bits_of, _layer_matrices(config)))
+
+    def layers_have_4_bits(self, config: ModelConfig) -> bool:
+        """Are they, and most of them of 4 bits?"""
+        bits = [self.bits_of(name) for name in _layer_matrices(config)]
+        return all(bits) and 2 * bits.count(4) > len(bits)
 
     def get_grouped(self, name: str) -> GroupedWeight:
         """The numbers of the file as they are, unpacked. Raises: WeightsError where the file has none in groups."""
@@ -80,6 +91,10 @@ def open_weights(path: Path, config: ModelConfig) -> WeightSource:
     if checkpoint.kind == "folder":
         return _match(_safetensors(checkpoint.path), HF_NAMES, shapes, SAFETENSORS_TYPES)
     return _match(_gguf(checkpoint.path, config), GGUF_NAMES, shapes, GGUF_TYPES)
+
+
+def _layer_matrices(config: ModelConfig) -> list[str]:
+    return [name for name, shape in expected_shapes(config).items() if len(shape) == 2 and name.startswith("layers.")]
 
 
 def open_encoder_weights(path: Path, config: EncoderConfig) -> WeightSource:

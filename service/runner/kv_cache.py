@@ -29,8 +29,9 @@ class KVLayout:
     layers_per_group: int
 
     def block_bytes(self, config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one block: keys and values of block_size tokens in one group's layers."""
-        return 2 * self.layers_per_group * config.num_kv_heads * block_size * config.head_width * dtype.itemsize
+        """Bytes of one block: keys and values of block_size tokens in one group's layers; int8 with a float32 scale for each head."""
+        head_bytes = config.head_width * dtype.itemsize + (4 if dtype is torch.int8 else 0)
+        return 2 * self.layers_per_group * config.num_kv_heads * block_size * head_bytes
 
 
 def partition_layers(config: ModelConfig) -> KVLayout:
@@ -56,7 +57,7 @@ def as_kept(keys: Tensor) -> Tensor:
 
 
 class KVCache:
-    """pool [L, 2, B, K, P, H]; `of_layers` binds it to one step's batches."""
+    """pool [L, 2, B, K, P, H], and of int8 scales [L, 2, B, K, P]; `of_layers` binds them to one step's batches."""
 
     def __init__(
         self, config: ModelConfig, layout: KVLayout, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -65,11 +66,13 @@ class KVCache:
         self.pool = _zeros(shape, dtype, device)
         self.places = layout.places
         self.block_size = block_size
+        self.scales = _zeros(shape[:-1], torch.float32, device) if dtype is torch.int8 else None
         self.views = [(as_kept(self.pool[at, 0]), self.pool[at, 1]) for at in range(layout.layers_per_group)]
+        self.scale_views = [(None, None) if self.scales is None else self.scales[at].unbind(0) for at in range(layout.layers_per_group)]
 
     def of_layers(self, batches: list[PagedBatch]) -> list[PagedKV]:
         """One `PagedKV` per layer. batches: one per group."""
-        return [PagedKV(*self.views[place], batches[group]) for group, place in self.places]
+        return [PagedKV(*self.views[place], batches[group], *self.scale_views[place]) for group, place in self.places]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

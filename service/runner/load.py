@@ -6,7 +6,7 @@ Called once by `service/worker.py`. Numbers derived here (blocks, dtype) are ret
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,19 +56,31 @@ class Storage:
     kv_dtype: torch.dtype
 
 
-def choose_storage(dtype: str, device: torch.device) -> Storage:
-    """auto is int8 on a CPU (activations float32, K/V bfloat16) and bfloat16 on a GPU. Raises: StartupError for int4 on a GPU."""
+def choose_storage(dtype: str, device: torch.device, kv_dtype: str = "auto", *, has_4_bits: bool = False) -> Storage:
+    """auto is bfloat16 on a GPU, and on a CPU int8, or int4 where the checkpoint has 4-bit numbers that can stay as they are: closer to it,
+    smaller, and faster for few users. Beside both, K/V is int8 on a CPU. Raises: StartupError for what a GPU does not have yet: int4, and
+    K/V in int8."""
     if dtype == "auto":
-        dtype = "int8" if device.type == "cpu" else "bfloat16"
+        dtype = "bfloat16" if device.type != "cpu" else "int4" if has_4_bits else "int8"
+    storage = _choose_weights(dtype, device)
+    if kv_dtype == "auto":
+        return storage
+    if kv_dtype == "int8" and device.type != "cpu":
+        raise StartupError("--kv-dtype int8 runs on the CPU alone so far; use bfloat16 on a GPU")
+    return replace(storage, kv_dtype=getattr(torch, kv_dtype))
+
+
+def _choose_weights(dtype: str, device: torch.device) -> Storage:
     if dtype == "float32":
         return Storage(dtype, Precision(torch.float32), torch.float32)
     if dtype == "int8":
-        activations = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return Storage(dtype, Precision(activations, "int8"), torch.bfloat16)
+        if device.type == "cpu":
+            return Storage(dtype, Precision(torch.float32, "int8"), torch.int8)
+        return Storage(dtype, Precision(torch.bfloat16, "int8"), torch.bfloat16)
     if dtype == "int4":
         if device.type != "cpu":
             raise StartupError("--dtype int4 runs on the CPU alone so far; use bfloat16 or int8 on a GPU")
-        return Storage(dtype, Precision(torch.float32, "int4"), torch.bfloat16)
+        return Storage(dtype, Precision(torch.float32, "int4"), torch.int8)
     return Storage(dtype, Precision(torch.bfloat16), torch.bfloat16)
 
 
@@ -94,50 +106,59 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
     if load.threads:
         torch.set_num_threads(load.threads)
     device = choose_device(load.device)
-    storage = choose_storage(load.dtype, device)
     ops = select_ops("cpu" if device.type == "cpu" else "triton")
-    models: list[tuple[ModelSource, Transformer | Encoder]] = []
+    models: list[_Read] = []
     for source in load.models:
         before = len(models)
 
         def report(fraction: float, before: int = before) -> None:
             progress("weights", (before + fraction) / len(load.models))
 
-        models.append((source, _load_model(source, load, ops, storage, device, report)))
-    painters = {source.name: painter for source, model in models if (painter := _load_painter(source, model, device)) is not None}
-    num_decoders = sum(1 for _, model in models if isinstance(model, Transformer))
-    held_bytes = sum(model.held_bytes for _, model in models) + sum(painter.held_bytes for painter in painters.values())
-    budgets = _kv_budgets(models, load, storage, _kv_budget(load, device, held_bytes))
+        models.append(_load_model(source, load, ops, device, report))
+    painters = {one.source.name: painter for one in models if (painter := _load_painter(one.source, one.model, device)) is not None}
+    held_bytes = sum(one.model.held_bytes for one in models) + sum(painter.held_bytes for painter in painters.values())
+    budgets = _kv_budgets(models, load, _kv_budget(load, device, held_bytes))
     num_threads = torch.get_num_threads()
     loaded: list[Loaded] = []
-    for source, model in models:
+    for one in models:
+        name = one.source.name
         progress("kv_cache", len(loaded) / len(models))
-        if isinstance(model, Encoder):
-            loaded.append(_equip_encoder(source.name, model, load, num_threads))
+        if isinstance(one.model, Encoder):
+            loaded.append(_equip_encoder(name, one.model, load, num_threads))
         else:
-            loaded.append(_equip(source.name, model, load, storage, budgets[source.name], painters.get(source.name)))
-    if num_decoders and _has_own_products(storage, device):
+            loaded.append(_equip(name, one.model, load, one.storage, budgets[name], painters.get(name)))
+    if any(isinstance(one.model, Transformer) and _has_own_products(one.storage, device) for one in models):
         # Our own threads do the work; PyTorch's would spin beside them after each small op (16 rows: 8.7 ms a step instead of 13.4).
         torch.set_num_threads(1)
-    for number, one in enumerate(loaded):
+    for number, equipped in enumerate(loaded):
         progress("warm_up", number / len(loaded))
-        _warm_up(one, load, device)
+        _warm_up(equipped, load, device)
     progress("warm_up", 1.0)
     return loaded
 
 
-def _load_model(
-    source: ModelSource, load: Load, ops: Ops, storage: Storage, device: torch.device, progress: Callable[[float], None]
-) -> Transformer | Encoder:
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A model in memory, and how it is held."""
+
+    source: ModelSource
+    model: Transformer | Encoder
+    storage: Storage
+
+
+def _load_model(source: ModelSource, load: Load, ops: Ops, device: torch.device, progress: Callable[[float], None]) -> _Read:
     path = Path(source.path)
     if (encoder := read_encoder_config(path)) is not None:
-        dtype = choose_encoder_storage(load.dtype).precision.dtype
-        return build_encoder(encoder, open_encoder_weights(path, encoder), dtype=dtype, device=device, progress=progress)
+        storage = choose_encoder_storage(load.dtype)
+        weights = open_encoder_weights(path, encoder)
+        return _Read(source, build_encoder(encoder, weights, dtype=storage.precision.dtype, device=device, progress=progress), storage)
     config = read_config(path)
     if load.max_context:
         # Of several models, one with a shorter context keeps its own; of one, it is a mistake.
         config = config.with_max_context(min(load.max_context, config.max_context) if len(load.models) > 1 else load.max_context)
-    return build_transformer(config, open_weights(path, config), ops, precision=storage.precision, device=device, progress=progress)
+    tensors = open_weights(path, config)
+    storage = choose_storage(load.dtype, device, load.kv_dtype, has_4_bits=tensors.layers_have_4_bits(config))
+    return _Read(source, build_transformer(config, tensors, ops, precision=storage.precision, device=device, progress=progress), storage)
 
 
 def _load_painter(source: ModelSource, model: Transformer | Encoder, device: torch.device) -> Painter | None:
@@ -148,14 +169,14 @@ def _load_painter(source: ModelSource, model: Transformer | Encoder, device: tor
     return Painter(read_image_tokenizer(folder, device), model.config.pictures, device)
 
 
-def _kv_budgets(models: Sequence[tuple[ModelSource, Transformer | Encoder]], load: Load, storage: Storage, kv_bytes: int) -> dict[str, int]:
+def _kv_budgets(models: Sequence[_Read], load: Load, kv_bytes: int) -> dict[str, int]:
     """Bytes of K/V by model: equal shares, but none gets more than it can use, which leaves more to the others."""
     wishes = {}
-    for source, model in models:
-        if isinstance(model, Transformer):
-            layout = partition_layers(model.config)
-            block_bytes = layout.block_bytes(model.config, BLOCK_SIZE, storage.kv_dtype)
-            wishes[source.name] = _most_blocks(model.config, layout, load) * block_bytes
+    for one in models:
+        if isinstance(one.model, Transformer):
+            layout = partition_layers(one.model.config)
+            block_bytes = layout.block_bytes(one.model.config, BLOCK_SIZE, one.storage.kv_dtype)
+            wishes[one.source.name] = _most_blocks(one.model.config, layout, load) * block_bytes
     budgets, left = {}, kv_bytes
     for place, name in enumerate(sorted(wishes, key=lambda name: wishes[name])):
         budgets[name] = min(wishes[name], left // (len(wishes) - place))

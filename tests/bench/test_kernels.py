@@ -15,11 +15,27 @@ from kernels.cpu.library import load
 @pytest.mark.skipif(load() is None, reason="the compiled kernels are missing")
 @pytest.mark.parametrize("isa", ["", "generic"])
 def test_every_kernel_is_timed(tmp_path: Path, isa: str) -> None:
-    done = CliRunner().invoke(main, ["--tiny", "--seconds", "0", "--threads", "1", "--isa", isa, "--json", str(tmp_path / "out.json")])
+    done = CliRunner().invoke(
+        main,
+        [
+            "--tiny",
+            "--seconds",
+            "0",
+            "--threads",
+            "1",
+            "--isa",
+            isa,
+            "--json",
+            str(tmp_path / "out.json"),
+            "--plot",
+            str(tmp_path / "out.png"),
+        ],
+    )
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "out.json").read_text())
-    assert {row["kernel"] for row in report["figures"]} == {"linear", "attend", "rms_norm", "gated", "kv_write", "embed", "sample"}
+    assert {row["kernel"] for row in report["figures"]} == {"linear", "attend", "rms_norm", "gated", "kv_write", "embed", "sample", "draw"}
     assert all(row["microseconds"] > 0 and row["gigabytes_per_s"] > 0 and row["share"] > 0 for row in report["figures"])
+    assert (tmp_path / "out.png").stat().st_size > 1000
     assert len({(row["kernel"], row["case"]) for row in report["figures"]}) == len(report["figures"])
 
 

@@ -109,11 +109,18 @@ def paged_batch(slices: list[tuple[int, int]], block_size: int, num_blocks: int,
 
 
 def random_kv(batch: PagedBatch, shape: tuple[int, int, int, int], dtype: torch.dtype, generator: torch.Generator) -> PagedKV:
-    """A pool [B, K, P, H] inside a larger tensor, so that blocks are strided; block 0 holds NaN."""
-    pool = torch.randn((shape[0], 2, *shape[1:]), generator=generator).to(dtype)
+    """A pool [B, K, P, H] inside a larger tensor, so that blocks are strided; block 0 holds NaN, of int8 its scales."""
+    pool = torch.randn((shape[0], 2, *shape[1:]), generator=generator)
+    if dtype is torch.int8:
+        scales = pool.abs().amax(-1) / 127
+        pool = (pool / scales[..., None]).round().to(dtype)
+        scales[0] = float("nan")
+        return PagedKV(pool[:, 0], pool[:, 1], batch, scales[:, 0], scales[:, 1])
+    pool = pool.to(dtype)
     pool[0] = float("nan")
     return PagedKV(pool[:, 0], pool[:, 1], batch)
 
 
 def copied(kv: PagedKV) -> PagedKV:
-    return PagedKV(kv.keys.clone(), kv.values.clone(), kv.batch)
+    scales = [None if x is None else x.clone() for x in (kv.key_scales, kv.value_scales)]
+    return PagedKV(kv.keys.clone(), kv.values.clone(), kv.batch, *scales)

@@ -13,10 +13,11 @@ from kernels.attention.cases import CASES, AttentionCase, build
 from kernels.cpu.ops import cpu_ops
 from kernels.ops import AttentionSpec, Neighbourhood, Ops, PagedBatch, PagedKV
 from kernels.reference_ops import reference_ops
-from tests.kernels.cpu_inputs import ISAS, needs_library, paged_batch, random_kv, random_layer
+from tests.kernels.cpu_inputs import ISAS, copied, needs_library, paged_batch, random_kv, random_layer
 
 pytestmark = needs_library
 REFERENCE = reference_ops()
+DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 SPECS = {
     "plain": AttentionSpec(0.125),
     "window": AttentionSpec(0.125, window=9),
@@ -36,7 +37,7 @@ def ops(request: pytest.FixtureRequest) -> Ops:
     return cpu_ops(request.param, 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "width", "block_size"), [(6, 2, 16, 5), (3, 1, 64, 16), (4, 4, 80, 3)])
 def test_ragged_batches(
@@ -91,11 +92,11 @@ def rows_of(ops: Ops, q: Tensor, kv: PagedKV, spec: AttentionSpec, cuts: list[in
             max_context_len=high,
             grid_start=None if kv.batch.grid_start is None else kv.batch.grid_start[low:high].clone(),
         )
-        results.append(ops.attend(q[low:high], PagedKV(kv.keys, kv.values, batch), spec))
+        results.append(ops.attend(q[low:high], replace(kv, batch=batch), spec))
     return torch.cat(results)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_chunks_of_any_length_are_bit_equal(ops: Ops, generator: torch.Generator, dtype: torch.dtype, spec: AttentionSpec) -> None:
     length = 310
@@ -142,9 +143,9 @@ def test_a_neighbourhood_without_pictures_changes_no_bit(ops: Ops, generator: to
     plain = ops.attend(q, kv, SPECS["all"])
     assert torch.equal(ops.attend(q, kv, near), plain)
     no_codes = replace(batch, grid_start=torch.full((len(positions),), -1, dtype=torch.int32))
-    assert torch.equal(ops.attend(q, PagedKV(kv.keys, kv.values, no_codes), near), plain)
+    assert torch.equal(ops.attend(q, replace(kv, batch=no_codes), near), plain)
     codes = replace(batch, grid_start=torch.where(positions >= 90, 90, -1).int())
-    assert not torch.equal(ops.attend(q, PagedKV(kv.keys, kv.values, codes), near), plain)
+    assert not torch.equal(ops.attend(q, replace(kv, batch=codes), near), plain)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -166,16 +167,16 @@ def test_neighbours_and_threads_change_no_bit(isa: str, generator: torch.Generat
         max_context_len=1001,
     )
     for num_threads in (1, 2, 3):
-        y = cpu_ops(isa, num_threads).attend(q[1:2], PagedKV(kv.keys, kv.values, alone), SPECS["plain"])
+        y = cpu_ops(isa, num_threads).attend(q[1:2], replace(kv, batch=alone), SPECS["plain"])
         assert torch.equal(y[0], crowd[1])
 
 
 def with_columns(kv: PagedKV) -> PagedKV:
     """The same keys, each block of them laid down as columns."""
-    return PagedKV(kv.keys.transpose(2, 3).contiguous().transpose(2, 3), kv.values, kv.batch)
+    return replace(kv, keys=kv.keys.transpose(2, 3).contiguous().transpose(2, 3))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 @pytest.mark.parametrize("heads", [(3, 1), (4, 4), (8, 2), (14, 2)], ids=str)
 @pytest.mark.parametrize("block_size", [16, 64, 12, 128])
@@ -187,24 +188,45 @@ def test_keys_as_columns_change_no_bit(
     kv = random_kv(batch, (200, heads[1], block_size, 32), dtype, generator)
     for table, context in zip(batch.block_table, batch.context_len.tolist(), strict=True):
         last, place = divmod(context - 1, block_size)
-        kv.keys[table[last], :, place + 1 :] = kv.values[table[last], :, place + 1 :] = float("nan")
+        nobody = [kv.keys, kv.values] if kv.key_scales is None or kv.value_scales is None else [kv.key_scales, kv.value_scales]
+        for pool in nobody:
+            pool[table[last], :, place + 1 :] = float("nan")
     q = torch.randn(len(positions), heads[0], 32, generator=generator)
     y = ops.attend(q, with_columns(kv), spec)
     assert y.isfinite().all()
     assert torch.equal(y, ops.attend(q, kv, spec))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_keys_are_written_as_columns(ops: Ops, generator: torch.Generator, dtype: torch.dtype) -> None:
     batch, positions = paged_batch([(5, 1), (0, 20)], 16, 8, generator)
     weights = random_layer(generator, has_norms=True)
     spec = weights.spec
     shape = (8, spec.num_kv_heads, 16, spec.head_width)
-    rows = PagedKV(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), batch)
-    columns = with_columns(PagedKV(rows.keys, rows.values.clone(), batch))
+    rows = copied(random_kv(batch, shape, dtype, generator))
+    columns = with_columns(copied(rows))
     product = torch.randn(len(positions), (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_width, generator=generator)
     q = ops.kv_write(product, weights, positions, rows)
     assert torch.equal(ops.kv_write(product, weights, positions, columns), q)
-    assert rows.keys.any()
-    assert torch.equal(columns.keys, rows.keys)
-    assert torch.equal(columns.values, rows.values)
+    for ours, theirs in zip(tensors_of(columns), tensors_of(rows), strict=True):
+        assert torch.equal(ours.nan_to_num(9), theirs.nan_to_num(9))
+
+
+def test_int8_heads_have_scales_of_their_own(ops: Ops, generator: torch.Generator) -> None:
+    batch, positions = paged_batch([(5, 1), (0, 20)], 16, 8, generator)
+    batch.slots[3] = -1
+    weights = random_layer(generator, has_norms=True)
+    spec = weights.spec
+    kv = random_kv(batch, (8, spec.num_kv_heads, 16, spec.head_width), torch.int8, generator)
+    expected = copied(kv)
+    product = torch.randn(len(positions), (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_width, generator=generator)
+    product[:, -spec.head_width :] *= 1000  # one head's values must not coarsen another's
+    ops.kv_write(product, weights, positions, kv)
+    REFERENCE.kv_write(product, weights, positions, expected)
+    for ours, theirs in zip(tensors_of(kv), tensors_of(expected), strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-5, atol=1.0 if ours.dtype is torch.int8 else 0, equal_nan=True)
+    assert float((kv.keys != expected.keys).float().mean()) < 0.01, "a tie here and there may be rounded otherwise"
+
+
+def tensors_of(kv: PagedKV) -> list[Tensor]:
+    return [x for x in (kv.keys, kv.values, kv.key_scales, kv.value_scales) if x is not None]

@@ -75,7 +75,7 @@ def is_intact(whole: Tensor) -> bool:
 def test_nothing_is_written_around_an_output(isa: str, generator: torch.Generator) -> None:
     library = load()
     assert library is not None
-    context = library.braid_create(isa.encode(), 2)
+    context = library.braid_create(isa.encode(), 2, 50)
     try:
         _write_everything(library, context, generator)
     finally:

@@ -10,10 +10,13 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from kernels.ops import GroupedWeight, Int8Weight, select_ops
+from service.errors import StartupError
+from service.footprint import weight_bytes
 from service.model.config import expected_shapes
 from service.model.families import read_config
 from service.model.transformer import Precision, Transformer, build_transformer
 from service.model.weights import open_weights
+from service.runner.load import choose_storage
 from tests.model.checkpoints import TINY, random_tensors, write_gguf
 from tests.parity.steps import Steps
 
@@ -45,6 +48,9 @@ def test_a_files_groups_are_kept(grouped_file: Path) -> None:
     assert {name: weight.bits for name, weight in found.items()} == {"qkv": 8, "out": 4, "gate_up": 4, "down": 8}
     assert kept.embedding is kept.head, "a tied table is held once"
     assert kept.basis is None
+    config = read_config(grouped_file)
+    storage = choose_storage("int4", torch.device("cpu"))
+    assert weight_bytes(config, storage, open_weights(grouped_file, config)) == kept.held_bytes
     error = (logits(kept) - logits(dense)).norm() / logits(dense).norm()
     assert error < 0.15, "only activations are quantised"
 
@@ -73,3 +79,23 @@ def test_without_the_library_groups_become_dense(grouped_file: Path, monkeypatch
     model = build(grouped_file, "int4", "cpu")
     assert isinstance(model.head, torch.Tensor)
     torch.testing.assert_close(logits(model), logits(build(grouped_file, "dense")), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("types", "expected"), [({}, "int8"), (dict.fromkeys(LAYERS, Type.Q8_0), "int8"), (dict.fromkeys(LAYERS, Type.Q4_0), "int4")]
+)
+def test_auto_keeps_4_bits_that_are_there(tmp_path: Path, kind: Type, expected: str) -> None:
+    path = write_gguf(tmp_path / "some.gguf", TINY, random_tensors(TINY), types=dict.fromkeys(LAYERS, kind))
+    cpu = torch.device("cpu")
+    has_4_bits = open_weights(path, TINY).layers_have_4_bits(TINY)
+    assert choose_storage("auto", cpu, has_4_bits=has_4_bits).name == expected
+    assert choose_storage("int8", cpu, has_4_bits=has_4_bits).name == "int8", "what is asked for is done"
+    assert choose_storage("auto", cpu, "bfloat16", has_4_bits=has_4_bits).kv_dtype is torch.bfloat16
+
+
+def test_what_a_gpu_does_not_have_yet_is_refused() -> None:
+    gpu = torch.device("cuda")
+    assert choose_storage("auto", gpu, has_4_bits=True).name == "bfloat16"
+    for dtype, kv_dtype in (("int4", "auto"), ("auto", "int8")):
+        with pytest.raises(StartupError, match="on the CPU alone so far"):
+            choose_storage(dtype, gpu, kv_dtype)

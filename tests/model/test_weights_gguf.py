@@ -68,7 +68,7 @@ def test_groups_stand_for_what_the_library_reads(tmp_path: Path, kind: Type) -> 
         assert weight.bits == (8 if kind is Type.Q8_0 else 4)
         assert int(weight.values.max()) < 2**weight.bits
         torch.testing.assert_close(dense_of(weight), source.get(name), rtol=0, atol=1e-6)
-    assert not source.has_groups("layers.0.up")
+    assert source.bits_of("layers.0.up") == 0
     with pytest.raises(WeightsError, match=r"no layers\.0\.up in groups"):
         source.get_grouped("layers.0.up")
 

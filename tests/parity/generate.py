@@ -36,7 +36,7 @@ def generate(
     *,
     num_blocks: int = 2048,
     max_batch_tokens: int = 512,
-    kv_dtype: torch.dtype = torch.bfloat16,
+    kv_dtype: torch.dtype = torch.int8,
 ) -> Generated:
     """All prompts at once, to the end of each. num_blocks: few of them make the scheduler preempt."""
     desk = Desk(model, num_blocks=num_blocks, max_batch_tokens=max_batch_tokens, kv_dtype=kv_dtype)
@@ -50,7 +50,7 @@ class Desk:
     """A scheduler and a runner that live on from run to run, so that later requests meet what earlier ones left in the prefix cache."""
 
     def __init__(
-        self, model: Transformer, *, num_blocks: int = 2048, max_batch_tokens: int = 512, kv_dtype: torch.dtype = torch.bfloat16
+        self, model: Transformer, *, num_blocks: int = 2048, max_batch_tokens: int = 512, kv_dtype: torch.dtype = torch.int8
     ) -> None:
         layout = partition_layers(model.config)
         cpu, pictures = torch.device("cpu"), model.config.pictures

@@ -172,7 +172,7 @@ def test_the_plain_loop_can_fail(model: Transformer) -> None:
 def served(request: pytest.FixtureRequest, folder: Path) -> Callable[..., Desk]:
     """A desk on the back end that serves on a CPU."""
     model = load(folder, "cpu", is_int8=request.param == "int8")
-    dtype = torch.float32 if request.param == "float32" else torch.bfloat16
+    dtype = torch.float32 if request.param == "float32" else torch.int8
     return lambda **sizes: Desk(model, kv_dtype=dtype, **sizes)
 
 

@@ -33,7 +33,7 @@ def bits_per_byte(logits: torch.Tensor, ids: list[int]) -> float:
 
 @pytest.fixture(scope="module")
 def int8_steps(smollm2_path: Path) -> Steps:
-    return Steps(build(smollm2_path, "int8"), block_size=16, num_blocks=96, dtype=torch.bfloat16)
+    return Steps(build(smollm2_path, "int8"), block_size=16, num_blocks=96, dtype=torch.int8)
 
 
 def logits_of(steps: Steps, ids: list[int]) -> torch.Tensor:
@@ -67,7 +67,7 @@ def test_int8_bits_per_byte_within_half_a_percent(int8_steps: Steps, passage: tu
 
 def test_a_files_own_4_bits_within_half_a_percent(smollm2_path: Path, passage: tuple[list[int], torch.Tensor]) -> None:
     """They are what float32 computes with too: only activations and K/V are coarser."""
-    steps = Steps(build(smollm2_path, "int4"), block_size=16, num_blocks=96, dtype=torch.bfloat16)
+    steps = Steps(build(smollm2_path, "int4"), block_size=16, num_blocks=96, dtype=torch.int8)
     assert abs(compared(steps, "int4", passage) - 1) < 0.005
 
 
@@ -75,8 +75,8 @@ def test_4_bits_that_are_made_at_load_within_three_percent(
     smollm2_path: Path, passage: tuple[list[int], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the file had none; the hardest case there is, because its numbers have been rounded to 4 bits once already."""
-    monkeypatch.setattr("service.model.transformer._has_groups", lambda source, config: False)
-    steps = Steps(build(smollm2_path, "int4"), block_size=16, num_blocks=96, dtype=torch.bfloat16)
+    monkeypatch.setattr("service.model.weights.WeightSource.layers_have_groups", lambda source, config: False)
+    steps = Steps(build(smollm2_path, "int4"), block_size=16, num_blocks=96, dtype=torch.int8)
     assert abs(compared(steps, "int4, made at load", passage) - 1) < 0.03
 
 

@@ -43,3 +43,16 @@ def test_views_alias_the_pool() -> None:
     cache.views[1][1][3] = 1
     assert float(cache.pool.sum()) == 4 * 8
     assert float(cache.pool[1, 1, 3].sum()) == 4 * 8
+
+
+def test_int8_has_a_scale_for_each_head_of_a_token() -> None:
+    config = config_of(None, None)
+    layout = partition_layers(config)
+    cache = KVCache(config, layout, num_blocks=5, block_size=4, dtype=torch.int8, device=torch.device("cpu"))
+    assert cache.scales is not None
+    assert cache.pool.numel() + cache.scales.numel() * 4 == 5 * layout.block_bytes(config, 4, torch.int8)
+    scales = cache.scale_views[1][1]
+    assert scales is not None
+    assert scales.shape == cache.views[1][1].shape[:3]
+    scales[3] = 1
+    assert float(cache.scales[1, 1, 3].sum()) == float(cache.scales.sum()) > 0

@@ -4,7 +4,7 @@
 #include "inputs.h"
 
 extern "C" {
-Context* braid_create(const char* isa, int32_t num_threads);
+Context* braid_create(const char* isa, int32_t num_threads, int32_t spin_us);
 void braid_destroy(Context*);
 const char* braid_isa(const Context*);
 int braid_qkv(Context*, const Layer*, const KV*, const Batch*, const float* x, float* residual, int32_t has_residual,

@@ -135,7 +135,14 @@ Floats rotary_table(int64_t width) {
     return table;
 }
 
-void check_kv_write(const Machine& m, Finding& f, Random random, Heads heads, bool is_bf16, bool has_columns, bool has_norms) {
+// Of int8 over these numbers, and a little more for the rounding of their scale.
+template <class Iterator>
+double half_step(Iterator first, Iterator last) {
+    const auto largest = *std::max_element(first, last, [](auto a, auto b) { return std::fabs(a) < std::fabs(b); });
+    return std::fabs(static_cast<double>(largest)) / 127 * 0.501;
+}
+
+void check_kv_write(const Machine& m, Finding& f, Random random, Heads heads, int64_t bits, bool has_columns, bool has_norms) {
     const int64_t H = heads.width, row_size = (heads.num + 2 * heads.num_kv) * H;
     const Floats rotary = rotary_table(H), q_norm = random.normals(H, 0.25f, 1.0f), k_norm = random.normals(H, 0.25f, 1.0f);
     Layer layer{};
@@ -144,7 +151,7 @@ void check_kv_write(const Machine& m, Finding& f, Random random, Heads heads, bo
     Step step(scattered(random, {{5, 1}, {0, 30}, {17, 3}}, 8, 12), 8);
     step.slots[3] = -1;  // a padded token
     const Floats product = random.normals(step.num_tokens() * row_size);
-    const Paged empty(12, heads.num_kv, 8, H, is_bf16, has_columns);
+    const Paged empty(12, heads.num_kv, 8, H, bits, has_columns);
     Paged pool = empty;
     const Floats q = same_with_all(m, f, [&](Context* c) {
         pool = empty;
@@ -156,20 +163,26 @@ void check_kv_write(const Machine& m, Finding& f, Random random, Heads heads, bo
         const float* angles = rotary.data() + step.positions[static_cast<size_t>(t)] * H;
         const int64_t slot = step.slots[static_cast<size_t>(t)];
         if (slot >= 0) is_written[static_cast<size_t>(slot)] = true;
-        const double play = 1e-6 * 8, of_word = is_bf16 ? 0x1p-8 : 0.0;  // numbers of at most 8; then half a unit of bfloat16
+        const double play = 1e-6 * 8, of_word = bits == 16 ? 0x1p-8 : 0.0;  // numbers of at most 8; then half a unit of bfloat16
         for (int64_t head = 0; head < heads.num + heads.num_kv; ++head) {
             const bool is_key = head >= heads.num;
             const auto expected = rotated(row + head * H, !has_norms ? nullptr : is_key ? k_norm.data() : q_norm.data(), angles, H, 1e-5f);
+            const double of_byte = bits == 8 ? half_step(expected.begin(), expected.end()) : 0.0;
             for (int64_t h = 0; h < H; ++h) {
                 const double number = expected[static_cast<size_t>(h)];
                 if (!is_key) f.near(static_cast<double>(q[static_cast<size_t>((t * heads.num + head) * H + h)]), number, play, "a query");
-                else if (slot >= 0) f.near(pool.get(0, slot, head - heads.num, h), number, play + of_word * std::fabs(number), "a key");
+                else if (slot >= 0)
+                    f.near(pool.get(0, slot, head - heads.num, h), number, play + of_word * std::fabs(number) + of_byte, "a key");
             }
         }
         for (int64_t i = 0; slot >= 0 && i < heads.num_kv * H; ++i) {
-            const float value = row[(heads.num + heads.num_kv) * H + i];
-            f.expect(pool.get(1, slot, i / H, i % H) == static_cast<double>(is_bf16 ? of_bf16(bf16_of(value)) : value),
-                     "a value is not as it was");
+            const float* values = row + (heads.num + heads.num_kv) * H;
+            const double stored = pool.get(1, slot, i / H, i % H), value = static_cast<double>(values[i]);
+            if (bits == 8) {
+                f.near(stored, value, half_step(values + i / H * H, values + i / H * H + H), "a value");
+            } else {
+                f.expect(stored == (bits == 16 ? static_cast<double>(of_bf16(bf16_of(values[i]))) : value), "a value is not as it was");
+            }
         }
     }
     for (int64_t slot = 0; slot < 12 * 8; ++slot)
@@ -185,13 +198,13 @@ struct Attention {
     Near near;
 };
 
-void check_attention(const Machine& m, Finding& f, Random random, const Attention& a, bool is_bf16, bool has_columns) {
+void check_attention(const Machine& m, Finding& f, Random random, const Attention& a, int64_t bits, bool has_columns) {
     auto slices = scattered(random, {{0, 1}, {70, 1}, {300, 1}, {0, 40}, {90, 33}}, a.block_size, 40 + 700 / a.block_size);
     for (Slice& slice : slices) {  // text, then a picture
         const int64_t end = slice.start + slice.length, picture = end / 3;
         for (int64_t at = 0; at < end; ++at) slice.grid.push_back(at < picture ? -1 : static_cast<int32_t>(picture));
     }
-    Paged pool(40 + 700 / a.block_size, a.heads.num_kv, a.block_size, a.heads.width, is_bf16, has_columns);  // NaN where no key is
+    Paged pool(40 + 700 / a.block_size, a.heads.num_kv, a.block_size, a.heads.width, bits, has_columns);  // NaN where no key is
     for (const Slice& slice : slices)
         for (int64_t at = 0; at < slice.start + slice.length; ++at)
             for (int64_t i = 0; i < 2 * a.heads.num_kv * a.heads.width; ++i)
@@ -288,7 +301,7 @@ void check_layer(const Machine& m, Finding& f, Random random, int64_t bits, bool
     const Step step(scattered(random, {{5, 1}, {0, 30}, {17, 3}}, 8, 12), 8);
     const int64_t tokens = step.num_tokens();
     const Floats x = random.normals(tokens * width), residual = random.normals(tokens * width), y = random.normals(tokens * q_size);
-    Paged pool(12, heads.num_kv, 8, heads.width, true, true);
+    Paged pool(12, heads.num_kv, 8, heads.width, 16, true);
     const auto split = [](const Floats& both) {
         const auto middle = both.begin() + static_cast<int64_t>(both.size() / 2);
         return std::make_pair(Floats(both.begin(), middle), Floats(middle, both.end()));
@@ -363,11 +376,11 @@ void check_all(const Machine& m) {
     for (const int64_t width : {1, 7, 64, 92, 576}) run(m, "norm " + std::to_string(width), check_norm, width);
     for (const int64_t width : {3, 48, 1536})
         for (const bool is_gelu : {false, true}) run(m, (is_gelu ? "gelu " : "silu ") + std::to_string(width), check_gated, width, is_gelu);
-    for (const bool is_bf16 : {false, true})
+    for (const int64_t bits : {32, 16, 8})
         for (const bool has_columns : {false, true}) {
-            const std::string form = std::string(is_bf16 ? " bfloat16" : " float32") + (has_columns ? " columns" : " rows");
-            run(m, "kv_write 3/1/20" + form, check_kv_write, Heads{3, 1, 20}, is_bf16, has_columns, has_columns);
-            run(m, "kv_write 6/2/48" + form, check_kv_write, Heads{6, 2, 48}, is_bf16, has_columns, !has_columns);
+            const std::string form = " " + std::to_string(bits) + " bits" + (has_columns ? " columns" : " rows");
+            run(m, "kv_write 3/1/20" + form, check_kv_write, Heads{3, 1, 20}, bits, has_columns, has_columns);
+            run(m, "kv_write 6/2/48" + form, check_kv_write, Heads{6, 2, 48}, bits, has_columns, !has_columns);
             const Attention cases[] = {
                 {"all", {3, 1, 64}, 16, INT64_MAX, 0, 0.0f, {0, 0, 0}},
                 {"odd blocks", {8, 8, 16}, 12, INT64_MAX, 0, 0.0f, {0, 0, 0}},
@@ -376,8 +389,7 @@ void check_all(const Machine& m) {
                 {"neighbourhood", {4, 2, 32}, 16, INT64_MAX, 0, 0.0f, {9, 2, 1}},
                 {"neighbourhood and window", {4, 2, 32}, 16, 50, 3, 0.0f, {7, 3, 2}},
             };
-            for (const Attention& one : cases)
-                run(m, std::string("attention ") + one.name + form, check_attention, one, is_bf16, has_columns);
+            for (const Attention& one : cases) run(m, std::string("attention ") + one.name + form, check_attention, one, bits, has_columns);
         }
     for (const int64_t vocab : {1, 5, 37, 1003, 5000})
         for (const bool has_mask : {false, true})
@@ -389,7 +401,7 @@ void check_all(const Machine& m) {
 int main(int argc, char** argv) {
     std::vector<const char*> names(argv + 1, argv + argc);
     const bool is_named = !names.empty();
-    if (Context* best = braid_create("", 1)) {
+    if (Context* best = braid_create("", 1, 50)) {
         std::printf("the best here is %s\n", braid_isa(best));
         braid_destroy(best);
     }
@@ -397,7 +409,7 @@ int main(int argc, char** argv) {
     for (const char* name : names) {
         Machine machine{name, {}};
         for (const int threads : {1, 2, 5})
-            if (Context* context = braid_create(name, threads)) machine.contexts.push_back(context);
+            if (Context* context = braid_create(name, threads, 50)) machine.contexts.push_back(context);
         if (machine.contexts.empty()) {
             std::printf("%s can't be run here\n", name);
             if (is_named) return 2;

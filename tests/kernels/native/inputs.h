@@ -209,17 +209,26 @@ inline float of_bf16(uint16_t x) {
     return number;
 }
 
-// K/V of [blocks, heads, block_size, width], NaN where nothing was put; keys of a block as rows or as columns.
+// K/V of [blocks, heads, block_size, width] in float32 (32 bits), bfloat16 or int8, NaN where nothing was put (of int8 the scales); keys of
+// a block as rows or as columns.
 struct Paged {
-    int64_t num_blocks, heads, block_size, width;
-    bool is_bf16, has_columns;
-    Floats floats[2];
+    int64_t num_blocks, heads, block_size, width, bits;
+    bool has_columns;
+    Floats floats[2], scales[2];
     std::vector<uint16_t> words[2];
+    std::vector<int8_t> bytes[2];
 
-    Paged(int64_t blocks, int64_t num_heads, int64_t places, int64_t head_width, bool bf16, bool columns)
-        : num_blocks(blocks), heads(num_heads), block_size(places), width(head_width), is_bf16(bf16), has_columns(columns) {
+    Paged(int64_t blocks, int64_t num_heads, int64_t places, int64_t head_width, int64_t num_bits, bool columns)
+        : num_blocks(blocks), heads(num_heads), block_size(places), width(head_width), bits(num_bits), has_columns(columns) {
         const auto count = static_cast<size_t>(blocks * num_heads * places * head_width);
-        for (int which = 0; which < 2; ++which) is_bf16 ? words[which].assign(count, 0x7fc0) : floats[which].assign(count, NAN);
+        for (int which = 0; which < 2; ++which) {
+            if (bits == 32) floats[which].assign(count, NAN);
+            if (bits == 16) words[which].assign(count, 0x7fc0);
+            if (bits == 8) bytes[which].assign(count, 99), scales[which].assign(count / static_cast<size_t>(width), NAN);
+        }
+    }
+    size_t scale_at(int64_t slot, int64_t head) const {
+        return static_cast<size_t>((slot / block_size * heads + head) * block_size + slot % block_size);
     }
     size_t at(int which, int64_t slot, int64_t head, int64_t h) const {
         const int64_t place = slot % block_size, first = (slot / block_size * heads + head) * block_size * width;
@@ -227,27 +236,42 @@ struct Paged {
     }
     double get(int which, int64_t slot, int64_t head, int64_t h) const {
         const size_t i = at(which, slot, head, h);
-        return static_cast<double>(is_bf16 ? of_bf16(words[which][i]) : floats[which][i]);
+        if (bits == 8) return static_cast<double>(bytes[which][i]) * static_cast<double>(scales[which][scale_at(slot, head)]);
+        return static_cast<double>(bits == 16 ? of_bf16(words[which][i]) : floats[which][i]);
     }
     void put(int which, int64_t slot, int64_t head, int64_t h, float x) {
         const size_t i = at(which, slot, head, h);
-        is_bf16 ? void(words[which][i] = bf16_of(x)) : void(floats[which][i] = x);
+        if (bits == 32) floats[which][i] = x;
+        if (bits == 16) words[which][i] = bf16_of(x);
+        if (bits == 8) {  // scales that differ from token to token and from head to head
+            const float scale = scales[which][scale_at(slot, head)] = 0.02f * static_cast<float>(1 + (slot + head) % 3);
+            bytes[which][i] = static_cast<int8_t>(std::lround(std::fmin(std::fmax(x / scale, -127.0f), 127.0f)));
+        }
     }
     KV kv() const {
-        const auto memory = [&](int which) { return is_bf16 ? static_cast<const void*>(words[which].data()) : floats[which].data(); };
+        const auto memory = [&](int which) {
+            return bits == 8    ? static_cast<const void*>(bytes[which].data())
+                   : bits == 16 ? static_cast<const void*>(words[which].data())
+                                : floats[which].data();
+        };
+        const auto scale = [&](int which) { return bits == 8 ? const_cast<float*>(scales[which].data()) : nullptr; };
         const int64_t head = block_size * width, block = heads * head;
         return KV{const_cast<void*>(memory(0)),
                   const_cast<void*>(memory(1)),
+                  scale(0),
+                  scale(1),
                   block,
                   head,
                   has_columns ? 1 : width,
                   block,
                   head,
                   width,
+                  heads * block_size,
+                  block_size,
                   block_size,
                   heads,
                   width,
-                  is_bf16,
+                  bits,
                   has_columns ? block_size : 1};
     }
 };
