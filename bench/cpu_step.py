@@ -150,7 +150,7 @@ def milliseconds(call: Callable[[], object], seconds: float = 1.5) -> tuple[floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--isa", default="", help="avx512, avx2, generic; the best one by default")
+    parser.add_argument("--isa", default="", help="avx512, avx2, neon, generic; the best one by default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--context", type=int, default=CONTEXT)
     options = parser.parse_args()

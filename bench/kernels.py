@@ -284,7 +284,7 @@ def plot_roofline(figures: Sequence[Figure], limits: Limits, title: str, path: P
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--isa", default="", show_default="the best one", help="avx512, avx2 or generic.")
+@click.option("--isa", default="", show_default="the best one", help="avx512, avx2, neon or generic.")
 @click.option("--threads", type=click.IntRange(1), default=torch.get_num_threads, show_default="one per core")
 @click.option("--seconds", type=click.FloatRange(0), default=0.5, help="For each case.")
 @click.option("--only", default="", show_default="all", help="A kernel: linear, attend, rms_norm, gated, kv_write, embed, sample, draw.")

@@ -1,4 +1,5 @@
-// The operations compiled for ARM's NEON with dot products; a null table where the library is not built for AArch64. Flags for this file: setup.py.
+// The operations compiled for ARM's NEON with its dot products; a null table where the library is not built for AArch64. Flags for this
+// file: setup.py.
 #if defined(__aarch64__)
 #define BRAID_NEON
 #include "layer.h"

@@ -114,11 +114,22 @@ INLINE VI lane_index() {
     return load_int(index);
 }
 
+// The numbers at `index` of a and, behind it, b.
+INLINE V shuffled(V a, V b, VI index) {
+#if defined(__clang__)  // it has no shuffle by a vector, but makes one of this
+    V v{};
+    for (int lane = 0; lane < W; ++lane) v[lane] = index[lane] < W ? a[index[lane]] : b[index[lane] - W];
+    return v;
+#else
+    return __builtin_shuffle(a, b, index);
+#endif
+}
+
 // Each half of the lanes joins the other, down to one.
 template <class Join>
 INLINE float fold(V v, Join&& join) {
     constexpr int kStages = W == 16 ? 4 : W == 8 ? 3 : 2;
-    each<kStages>([&](auto stage) ALWAYS { v = join(v, __builtin_shuffle(v, lane_index() ^ (W >> (stage + 1)))); });
+    each<kStages>([&](auto stage) ALWAYS { v = join(v, shuffled(v, v, lane_index() ^ (W >> (stage + 1)))); });
     return v[0];
 }
 INLINE float sum_lanes(V v) {
@@ -169,13 +180,13 @@ INLINE V activate(V x) {
 INLINE V zip(V a, V b, bool is_high) {
 #if defined(BRAID_AVX512)
     const VI low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-    return __builtin_shuffle(a, b, is_high ? low + 8 : low);
+    return shuffled(a, b, is_high ? low + 8 : low);
 #elif defined(BRAID_AVX2)
     const VI low = {0, 8, 1, 9, 2, 10, 3, 11};
-    return __builtin_shuffle(a, b, is_high ? low + 4 : low);
+    return shuffled(a, b, is_high ? low + 4 : low);
 #else
     const VI low = {0, 4, 1, 5};
-    return __builtin_shuffle(a, b, is_high ? low + 2 : low);
+    return shuffled(a, b, is_high ? low + 2 : low);
 #endif
 }
 INLINE void transpose(V (&v)[W]) {

@@ -53,7 +53,9 @@ void product(Context& context, const Activations& a, const Matrix& weight, const
     const int64_t chunks = ceil_div(num_bands, kBandsPerTile);
     const int64_t stride = chunks == 1 ? pairs * (context.pool.size() - 1) : 0;  // from a tile to the one this thread likely takes next
     const int64_t of_rows = a.rows - 1;
-    const Dot multiply = weight.group_bits == 0 ? kDots[of_rows] : weight.group_bits == 4 ? kGroupedDots<4>[of_rows] : kGroupedDots<8>[of_rows];
+    const Dot multiply = weight.group_bits == 0   ? kDots[of_rows]
+                         : weight.group_bits == 4 ? kGroupedDots<4>[of_rows]
+                                                  : kGroupedDots<8>[of_rows];
     parallel(context, ceil_div(num_pairs, pairs) * chunks, [&](int64_t tile, int thread) {
         alignas(64) float y[kMostRows][32];
         const int64_t first_band = tile % chunks * kBandsPerTile, first_pair = tile / chunks * pairs;

@@ -1,6 +1,8 @@
 // Checks every exported operation at each instruction set that this machine can run, or at those named as arguments: against plain double,
 // bit for bit with 1, 2 and 5 threads, and a row alone against the same row in a crowd. One line a check; exits with 1 when one fails, with
-// 2 when an instruction set can't be run. For builds that Python can't load: sanitizers, and machines under emulation.
+// 2 when an instruction set can't be run. For builds that Python can't load: sanitizers, and machines under emulation. One file, because
+// the checks of all operations are one list.
+#include "calls.h"
 #include "reference.h"
 
 namespace {
@@ -28,7 +30,8 @@ auto same_with_all(const Machine& machine, Finding& finding, Call&& call) {
 
 template <class T>
 void expect_rows(Finding& finding, const std::vector<T>& rows, const std::vector<T>& all, int64_t first_row) {
-    const bool is_equal = std::memcmp(rows.data(), all.data() + first_row * static_cast<int64_t>(rows.size()), rows.size() * sizeof(T)) == 0;
+    const bool is_equal =
+        std::memcmp(rows.data(), all.data() + first_row * static_cast<int64_t>(rows.size()), rows.size() * sizeof(T)) == 0;
     finding.expect(is_equal, "alone and in a crowd differ");
 }
 
@@ -42,71 +45,6 @@ void expect_near(Finding& finding, const Floats& found, const Expected& expected
     for (size_t i = 0; i < found.size() && i < expected.values.size(); ++i)
         finding.near(static_cast<double>(found[i]), expected.values[i], expected.allowed[i], what);
 }
-
-// --- the calls ---------------------------------------------------------------------------------------------------------------------
-
-Floats linear(Context* c, Finding& f, const Weights& w, const Floats& x) {
-    const int64_t rows = static_cast<int64_t>(x.size()) / w.in;
-    Output<float> out(rows * w.out);
-    const Matrix matrix = w.matrix();
-    const int status = braid_linear(c, &matrix, x.data(), out.data(), rows);
-    return out.taken(f, status);
-}
-
-// The normed rows, and behind them the sums.
-Floats rms_norm(Context* c, Finding& f, const Floats& x, const Floats* residual, const Floats& weight, float eps) {
-    const auto count = static_cast<int64_t>(x.size()), width = static_cast<int64_t>(weight.size());
-    Output<float> normed(count), sum(count);
-    const int status = braid_rms_norm(c, x.data(), residual == nullptr ? nullptr : residual->data(), weight.data(), eps, normed.data(), sum.data(), count / width, width);
-    Floats both = normed.taken(f, status);
-    const Floats sums = residual == nullptr ? x : sum.taken(f, status);
-    both.insert(both.end(), sums.begin(), sums.end());
-    return both;
-}
-
-Floats gated(Context* c, Finding& f, const Floats& gate_up, int64_t width, bool is_gelu) {
-    const int64_t rows = static_cast<int64_t>(gate_up.size()) / (2 * width);
-    Output<float> out(rows * width);
-    const int status = braid_gated(c, gate_up.data(), out.data(), rows, width, is_gelu);
-    return out.taken(f, status);
-}
-
-// Mutates: pool.
-Floats kv_write(Context* c, Finding& f, const Layer& layer, const Paged& pool, const Step& step, const Floats& product) {
-    Output<float> q(step.num_tokens() * layer.num_heads * layer.head_width);
-    const KV kv = pool.kv();
-    const Batch batch = step.batch(false);
-    const Floats before = product;
-    const int status = braid_kv_write(c, &layer, &kv, &batch, product.data(), step.positions.data(), q.data(), step.num_tokens());
-    f.expect(product == before, "the product is overwritten");
-    return q.taken(f, status);
-}
-
-Floats attend(Context* c, Finding& f, const Paged& pool, const Step& step, const Spec& spec, const Floats& q, int64_t num_heads) {
-    Output<float> y(static_cast<int64_t>(q.size()));
-    const KV kv = pool.kv();
-    const Batch batch = step.batch(spec.near.columns > 0);
-    const int status = braid_attend(c, &kv, &batch, spec.scale, spec.softcap, spec.window, spec.sink, spec.near.columns, spec.near.row_radius,
-                                    spec.near.column_radius, q.data(), y.data(), num_heads, step.num_tokens());
-    return y.taken(f, status);
-}
-
-Ids sample(Context* c, Finding& f, const Floats& logits, const Draws& draws) {
-    const Draw draw = draws.draw();
-    Output<int64_t> ids(draws.count());
-    const int status = braid_sample(c, logits.data(), &draw, ids.data(), draws.count(), static_cast<int64_t>(logits.size()) / draws.count());
-    return ids.taken(f, status);
-}
-
-Ids draw_ids(Context* c, Finding& f, const Weights& head, const Floats& x, const Draws& draws) {
-    const Draw draw = draws.draw();
-    const Matrix matrix = head.matrix();
-    Output<int64_t> ids(draws.count());
-    const int status = braid_draw(c, &matrix, x.data(), &draw, ids.data(), draws.count());
-    return ids.taken(f, status);
-}
-
-// --- the checks --------------------------------------------------------------------------------------------------------------------
 
 void check_linear(const Machine& m, Finding& f, Random random, int64_t out, int64_t in, int64_t bits) {
     const Weights w(random, out, in, bits);
@@ -159,7 +97,8 @@ void check_norm(const Machine& m, Finding& f, Random random, int64_t width) {
         const Floats both = same_with_all(m, f, [&](Context* c) { return rms_norm(c, f, x, other, weight, 1e-5f); });
         const auto middle = both.begin() + static_cast<int64_t>(x.size());
         const Floats sums(middle, both.end());
-        for (size_t i = 0; i < x.size(); ++i) f.expect(sums[i] == (other == nullptr ? x[i] : x[i] + residual[i]), "a sum of x and residual");
+        for (size_t i = 0; i < x.size(); ++i)
+            f.expect(sums[i] == (other == nullptr ? x[i] : x[i] + residual[i]), "a sum of x and residual");
         expect_near(f, Floats(both.begin(), middle), norm_of(sums, weight, 1e-5f), "a norm");
     }
 }
@@ -171,7 +110,8 @@ void check_gated(const Machine& m, Finding& f, Random random, int64_t width, boo
     Expected expected;  // an exponential whose argument has some roundings of its own size, which e^x makes relative ones
     for (int64_t row = 0; row < 29; ++row)
         for (int64_t i = 0; i < width; ++i) {
-            const auto gate = static_cast<double>(gate_up[static_cast<size_t>(row * 2 * width + i)]), up = static_cast<double>(gate_up[static_cast<size_t>((row * 2 + 1) * width + i)]);
+            const auto gate = static_cast<double>(gate_up[static_cast<size_t>(row * 2 * width + i)]),
+                       up = static_cast<double>(gate_up[static_cast<size_t>((row * 2 + 1) * width + i)]);
             const double z = std::min(88.0, std::fabs(is_gelu ? 1.6 * gate + 0.0714 * gate * gate * gate : gate));
             expected.values.push_back(activated(gate, is_gelu) * up);
             expected.allowed.push_back(std::fabs(expected.values.back()) * kHalfUlp * (12.0 + 6.0 * z) + 1e-35);
@@ -188,7 +128,8 @@ Floats rotary_table(int64_t width) {
     Floats table;
     for (int64_t position = 0; position < 64; ++position)
         for (int64_t i = 0; i < width; ++i) {
-            const double angle = static_cast<double>(position) * std::pow(1e4, -static_cast<double>(i % (width / 2)) / static_cast<double>(width / 2));
+            const double angle =
+                static_cast<double>(position) * std::pow(1e4, -static_cast<double>(i % (width / 2)) / static_cast<double>(width / 2));
             table.push_back(static_cast<float>(i < width / 2 ? std::cos(angle) : std::sin(angle)));
         }
     return table;
@@ -230,7 +171,8 @@ void check_kv_write(const Machine& m, Finding& f, Random random, Heads heads, in
             for (int64_t h = 0; h < H; ++h) {
                 const double number = expected[static_cast<size_t>(h)];
                 if (!is_key) f.near(static_cast<double>(q[static_cast<size_t>((t * heads.num + head) * H + h)]), number, play, "a query");
-                else if (slot >= 0) f.near(pool.get(0, slot, head - heads.num, h), number, play + of_word * std::fabs(number) + of_byte, "a key");
+                else if (slot >= 0)
+                    f.near(pool.get(0, slot, head - heads.num, h), number, play + of_word * std::fabs(number) + of_byte, "a key");
             }
         }
         for (int64_t i = 0; slot >= 0 && i < heads.num_kv * H; ++i) {
@@ -266,8 +208,8 @@ void check_attention(const Machine& m, Finding& f, Random random, const Attentio
     for (const Slice& slice : slices)
         for (int64_t at = 0; at < slice.start + slice.length; ++at)
             for (int64_t i = 0; i < 2 * a.heads.num_kv * a.heads.width; ++i)
-                pool.put(static_cast<int>(i % 2), slice.blocks[static_cast<size_t>(at / a.block_size)] * a.block_size + at % a.block_size, i / 2 / a.heads.width,
-                         i / 2 % a.heads.width, random.normal());
+                pool.put(static_cast<int>(i % 2), slice.blocks[static_cast<size_t>(at / a.block_size)] * a.block_size + at % a.block_size,
+                         i / 2 / a.heads.width, i / 2 % a.heads.width, random.normal());
     const Step step(slices, a.block_size);
     const Spec spec{1.0f / std::sqrt(static_cast<float>(a.heads.width)), a.softcap, a.window, a.sink, a.near};
     const int64_t row_size = a.heads.num * a.heads.width;
@@ -278,15 +220,22 @@ void check_attention(const Machine& m, Finding& f, Random random, const Attentio
         Slice last = slices[s];
         last.start += last.length - 1, last.length = 1;
         const int64_t row = step.query_start[s + 1] - 1;
-        for (Context* c : m.contexts) expect_rows(f, attend(c, f, pool, Step({last}, a.block_size), spec, row_of(q, row, row_size), a.heads.num), y, row);
+        for (Context* c : m.contexts)
+            expect_rows(f, attend(c, f, pool, Step({last}, a.block_size), spec, row_of(q, row, row_size), a.heads.num), y, row);
     }
 }
 
 Draws many_draws(int64_t vocab, Random& random, bool has_mask, bool has_nucleus) {
     Draws draws;
     const float p = has_nucleus ? 0.8f : 1.0f;
-    draws.add(0.0f, 0, 1.0f, 0.0f, 1), draws.add(1.0f, 0, 1.0f, 0.0f, 2), draws.add(0.7f, 20, 1.0f, 0.0f, -3), draws.add(1.3f, 3, 1.0f, 0.1f, 4);
-    draws.add(1.0f, 0, 1.0f, 0.05f, 5), draws.add(1.0f, 40, 0.7f, 0.0f, 6), draws.add(2.0f, 0, p, 0.0f, INT64_MAX), draws.add(1.0f, 1, p, 0.0f, INT64_MIN);
+    draws.add(0.0f, 0, 1.0f, 0.0f, 1);
+    draws.add(1.0f, 0, 1.0f, 0.0f, 2);
+    draws.add(0.7f, 20, 1.0f, 0.0f, -3);
+    draws.add(1.3f, 3, 1.0f, 0.1f, 4);
+    draws.add(1.0f, 0, 1.0f, 0.05f, 5);
+    draws.add(1.0f, 40, 0.7f, 0.0f, 6);
+    draws.add(2.0f, 0, p, 0.0f, INT64_MAX);
+    draws.add(1.0f, 1, p, 0.0f, INT64_MIN);
     for (int64_t i = 0; has_mask && i < draws.count() * ((vocab + 31) / 32); ++i) draws.mask.push_back(static_cast<int32_t>(random.next()));
     return draws;
 }
@@ -312,7 +261,8 @@ void check_draw(const Machine& m, Finding& f, Random random, int64_t vocab, int6
     const Floats x = random.normals(draws.count() * in, bits == 0 ? 1.0f : 10.0f);
     const Ids ids = same_with_all(m, f, [&](Context* c) { return draw_ids(c, f, head, x, draws); });
     f.expect(ids == sample(m.one(), f, linear(m.one(), f, head, x), draws), "the fused draw and that from all logits differ");
-    for (int64_t row = 0; row < draws.count(); ++row) expect_rows(f, draw_ids(m.one(), f, head, row_of(x, row, in), draws.only(row)), ids, row);
+    for (int64_t row = 0; row < draws.count(); ++row)
+        expect_rows(f, draw_ids(m.one(), f, head, row_of(x, row, in), draws.only(row)), ids, row);
     Draws nucleus = draws.only(1);
     nucleus.top_p[0] = 0.9f;
     const Draw draw = nucleus.draw();
@@ -324,17 +274,38 @@ void check_draw(const Machine& m, Finding& f, Random random, int64_t vocab, int6
 // A whole layer: its two fused operations are, to the bit, the fine ones that the other checks compare with double.
 void check_layer(const Machine& m, Finding& f, Random random, int64_t bits, bool has_more) {
     const Heads heads{6, 2, 48};
-    const int64_t width = bits == 0 ? 92 : 96, wide = 160, q_size = heads.num * heads.width, product_size = (heads.num + 2 * heads.num_kv) * heads.width;
-    const Weights qkv(random, product_size, width, bits), out(random, width, q_size, bits), gate_up(random, 2 * wide, width, bits), down(random, width, wide, bits);
-    const Floats attention_norm = random.normals(width, 0.25f, 1.0f), mlp_norm = random.normals(width, 0.25f, 1.0f), bias = random.normals(product_size);
-    const Floats q_norm = random.normals(heads.width, 0.25f, 1.0f), k_norm = random.normals(heads.width, 0.25f, 1.0f), rotary = rotary_table(heads.width);
-    const Layer layer{qkv.matrix(), out.matrix(), gate_up.matrix(), down.matrix(), attention_norm.data(), mlp_norm.data(), has_more ? bias.data() : nullptr,
-                      has_more ? q_norm.data() : nullptr, has_more ? k_norm.data() : nullptr, rotary.data(), heads.num, heads.num_kv, heads.width, width, has_more, 1e-5f};
+    const int64_t width = bits == 0 ? 92 : 96, wide = 160, q_size = heads.num * heads.width,
+                  product_size = (heads.num + 2 * heads.num_kv) * heads.width;
+    const Weights qkv(random, product_size, width, bits), out(random, width, q_size, bits), gate_up(random, 2 * wide, width, bits),
+        down(random, width, wide, bits);
+    const Floats attention_norm = random.normals(width, 0.25f, 1.0f), mlp_norm = random.normals(width, 0.25f, 1.0f),
+                 bias = random.normals(product_size);
+    const Floats q_norm = random.normals(heads.width, 0.25f, 1.0f), k_norm = random.normals(heads.width, 0.25f, 1.0f),
+                 rotary = rotary_table(heads.width);
+    const Layer layer{qkv.matrix(),
+                      out.matrix(),
+                      gate_up.matrix(),
+                      down.matrix(),
+                      attention_norm.data(),
+                      mlp_norm.data(),
+                      has_more ? bias.data() : nullptr,
+                      has_more ? q_norm.data() : nullptr,
+                      has_more ? k_norm.data() : nullptr,
+                      rotary.data(),
+                      heads.num,
+                      heads.num_kv,
+                      heads.width,
+                      width,
+                      has_more,
+                      1e-5f};
     const Step step(scattered(random, {{5, 1}, {0, 30}, {17, 3}}, 8, 12), 8);
     const int64_t tokens = step.num_tokens();
     const Floats x = random.normals(tokens * width), residual = random.normals(tokens * width), y = random.normals(tokens * q_size);
     Paged pool(12, heads.num_kv, 8, heads.width, 16, true);
-    const auto split = [](const Floats& both) { return std::make_pair(Floats(both.begin(), both.begin() + static_cast<int64_t>(both.size() / 2)), Floats(both.begin() + static_cast<int64_t>(both.size() / 2), both.end())); };
+    const auto split = [](const Floats& both) {
+        const auto middle = both.begin() + static_cast<int64_t>(both.size() / 2);
+        return std::make_pair(Floats(both.begin(), middle), Floats(middle, both.end()));
+    };
 
     for (const bool has_residual : {false, true}) {
         const Floats found = same_with_all(m, f, [&](Context* c) {
@@ -342,19 +313,20 @@ void check_layer(const Machine& m, Finding& f, Random random, int64_t bits, bool
             if (has_residual) std::copy(residual.begin(), residual.end(), total.data());
             const KV kv = pool.kv();
             const Batch batch = step.batch(false);
-            const int status = braid_qkv(c, &layer, &kv, &batch, x.data(), total.data(), has_residual, step.positions.data(), q.data(), tokens);
+            const int status =
+                braid_qkv(c, &layer, &kv, &batch, x.data(), total.data(), has_residual, step.positions.data(), q.data(), tokens);
             Floats both = q.taken(f, status);
             const Floats sums = total.taken(f, status);
             both.insert(both.end(), sums.begin(), sums.end());
             return both;
         });
-        const auto words = pool.words[0];
+        const Paged fused = pool;
         const auto [normed, sums] = split(rms_norm(m.one(), f, x, has_residual ? &residual : nullptr, attention_norm, 1e-5f));
         Floats product = linear(m.one(), f, qkv, normed);
         for (size_t i = 0; has_more && i < product.size(); ++i) product[i] += bias[i % bias.size()];
         Floats expected = kv_write(m.one(), f, layer, pool, step, product);
         expected.insert(expected.end(), sums.begin(), sums.end());
-        f.expect(found == expected && words == pool.words[0], "qkv differs from its parts");
+        f.expect(found == expected && fused.words[0] == pool.words[0] && fused.words[1] == pool.words[1], "qkv differs from its parts");
     }
     const Floats found = same_with_all(m, f, [&](Context* c) {
         Output<float> sums(tokens * width), next(tokens * width);
@@ -376,22 +348,29 @@ void run(const Machine& machine, const std::string& name, Check&& check, Argumen
     Finding finding;
     check(machine, finding, Random{11}, arguments...);
     num_failed += finding.reason.empty() ? 0 : 1;
-    if (finding.reason.empty()) std::printf("ok    %s %s (largest error: %.2f of what is allowed)\n", machine.isa, name.c_str(), finding.worst);
+    if (finding.reason.empty())
+        std::printf("ok    %s %s (largest error: %.2f of what is allowed)\n", machine.isa, name.c_str(), finding.worst);
     else std::printf("FAIL  %s %s: %s\n", machine.isa, name.c_str(), finding.reason.c_str());
     std::fflush(stdout);
 }
 
 void check_all(const Machine& m) {
-    const auto size = [](int64_t out, int64_t in, int64_t bits) { return std::to_string(out) + "x" + std::to_string(in) + (bits == 0 ? " int8" : bits == 4 ? " int4" : " 8 bits"); };
+    const auto size = [](int64_t out, int64_t in, int64_t bits) {
+        return std::to_string(out) + "x" + std::to_string(in) + (bits == 0 ? " int8" : bits == 4 ? " int4" : " 8 bits");
+    };
     for (const int64_t bits : {0, 4, 8}) {
-        const std::vector<std::pair<int64_t, int64_t>> odd{{1, 1}, {16, 4}, {33, 7}, {100, 92}, {513, 67}, {40, 1536}}, grouped{{1, 32}, {16, 64}, {33, 96}, {513, 64}, {40, 1536}};
+        const std::vector<std::pair<int64_t, int64_t>> odd{{1, 1}, {16, 4}, {33, 7}, {100, 92}, {513, 67}, {40, 1536}},
+            grouped{{1, 32}, {16, 64}, {33, 96}, {513, 64}, {40, 1536}};
         for (const auto& [out, in] : bits == 0 ? odd : grouped) {
             run(m, "linear " + size(out, in, bits), check_linear, out, in, bits);
             run(m, "embed " + size(out, in, bits), check_embed, out, in, bits);
         }
         run(m, "largest numbers " + size(48, 2048, bits), check_largest, bits);
-        for (const bool has_more : {false, true}) run(m, std::string("layer") + (has_more ? " with bias, head norms and GELU," : "") + size(0, 0, bits).substr(3), check_layer, bits, has_more);
-        for (const bool has_mask : {false, true}) run(m, "draw " + size(1003, 64, bits) + (has_mask ? " masked" : ""), check_draw, 1003, 64, bits, has_mask);
+        for (const bool has_more : {false, true})
+            run(m, std::string("layer") + (has_more ? " with bias, head norms and GELU," : "") + size(0, 0, bits).substr(3), check_layer,
+                bits, has_more);
+        for (const bool has_mask : {false, true})
+            run(m, "draw " + size(1003, 64, bits) + (has_mask ? " masked" : ""), check_draw, 1003, 64, bits, has_mask);
         run(m, "draw " + size(5, 32, bits), check_draw, 5, 32, bits, false);
     }
     for (const int64_t width : {1, 7, 64, 92, 576}) run(m, "norm " + std::to_string(width), check_norm, width);
@@ -413,7 +392,8 @@ void check_all(const Machine& m) {
             for (const Attention& one : cases) run(m, std::string("attention ") + one.name + form, check_attention, one, bits, has_columns);
         }
     for (const int64_t vocab : {1, 5, 37, 1003, 5000})
-        for (const bool has_mask : {false, true}) run(m, "sample " + std::to_string(vocab) + (has_mask ? " masked" : ""), check_sample, vocab, has_mask);
+        for (const bool has_mask : {false, true})
+            run(m, "sample " + std::to_string(vocab) + (has_mask ? " masked" : ""), check_sample, vocab, has_mask);
 }
 
 }  // namespace

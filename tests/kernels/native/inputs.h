@@ -1,5 +1,5 @@
-// Seeded inputs in memory of exactly their size, so that a sanitizer sees each read past an end; outputs between guard bytes; the
-// exported functions as one call each. No expected result here. Included by check.cpp.
+// Seeded inputs in memory of exactly their size, so that a sanitizer sees each read past an end; outputs between guard bytes. No
+// expected result here. Included by reference.h and calls.h.
 #pragma once
 #include <cmath>
 #include <cstdio>
@@ -9,26 +9,6 @@
 #include <vector>
 
 #include "../../../kernels/cpu/braid_cpu.h"
-
-extern "C" {
-Context* braid_create(const char* isa, int32_t num_threads, int32_t spin_us);
-void braid_destroy(Context*);
-const char* braid_isa(const Context*);
-int braid_qkv(Context*, const Layer*, const KV*, const Batch*, const float* x, float* residual, int32_t has_residual,
-              const int64_t* positions, float* q, int64_t num_tokens);
-int braid_attend(Context*, const KV*, const Batch*, float scale, float softcap, int64_t window, int64_t sink, int64_t columns,
-                 int64_t row_radius, int64_t column_radius, const float* q, float* y, int64_t num_heads, int64_t num_tokens);
-int braid_out_mlp(Context*, const Layer*, const float* y, float* residual, float* x, int64_t num_tokens);
-int braid_linear(Context*, const Matrix*, const float* x, float* out, int64_t num_rows);
-int braid_draw(Context*, const Matrix* head, const float* x, const Draw*, int64_t* ids, int64_t num_rows);
-int braid_embed(Context*, const Matrix*, const int64_t* ids, float* out, int64_t num_tokens);
-int braid_rms_norm(Context*, const float* x, const float* residual, const float* weight, float eps, float* normed, float* sum,
-                   int64_t num_rows, int64_t width);
-int braid_kv_write(Context*, const Layer*, const KV*, const Batch*, const float* product, const int64_t* positions, float* q,
-                   int64_t num_tokens);
-int braid_gated(Context*, const float* gate_up, float* out, int64_t num_rows, int64_t width, int32_t is_gelu);
-int braid_sample(Context*, const float* logits, const Draw*, int64_t* ids, int64_t num_rows, int64_t vocab_size);
-}
 
 using Floats = std::vector<float>;
 using Ids = std::vector<int64_t>;
@@ -106,13 +86,14 @@ inline double half_value(uint16_t half) {
 // A matrix as strips (see Matrix), and beside them what it stands for. values: int8, or unsigned numbers of 4 or 8 bits.
 struct Weights {
     int64_t out, in, bits;
-    std::vector<int> values;            // [out, in]
-    Floats scales;                      // [strips * 16], for int8
-    std::vector<int32_t> sums;          // the same
-    std::vector<uint16_t> halves[2];    // scales and offsets [out, in / 32], for groups
+    std::vector<int> values;          // [out, in]
+    Floats scales;                    // [strips * 16], for int8
+    std::vector<int32_t> sums;        // the same
+    std::vector<uint16_t> halves[2];  // scales and offsets [out, in / 32], for groups
     std::vector<uint8_t> data;
 
-    Weights(Random& random, int64_t num_out, int64_t num_in, int64_t num_bits, bool is_extreme = false) : out(num_out), in(num_in), bits(num_bits) {
+    Weights(Random& random, int64_t num_out, int64_t num_in, int64_t num_bits, bool is_extreme = false)
+        : out(num_out), in(num_in), bits(num_bits) {
         values.resize(static_cast<size_t>(out * in));
         for (int& value : values) {
             const bool is_high = random.below(2) != 0;
@@ -123,7 +104,9 @@ struct Weights {
     }
     int value(int64_t o, int64_t i) const { return values[static_cast<size_t>(o * in + i)]; }
     double group_number(int which, int64_t o, int64_t g) const { return half_value(halves[which][static_cast<size_t>(o * (in / 32) + g)]); }
-    Matrix matrix() const { return Matrix{data.data(), bits == 0 ? scales.data() : nullptr, bits == 0 ? sums.data() : nullptr, out, in, bits}; }
+    Matrix matrix() const {
+        return Matrix{data.data(), bits == 0 ? scales.data() : nullptr, bits == 0 ? sums.data() : nullptr, out, in, bits};
+    }
 
   private:
     void pack_rows(Random& random) {
@@ -154,7 +137,8 @@ struct Weights {
                     const int64_t line = bits == 8 ? i / 4 : i / 4 % 4;
                     group[line * 64 + o % 16 * 4 + i % 4] |= static_cast<uint8_t>(value(o, g * 32 + i) << (bits == 4 && i >= 16 ? 4 : 0));
                 }
-                for (int n = 0; n < 2; ++n) std::memcpy(group + bits * 64 + n * 32 + o % 16 * 2, &halves[n][static_cast<size_t>(o * groups + g)], 2);
+                for (int n = 0; n < 2; ++n)
+                    std::memcpy(group + bits * 64 + n * 32 + o % 16 * 2, &halves[n][static_cast<size_t>(o * groups + g)], 2);
             }
     }
 };
@@ -187,16 +171,23 @@ struct Step {
     }
     int64_t num_tokens() const { return static_cast<int64_t>(slots.size()); }
     Batch batch(bool has_grid) const {
-        return Batch{slots.data(), table.data(), stride, query_start.data(), context_len.data(), static_cast<int64_t>(context_len.size()),
+        return Batch{slots.data(),
+                     table.data(),
+                     stride,
+                     query_start.data(),
+                     context_len.data(),
+                     static_cast<int64_t>(context_len.size()),
                      has_grid ? grid.data() : nullptr};
     }
 };
 
 // Slices with blocks scattered over a pool; block 0 is nobody's.
-inline std::vector<Slice> scattered(Random& random, const std::vector<std::pair<int64_t, int64_t>>& ranges, int64_t block_size, int64_t num_blocks) {
+inline std::vector<Slice> scattered(Random& random, const std::vector<std::pair<int64_t, int64_t>>& ranges, int64_t block_size,
+                                    int64_t num_blocks) {
     std::vector<int32_t> order;
     for (int64_t block = 1; block < num_blocks; ++block) order.push_back(static_cast<int32_t>(block));
-    for (size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[static_cast<size_t>(random.below(static_cast<int64_t>(i) + 1))]);
+    for (size_t i = order.size() - 1; i > 0; --i)
+        std::swap(order[i], order[static_cast<size_t>(random.below(static_cast<int64_t>(i) + 1))]);
     std::vector<Slice> slices;
     for (const auto& [start, length] : ranges) {
         Slice slice{start, length, {}, {}};
@@ -218,8 +209,8 @@ inline float of_bf16(uint16_t x) {
     return number;
 }
 
-// K/V of [blocks, heads, block_size, width] in float32 (32 bits), bfloat16 or int8, NaN where nothing was put (of int8 the scales); keys of a
-// block as rows or as columns.
+// K/V of [blocks, heads, block_size, width] in float32 (32 bits), bfloat16 or int8, NaN where nothing was put (of int8 the scales); keys of
+// a block as rows or as columns.
 struct Paged {
     int64_t num_blocks, heads, block_size, width, bits;
     bool has_columns;
@@ -259,12 +250,29 @@ struct Paged {
     }
     KV kv() const {
         const auto memory = [&](int which) {
-            return bits == 8 ? static_cast<const void*>(bytes[which].data()) : bits == 16 ? static_cast<const void*>(words[which].data()) : floats[which].data();
+            return bits == 8    ? static_cast<const void*>(bytes[which].data())
+                   : bits == 16 ? static_cast<const void*>(words[which].data())
+                                : floats[which].data();
         };
         const auto scale = [&](int which) { return bits == 8 ? const_cast<float*>(scales[which].data()) : nullptr; };
         const int64_t head = block_size * width, block = heads * head;
-        return KV{const_cast<void*>(memory(0)), const_cast<void*>(memory(1)), scale(0), scale(1), block, head, has_columns ? 1 : width, block, head, width,
-                  heads * block_size, block_size, block_size, heads, width, bits, has_columns ? block_size : 1};
+        return KV{const_cast<void*>(memory(0)),
+                  const_cast<void*>(memory(1)),
+                  scale(0),
+                  scale(1),
+                  block,
+                  head,
+                  has_columns ? 1 : width,
+                  block,
+                  head,
+                  width,
+                  heads * block_size,
+                  block_size,
+                  block_size,
+                  heads,
+                  width,
+                  bits,
+                  has_columns ? block_size : 1};
     }
 };
 
@@ -274,7 +282,8 @@ struct Draws {
     std::vector<int32_t> top_k, mask;
     Ids seeds, positions;
     void add(float t, int32_t k, float p, float m, int64_t seed) {
-        temperature.push_back(t), top_k.push_back(k), top_p.push_back(p), min_p.push_back(m), seeds.push_back(seed), positions.push_back(seed / 3 + 5);
+        temperature.push_back(t), top_k.push_back(k), top_p.push_back(p), min_p.push_back(m), seeds.push_back(seed),
+            positions.push_back(seed / 3 + 5);
     }
     int64_t count() const { return static_cast<int64_t>(seeds.size()); }
     Draws only(int64_t row) const {
@@ -286,6 +295,12 @@ struct Draws {
         return one;
     }
     Draw draw() const {
-        return Draw{temperature.data(), top_p.data(), min_p.data(), top_k.data(), seeds.data(), positions.data(), mask.empty() ? nullptr : mask.data()};
+        return Draw{temperature.data(),
+                    top_p.data(),
+                    min_p.data(),
+                    top_k.data(),
+                    seeds.data(),
+                    positions.data(),
+                    mask.empty() ? nullptr : mask.data()};
     }
 };

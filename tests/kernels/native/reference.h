@@ -17,7 +17,8 @@ inline double quantized_row(const float* x, int64_t width, std::vector<int>& num
     for (int64_t i = 0; i < width; ++i) largest = std::max(largest, std::fabs(x[i]));
     const float scale = largest / 127.0f > 0.0f ? largest / 127.0f : 1.0f;
     numbers.resize(static_cast<size_t>(width));
-    for (int64_t i = 0; i < width; ++i) numbers[static_cast<size_t>(i)] = static_cast<int>(std::nearbyint(std::min(std::max(x[i] / scale, -127.0f), 127.0f)));
+    for (int64_t i = 0; i < width; ++i)
+        numbers[static_cast<size_t>(i)] = static_cast<int>(std::nearbyint(std::min(std::max(x[i] / scale, -127.0f), 127.0f)));
     return static_cast<double>(scale);
 }
 
@@ -37,7 +38,8 @@ inline Expected product_of(const Weights& w, const Floats& x, int64_t num_rows) 
                 std::vector<int> of_group;
                 const double scale = quantized_row(row + g * 32, 32, of_group);
                 double exact = 0.0, sum = 0.0;
-                for (int64_t i = 0; i < 32; ++i) exact += of_group[static_cast<size_t>(i)] * w.value(o, g * 32 + i), sum += of_group[static_cast<size_t>(i)];
+                for (int64_t i = 0; i < 32; ++i)
+                    exact += of_group[static_cast<size_t>(i)] * w.value(o, g * 32 + i), sum += of_group[static_cast<size_t>(i)];
                 const double of_weight = w.group_number(0, o, g), offset = w.group_number(1, o, g);
                 total += scale * (of_weight * exact + offset * sum);
                 size += scale * (std::fabs(of_weight) * (std::fabs(exact) + 256.0 * std::fabs(sum)) + std::fabs(offset * sum));
@@ -92,7 +94,8 @@ inline bool is_seen(const Spec& spec, int64_t query, int64_t key, int64_t grid_s
 }
 
 // Scores with errors of some 2^-20 of the products' size, and values of at most some units: 1e-5 is twice the largest error seen.
-inline Expected attention_of(const Paged& pool, const Step& step, const std::vector<Slice>& slices, const Spec& spec, const Floats& q, int64_t num_heads) {
+inline Expected attention_of(const Paged& pool, const Step& step, const std::vector<Slice>& slices, const Spec& spec, const Floats& q,
+                             int64_t num_heads) {
     Expected result;
     int64_t token = 0;
     for (const Slice& slice : slices)
@@ -108,7 +111,8 @@ inline Expected attention_of(const Paged& pool, const Step& step, const std::vec
                     double score = 0.0;
                     for (int64_t h = 0; h < pool.width; ++h) score += static_cast<double>(x[h]) * pool.get(0, slot, of_kv, h);
                     score *= static_cast<double>(spec.scale);
-                    if (spec.softcap != 0.0f) score = static_cast<double>(spec.softcap) * std::tanh(score / static_cast<double>(spec.softcap));
+                    if (spec.softcap != 0.0f)
+                        score = static_cast<double>(spec.softcap) * std::tanh(score / static_cast<double>(spec.softcap));
                     const double p = std::exp(score);
                     weight += p;
                     for (int64_t h = 0; h < pool.width; ++h) sums[static_cast<size_t>(h)] += p * pool.get(1, slot, of_kv, h);
@@ -141,9 +145,12 @@ inline std::string wrong_draw(const float* logits, int64_t vocab, const Draws& d
     const bool is_greedy = draws.temperature[at] < 1e-5f;
     std::vector<double> scores;
     for (int64_t i = 0; i < vocab; ++i) {
-        const bool is_allowed = draws.mask.empty() || (draws.mask[at * static_cast<size_t>((vocab + 31) / 32) + static_cast<size_t>(i / 32)] >> (i % 32) & 1) != 0;
+        const bool is_allowed =
+            draws.mask.empty() ||
+            (draws.mask[at * static_cast<size_t>((vocab + 31) / 32) + static_cast<size_t>(i / 32)] >> (i % 32) & 1) != 0;
         const float logit = std::min(logits[i], 1e30f);
-        scores.push_back(is_allowed && !std::isnan(logits[i]) ? static_cast<double>(is_greedy ? logit : logit / draws.temperature[at]) : -INFINITY);
+        scores.push_back(is_allowed && !std::isnan(logits[i]) ? static_cast<double>(is_greedy ? logit : logit / draws.temperature[at])
+                                                              : -INFINITY);
     }
     std::vector<double> sorted = scores;
     std::sort(sorted.begin(), sorted.end(), std::greater<double>());
