@@ -145,6 +145,7 @@ def _load_message(settings: Settings, models: Sequence[Resolved]) -> Load:
         prefix_cache=settings.prefix_cache,
         threads=settings.threads,
         log_level=settings.log_level,
+        max_prefill_s=settings.max_prefill_ms / 1e3,
     )
 
 

@@ -22,6 +22,7 @@ from service.engine.engine import BrokenEngineError, Engine, Lane, Painter, Runn
 from service.engine.mailbox import Mailbox
 from service.engine.messages import Failed, Load, ModelInfo, Progress, Ready
 from service.engine.pace import BeatThread
+from service.engine.prompt_pace import PromptPace
 from service.errors import StartupError
 from service.scheduling.plan import KVGroup
 from service.scheduling.scheduler import Scheduler
@@ -124,7 +125,7 @@ def build_lane(loaded: Loaded, load: Load) -> Lane:
         max_waiting_requests=_NO_LIMIT,
         max_waiting_tokens=_NO_LIMIT,
     )
-    return Lane(info, scheduler, loaded.runner, loaded.painter)
+    return Lane(info, scheduler, loaded.runner, loaded.painter, pace=PromptPace(load.max_prefill_s))
 
 
 def give_up(mailbox: Mailbox, message: str) -> int:

@@ -32,7 +32,9 @@ from service.engine.messages import (
 )
 from service.engine.pace import Pulse, StepEstimate
 from service.engine.picture_masks import PictureMasks
+from service.engine.prompt_pace import PromptPace
 from service.errors import BraidError, EngineError, ModelNotFoundError, RequestError
+from service.scheduling.budget import PromptLimit
 from service.scheduling.grammar import Grammar, GrammarError
 from service.scheduling.picture_grammar import PictureGrammar, PictureRule
 from service.scheduling.pictures import PictureRequest
@@ -79,13 +81,14 @@ class BrokenEngineError(EngineError):
 
 @dataclass(eq=False, slots=True)
 class Lane:
-    """One model: what it is, who decides, who computes, who paints, and how long its steps take."""
+    """One model: what it is, who decides, who computes, who paints, how long its steps take and how long its prompts may hold them up."""
 
     info: ModelInfo
     scheduler: Scheduler
     runner: Runner
     painter: Painter | None = None
     estimate: StepEstimate = field(default_factory=StepEstimate)
+    pace: PromptPace = field(default_factory=PromptPace)
     constraints: Constraints | None = None  # once the model's vocabulary is known
     masks: PictureMasks | None = field(init=False)
 
@@ -365,7 +368,7 @@ class Engine:
         if lane.painter is not None and (results := lane.painter.finished()):
             self._take(lane.scheduler.commit_pictures(results, started))
         try:
-            plan, outputs = lane.scheduler.plan(started)
+            plan, outputs = lane.scheduler.plan(started, self._prompt_limit(lane))
         except Exception:
             log.exception("planning a step of %s failed", lane.info.name)
             self._count_failure()
@@ -384,8 +387,15 @@ class Engine:
         seconds = self._clock() - started
         if is_good:
             lane.estimate.learn(num_tokens, seconds)
+            lane.pace.learn(plan, seconds)
         self._deliver(num_tokens, seconds, lane.info.name)
         return True
+
+    def _prompt_limit(self, lane: Lane) -> PromptLimit | None:
+        """While somebody waits for a next token, in whichever lane: they take turns, so that a prompt of one holds up all."""
+        if not any(other.scheduler.num_decoding for other in self._lanes.values()):
+            return None
+        return lane.pace.next_limit(lane.scheduler.num_decoding)
 
     def _compute(self, lane: Lane, plan: StepPlan) -> bool:
         """Runs the plan and commits it. A failure ends the requests that are in it and nothing else."""

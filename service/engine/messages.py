@@ -29,7 +29,7 @@ class ModelSource(msgspec.Struct, frozen=True):
 
 class Load(msgspec.Struct, frozen=True, tag=True):
     """The first message down. memory_bytes: for weights and K/V of all models; 0 lets the engine decide. dtype and device as the
-    flags say. max_context 0: the model's own."""
+    flags say. max_context 0: the model's own. max_prefill_s: that prompts may add to a step beside decoding sequences; 0: no bound."""
 
     models: tuple[ModelSource, ...]
     dtype: Literal["auto", "float32", "bfloat16", "int8"]
@@ -41,6 +41,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     prefix_cache: bool
     threads: int = 0
     log_level: str = "info"
+    max_prefill_s: float = 0.0
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):

@@ -16,6 +16,7 @@ from itertools import count
 
 from service.errors import RequestError
 from service.scheduling.block_pool import BlockKey, BlockPool
+from service.scheduling.budget import PromptLimit
 from service.scheduling.drafts import Drafter, JacobiDrafter, LookupDrafter
 from service.scheduling.flight import Flight, make_flight, settle_drafts
 from service.scheduling.grammar import Grammar, GrammarError
@@ -96,6 +97,11 @@ class Scheduler:
         return bool(self._live) or len(self._work) > 0
 
     @property
+    def num_decoding(self) -> int:
+        """Running sequences that wait for their next token alone; prompts beside them make them wait longer."""
+        return self._roster.num_decoding
+
+    @property
     def num_running(self) -> int:
         return len(self._roster.running)
 
@@ -172,8 +178,9 @@ class Scheduler:
 
     # -- steps --
 
-    def plan(self, now: float) -> tuple[StepPlan | None, list[Output]]:
-        """The next step, None when there is nothing to do, and the outputs of choices that ended on their deadline.
+    def plan(self, now: float, limit: PromptLimit | None = None) -> tuple[StepPlan | None, list[Output]]:
+        """The next step, None when there is nothing to do, and the outputs of choices that ended on their deadline. limit: of what prompts
+        may cost in it; whoever asks knows whether somebody waits. It changes no id, and holds no prompt that can't be cut.
 
         Raises: RuntimeError when the last plan was neither committed nor failed.
         """
@@ -182,7 +189,7 @@ class Scheduler:
         outputs = self.expire(now)
         if not self.has_work:
             return None, outputs
-        chosen = self._roster.choose()
+        chosen = self._roster.choose(limit)
         work = self._work.take(now)
         if not chosen and not work:
             return None, outputs

@@ -162,6 +162,14 @@ def test_jacobi_in_a_picture_ends_with_it() -> None:
     assert bench.ends["a", 0].finish == "stop"
 
 
+def test_rows_of_wrong_guesses_stay_and_are_used() -> None:
+    for seed in range(20):
+        bench = make_bench(block_size=2)
+        bench.add(make_request("a", (0, 1, 2) * 3, max_tokens=20, seed=seed, draft_len=7))
+        bench.drain()
+        assert bench.scheduler.stats.kv_blocks_used == 0
+
+
 def test_many_together_guess_nothing() -> None:
     bench = make_bench(pictures=PICTURES, max_drafting=2)
     for name in "abc":
