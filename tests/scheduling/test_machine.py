@@ -214,9 +214,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def fail(self) -> None:
         assert self.plan is not None
-        # A failed step may have written anything into its places, and must not be believed.
+        # A failed step may have written anything into its places, and must not be believed; what was found is none of them.
         for piece in self.plan.slices:
-            for position in range(piece.start, piece.start + len(piece.tokens)):
+            for position in range(piece.start + piece.is_first_known, piece.start + len(piece.tokens)):
                 for table in piece.tables:
                     place = (table[position // self.bench.runner.block_size], position % self.bench.runner.block_size)
                     self.bench.runner.places.pop(place, None)
