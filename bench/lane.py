@@ -86,7 +86,7 @@ class Loop:
             self.scheduler.commit_pictures(results, 0.0)
             self.is_painting = False
         guesses = lane.drafting.guess(self.scheduler.draft_wishes()) if lane.drafting is not None else None
-        plan, _ = self.scheduler.plan(0.0, guesses)
+        plan, _ = self.scheduler.plan(0.0, drafts=guesses)
         if plan is None:
             return
         if lane.painter is not None and (work := (*plan.encode, *plan.draw)):

@@ -45,6 +45,7 @@ class Settings:
     memory: int = 0
     max_context: int = 0
     max_batch_tokens: int = 512
+    max_prefill_ms: int = 30
     max_sequences: int = 64
     prefix_cache: bool = True
     draft_model: str = ""
@@ -264,6 +265,12 @@ _OPTIONS = (
     ),
     _option("--max-context", "max_context", type=_number(0, 2**31 - 1), show_default="the model's own", help="Longest sequence in tokens."),
     _option("--max-batch-tokens", "max_batch_tokens", type=_number(1, 2**17), help="Most tokens computed in one step."),
+    _option(
+        "--max-prefill-ms",
+        "max_prefill_ms",
+        type=_number(0, 3_600_000),
+        help="Milliseconds that prompts may add to a step in which others get their next token; 0: no bound.",
+    ),
     _option("--max-sequences", "max_sequences", type=_number(1, 4096), help="Most sequences that run at once, per model."),
     _option("--prefix-cache/--no-prefix-cache", "prefix_cache", help="Share the K/V of equal beginnings among requests."),
     _option(

@@ -23,6 +23,7 @@ from service.engine.engine import BrokenEngineError, Engine, Lane, Painter, Runn
 from service.engine.mailbox import Mailbox
 from service.engine.messages import Failed, Load, ModelInfo, Progress, Ready
 from service.engine.pace import BeatThread
+from service.engine.prompt_pace import PromptPace
 from service.errors import StartupError
 from service.scheduling.plan import KVGroup
 from service.scheduling.scheduler import Scheduler
@@ -133,7 +134,7 @@ def build_lane(loaded: Loaded, load: Load) -> Lane:
         max_waiting_tokens=_NO_LIMIT,
     )
     drafting = None if loaded.draft is None else build_drafting(loaded.draft, load)
-    return Lane(info, scheduler, loaded.runner, loaded.painter, drafting=drafting)
+    return Lane(info, scheduler, loaded.runner, loaded.painter, pace=PromptPace(load.max_prefill_s), drafting=drafting)
 
 
 def build_drafting(draft: Loaded, load: Load) -> Drafting:

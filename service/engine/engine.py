@@ -33,7 +33,9 @@ from service.engine.messages import (
 )
 from service.engine.pace import Pulse, StepEstimate
 from service.engine.picture_masks import PictureMasks
+from service.engine.prompt_pace import PromptPace
 from service.errors import BraidError, EngineError, ModelNotFoundError, RequestError
+from service.scheduling.budget import PromptLimit
 from service.scheduling.grammar import Grammar, GrammarError
 from service.scheduling.picture_grammar import PictureGrammar, PictureRule
 from service.scheduling.pictures import PictureRequest
@@ -80,13 +82,15 @@ class BrokenEngineError(EngineError):
 
 @dataclass(eq=False, slots=True)
 class Lane:
-    """One model: what it is, who decides, who computes, who paints, who guesses, and how long its steps take."""
+    """One model: what it is, who decides, who computes, who paints, who guesses, how long its steps take and how long its prompts may hold
+    them up."""
 
     info: ModelInfo
     scheduler: Scheduler
     runner: Runner
     painter: Painter | None = None
     estimate: StepEstimate = field(default_factory=StepEstimate)
+    pace: PromptPace = field(default_factory=PromptPace)
     constraints: Constraints | None = None  # once the model's vocabulary is known
     masks: PictureMasks | None = field(init=False)
     drafting: Drafting | None = None
@@ -368,7 +372,7 @@ class Engine:
         if lane.painter is not None and (results := lane.painter.finished()):
             self._take(lane.scheduler.commit_pictures(results, started))
         try:
-            plan, outputs = lane.scheduler.plan(started, self._guess(lane, started))
+            plan, outputs = lane.scheduler.plan(started, self._prompt_limit(lane), self._guess(lane, started))
         except Exception:
             log.exception("planning a step of %s failed", lane.info.name)
             self._count_failure()
@@ -389,8 +393,15 @@ class Engine:
             lane.estimate.learn(num_tokens, seconds)
             if lane.drafting is not None:
                 lane.drafting.learn(plan)
+            lane.pace.learn(plan, seconds)
         self._deliver(num_tokens, seconds, lane.info.name)
         return True
+
+    def _prompt_limit(self, lane: Lane) -> PromptLimit | None:
+        """While somebody waits for a next token, in whichever lane: they take turns, so that a prompt of one holds up all."""
+        if not any(other.scheduler.num_decoding for other in self._lanes.values()):
+            return None
+        return lane.pace.next_limit(lane.scheduler.num_decoding)
 
     def _guess(self, lane: Lane, now: float) -> Mapping[int, Sequence[int]]:
         """What the lane's draft model guesses for the coming step. One that fails is given up, and nobody's answer changes."""

@@ -41,6 +41,7 @@ def build_inputs(plan: StepPlan, num_groups: int, block_size: int, device: torch
     positions = np.concatenate([np.arange(piece.start, piece.start + n, dtype=np.int64) for piece, n in zip(slices, lengths, strict=True)])
     context_len = np.fromiter((piece.start + n for piece, n in zip(slices, lengths, strict=True)), dtype=np.int32, count=len(slices))
     num_decodes = sum(1 for n in lengths if n == 1)
+    known = [first for piece, first in zip(slices, query_start.tolist(), strict=False) if piece.is_first_known]
     owner = np.repeat(np.arange(len(slices)), lengths)
     rows = np.fromiter((query_start[i + 1] - 1 - sample.back for sample in plan.samples for i in sample.slice_indexes), dtype=np.int64)
 
@@ -58,6 +59,7 @@ def build_inputs(plan: StepPlan, num_groups: int, block_size: int, device: torch
             table[row, : len(blocks)] = blocks
         np.maximum(table, 0, out=table)  # a block behind the window is -1; it is never read, but must be a valid index
         slots = table[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        slots[known] = -1
         batches.append(
             PagedBatch(
                 slots=on_device(slots),

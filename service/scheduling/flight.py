@@ -68,7 +68,9 @@ def make_flight(
 def _make_slice(sequence: Sequence, num_tokens: int, pictures: PictureIds | None) -> Slice:
     start, end = sequence.num_computed, sequence.num_computed + num_tokens
     grid_starts = sequence.find_grid_starts(pictures, start, end) if pictures is not None else ()
-    return Slice(sequence.sequence_id, start, tuple(sequence.tokens[start:end]), sequence.freeze_tables(), grid_starts)
+    return Slice(
+        sequence.sequence_id, start, tuple(sequence.tokens[start:end]), sequence.freeze_tables(), grid_starts, start < sequence.num_known
+    )
 
 
 def _make_read(reader: PromptReader, gang: Gang, num_tokens: int, indexes: dict[Sequence, int]) -> PromptRead | None:

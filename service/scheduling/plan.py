@@ -51,6 +51,7 @@ class Slice:
     (block i holds positions i * block_size onward), and maybe some that wrong guesses left; an entry behind a group's window may be -1.
     grid_starts: per token, where the picture that it is a code of begins (the position of its first code), -1 for other tokens; empty
     when none of them is a code.
+    is_first_known: the K/V of tokens[0] is in its place already, in a block that others may share: it must not be written.
     """
 
     sequence_id: int
@@ -58,6 +59,7 @@ class Slice:
     tokens: tuple[int, ...]
     tables: tuple[tuple[int, ...], ...]
     grid_starts: tuple[int, ...] = ()
+    is_first_known: bool = False
 
 
 @dataclass(frozen=True, slots=True)

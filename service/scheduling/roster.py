@@ -22,6 +22,7 @@ from itertools import pairwise
 from operator import attrgetter
 
 from service.scheduling.block_pool import BlockKey
+from service.scheduling.budget import PromptLimit, StepBudget
 from service.scheduling.drafts import DraftWish, DraftWishes, ModelDrafter
 from service.scheduling.sequence import Gang, Sequence, State
 from service.scheduling.tables import BlockTables, Prefix
@@ -76,23 +77,28 @@ class Roster:
             del self.waiting[bisect_left(self.waiting, gang.rank, key=_rank)]
         gang.state = State.ENDED
 
-    def choose(self) -> Choice:
+    @property
+    def num_decoding(self) -> int:
+        """Sequences that wait for their next token alone."""
+        return sum([len(gang.sequences) for gang in self.running if _is_decode(gang)])
+
+    def choose(self, limit: PromptLimit | None = None) -> Choice:
         """Shares out one step: gangs with one pending token each, then prompts under way and new ones by rank, while tokens and
-        blocks last. Nobody comes in when somebody lost blocks in the same step.
+        blocks last. Nobody comes in when somebody lost blocks in the same step. limit: of prompts, where they can be cut.
 
         Mutates: allocates the rows that the choice needs, preempts for gangs of better rank, admits.
         """
         chosen: Choice = {}
-        budget, preemptions = self.max_batch_tokens, self.preemptions
+        budget, preemptions = StepBudget(self.max_batch_tokens, None if self.whole_prompts else limit), self.preemptions
         decodes = [gang for gang in self.running if _is_decode(gang)]
         prefills = [gang for gang in self.running if not _is_decode(gang)] if len(decodes) < len(self.running) else []
         for gang in (*decodes, *prefills):
             if self.waiting and not _is_decode(gang) and self.preemptions == preemptions:
-                budget = self._admit(chosen, budget, gang.rank)  # more urgent than a prompt that is under way
-            if budget <= 0:
+                self._admit(chosen, budget, gang.rank)  # more urgent than a prompt that is under way
+            if budget.tokens <= 0 or not (budget.has_room_for_prompts or _is_decode(gang)):
                 break
             if gang.state is State.RUNNING:
-                budget = self._place(gang, chosen, budget)
+                self._place(gang, chosen, budget)
         if self.waiting and self.preemptions == preemptions:
             self._admit(chosen, budget)
         return chosen
@@ -169,30 +175,36 @@ class Roster:
 
     # -- tokens of a step --
 
-    def _place(self, gang: Gang, chosen: Choice, budget: int) -> int:
+    def _place(self, gang: Gang, chosen: Choice, budget: StepBudget) -> None:
         """Gives a running gang what it can use of the budget; takes blocks from worse ranks when it could not move otherwise.
 
-        Returns: the budget left. Mutates: chosen.
+        Mutates: chosen, budget.
         """
-        while not any(counts := self._fit(gang, budget, self.tables.num_free_rows)):
+        is_prompt = not _is_decode(gang)
+        while True:
+            room = budget.room(gang.sequences[0].num_computed, gang.num_pending) if is_prompt else budget.tokens
+            if any(counts := self._fit(gang, room, self.tables.num_free_rows)):
+                break
             victim = self.running[-1]
-            if victim is gang or not any(self._fit(gang, budget, _UNBOUNDED_ROWS)):
-                return budget
-            budget += sum(chosen.pop(victim, ()))
+            if victim is gang or not any(self._fit(gang, room, _UNBOUNDED_ROWS)):
+                return
+            budget.give_back(sum(chosen.pop(victim, ())))
             self._preempt(victim)
         for sequence, count in zip(gang.sequences, counts, strict=True):
             self.tables.extend(sequence, count)
+            budget.spend(count)
+            if is_prompt:
+                budget.charge(sequence.num_computed, count)
         chosen[gang] = counts
-        return budget - sum(counts)
 
-    def _fit(self, gang: Gang, budget: int, rows: int) -> tuple[int, ...]:
-        """How many tokens of each sequence fit into the budget and the rows. Two sequences reach their last token in the same step,
+    def _fit(self, gang: Gang, room: int, rows: int) -> tuple[int, ...]:
+        """How many tokens of each sequence fit into the room and the rows. Two sequences reach their last token in the same step,
         because one id is drawn from both: while one can't, the other stops a token short."""
         counts = []
         for sequence in gang.sequences:
-            count = min(sequence.num_pending, budget, self.tables.room(sequence, rows))
+            count = min(sequence.num_pending, room, self.tables.room(sequence, rows))
             rows -= self.tables.missing_rows(sequence, count)
-            budget -= count
+            room -= count
             counts.append(count)
         if len(counts) == 1 and not self.whole_prompts:
             return tuple(counts)
@@ -211,10 +223,10 @@ class Roster:
 
     # -- coming in --
 
-    def _admit(self, chosen: Choice, budget: int, before: tuple[float, float] = _LAST) -> int:
-        """Lets in waiting gangs whose rank is before the given one. Returns: the budget left. Mutates: chosen."""
+    def _admit(self, chosen: Choice, budget: StepBudget, before: tuple[float, float] = _LAST) -> None:
+        """Lets in waiting gangs whose rank is before the given one. Mutates: chosen, budget."""
         index = 0
-        while budget > 0 and index < len(self.waiting) and self._num_sequences < self.max_sequences:
+        while budget.has_room_for_prompts and index < len(self.waiting) and self._num_sequences < self.max_sequences:
             gang = self.waiting[index]
             if gang.rank > before:
                 break
@@ -230,10 +242,9 @@ class Roster:
             elif self._has_room(gang, prefixes):
                 del self.waiting[index]
                 self._enter(gang, prefixes)
-                budget = self._place(gang, chosen, budget)
+                self._place(gang, chosen, budget)
             else:
                 break  # first come, first served: a smaller one behind it must not starve it
-        return budget
 
     def _has_room(self, gang: Gang, prefixes: list[Prefix]) -> bool:
         if not self.running:

@@ -16,6 +16,7 @@ from itertools import count
 
 from service.errors import RequestError
 from service.scheduling.block_pool import BlockKey, BlockPool
+from service.scheduling.budget import PromptLimit
 from service.scheduling.drafts import DRAFT_KINDS, Drafter, DraftWishes, JacobiDrafter, LookupDrafter, ModelDrafter
 from service.scheduling.flight import Flight, make_flight, settle_drafts
 from service.scheduling.grammar import Grammar, GrammarError
@@ -99,6 +100,11 @@ class Scheduler:
         return bool(self._live) or len(self._work) > 0
 
     @property
+    def num_decoding(self) -> int:
+        """Running sequences that wait for their next token alone; prompts beside them make them wait longer."""
+        return self._roster.num_decoding
+
+    @property
     def num_running(self) -> int:
         return len(self._roster.running)
 
@@ -180,9 +186,12 @@ class Scheduler:
         """What a draft model may guess for the next plan, which is made with its answer; a wish is no promise."""
         return self._roster.draft_wishes()
 
-    def plan(self, now: float, drafts: Mapping[int, SequenceOf[int]] | None = None) -> tuple[StepPlan | None, list[Output]]:
-        """The next step, None when there is nothing to do, and the outputs of choices that ended on their deadline. drafts: ids that a
-        draft model guessed, by sequence.
+    def plan(
+        self, now: float, limit: PromptLimit | None = None, drafts: Mapping[int, SequenceOf[int]] | None = None
+    ) -> tuple[StepPlan | None, list[Output]]:
+        """The next step, None when there is nothing to do, and the outputs of choices that ended on their deadline. limit: of what prompts
+        may cost in it; whoever asks knows whether somebody waits. It changes no id, and holds no prompt that can't be cut. drafts: ids that
+        a draft model guessed, by sequence.
 
         Raises: RuntimeError when the last plan was neither committed nor failed.
         """
@@ -191,7 +200,7 @@ class Scheduler:
         outputs = self.expire(now)
         if not self.has_work:
             return None, outputs
-        chosen = self._roster.choose()
+        chosen = self._roster.choose(limit)
         work = self._work.take(now)
         if not chosen and not work:
             return None, outputs

@@ -115,7 +115,8 @@ class State(Enum):
 class Sequence:
     """One stream of ids and where its K/V lives. `tables` has a list of block ids per K/V group, all equally long; -1: given back.
 
-    num_computed: tokens whose K/V is in the pool. num_sealed: leading blocks that are full and computed, or were found. num_trimmed:
+    num_computed: tokens whose K/V is in the pool. num_known: those that were found there; one more than are computed, where the last
+    token's logits are wanted and its block was found. num_sealed: leading blocks that are full and computed, or were found. num_trimmed:
     per group, leading entries already looked at by the window. keys: of leading full blocks, made when first asked for; so is grid_starts,
     of leading tokens.
     """
@@ -127,6 +128,7 @@ class Sequence:
     num_trimmed: list[int]
     num_computed: int = 0
     num_sealed: int = 0
+    num_known: int = 0
     keys: list[BlockKey] = field(default_factory=list)
     grid_starts: list[int] = field(default_factory=list)
     frozen_tables: tuple[tuple[int, ...], ...] | None = None

@@ -90,8 +90,10 @@ class BlockTables:
             sequence.frozen_tables = None
 
     def find_prefix(self, sequence: Sequence, limit: int) -> Prefix:
-        """The longest hit of at most `limit` tokens, which leaves at least the last token to be computed (see `Gang.hit_limit`)."""
-        keys = self.keys(sequence, limit // self.block_size if self.has_prefix_cache else 0)
+        """The longest hit of at most `limit` tokens, which leaves at least the last token to be computed (see `Gang.hit_limit`). Where that
+        one alone is beyond the limit and ends a block, the block may be found as well: then it is computed and not written."""
+        is_whole = limit == len(sequence.tokens) - 1 and not self._windowed  # a window would have to begin a token earlier
+        keys = self.keys(sequence, (limit + is_whole) // self.block_size if self.has_prefix_cache else 0)
         rows = self._hit_rows(keys)
         tables = []
         for group in range(len(self.groups)):
@@ -109,7 +111,8 @@ class BlockTables:
                 if block >= 0:
                     self.pool.share(block)
             sequence.tables[group] = list(table)
-        sequence.num_computed = prefix.num_rows * self.block_size
+        sequence.num_known = prefix.num_rows * self.block_size
+        sequence.num_computed = min(sequence.num_known, len(sequence.tokens) - 1)
         sequence.num_sealed = prefix.num_rows
         sequence.frozen_tables = None
 
@@ -135,7 +138,7 @@ class BlockTables:
                     self.pool.release(table[row])
         sequence.tables = [[] for _ in self.groups]
         sequence.num_trimmed = [0] * len(self.groups)
-        sequence.num_computed = sequence.num_sealed = 0
+        sequence.num_computed = sequence.num_sealed = sequence.num_known = 0
         sequence.frozen_tables = None
 
     def keys(self, sequence: Sequence, rows: int) -> list[BlockKey]:

@@ -56,7 +56,7 @@ class Pair:
     def step(self) -> None:
         guesses = self.drafting.guess(self.bench.scheduler.draft_wishes())
         self.drafting.check()
-        plan, outputs = self.bench.scheduler.plan(self.now, guesses)
+        plan, outputs = self.bench.scheduler.plan(self.now, drafts=guesses)
         self.bench.take(outputs)
         if plan is not None:
             self.now += self.costs[0] * (1 + 0.02 * plan.num_tokens)

@@ -11,7 +11,9 @@ import pytest
 from service.engine.drafting import Drafting, make_tables
 from service.engine.engine import MAX_FAILURES, BrokenEngineError, Engine, Lane
 from service.engine.messages import MAX_CHOICES, Abort, Delivery, Down, Event, Shutdown, Unreadable, Up
-from service.scheduling.plan import KVGroup
+from service.engine.prompt_pace import PromptPace
+from service.scheduling.budget import PromptLimit
+from service.scheduling.plan import KVGroup, StepPlan
 from service.scheduling.scheduler import Scheduler
 from tests.fakes import (
     DRAW_OUTSIDE,
@@ -351,3 +353,51 @@ def test_a_draft_model_that_fails_is_given_up_and_nothing_else_happens(fault: in
     guessed, right = mailbox.deliveries[-1].stats[0].drafts["model"]
     assert guessed == right, "it thinks as the model does"
     assert (guessed > 0) == (fault is None)
+
+
+class FixedPace(PromptPace):
+    """Ten tokens of prompts beside others, whatever was measured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_decoding: list[int] = []
+        self.learned: list[int] = []
+
+    def next_limit(self, num_decoding: int) -> PromptLimit | None:
+        self.num_decoding.append(num_decoding)
+        return PromptLimit(10.0, (1.0,))
+
+    def learn(self, plan: StepPlan, seconds: float) -> None:
+        self.learned.append(plan.num_tokens)
+
+
+def paced(name: str = "tiny") -> tuple[Lane, FixedPace]:
+    lane, pace = lane_of(scripted_model(name)), FixedPace()
+    lane.pace = pace
+    return lane, pace
+
+
+def test_a_prompt_alone_fills_its_steps_and_beside_others_it_is_cut() -> None:
+    lane, pace = paced()
+    mailbox = run([generate("a", [1] * 40, max_tokens=5)], [], [generate("b", [2] * 24, max_tokens=1)], lanes=[lane])
+    assert [delivery.step_tokens for delivery in mailbox.deliveries] == [40, 1, 11, 11, 5]
+    assert pace.num_decoding == [1, 1, 1, 1]
+    assert pace.learned == [40, 1, 11, 11, 5]
+
+
+def test_a_prompt_is_cut_for_those_who_wait_in_another_lane() -> None:
+    lanes = [paced("one"), paced("two")]
+    mailbox = run(
+        [generate("a", [1], model="one", max_tokens=5)],
+        [],
+        [generate("b", [2] * 24, model="two", max_tokens=1)],
+        lanes=[lane for lane, _ in lanes],
+    )
+    assert [delivery.step_tokens for delivery in mailbox.deliveries if delivery.step_model == "two"] == [10, 10, 4]
+    assert lanes[1][1].num_decoding[-1] == 0
+
+
+def test_a_failed_step_teaches_nothing_about_prompts() -> None:
+    lane, pace = paced()
+    run([generate("bad", [FAIL_FORWARD] * 20)], lanes=[lane])
+    assert pace.learned == []

@@ -81,9 +81,7 @@ def test_without_the_library_groups_become_dense(grouped_file: Path, monkeypatch
     torch.testing.assert_close(logits(model), logits(build(grouped_file, "dense")), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("types", "expected"), [({}, "int8"), (dict.fromkeys(LAYERS, Type.Q8_0), "int8"), (dict.fromkeys(LAYERS, Type.Q4_0), "int4")]
-)
+@pytest.mark.parametrize(("kind", "expected"), [(Type.F16, "int8"), (Type.Q8_0, "int8"), (Type.Q4_0, "int4"), (Type.Q4_1, "int4")])
 def test_auto_keeps_4_bits_that_are_there(tmp_path: Path, kind: Type, expected: str) -> None:
     path = write_gguf(tmp_path / "some.gguf", TINY, random_tensors(TINY), types=dict.fromkeys(LAYERS, kind))
     cpu = torch.device("cpu")

@@ -82,7 +82,7 @@ class Table:
     def step(self) -> None:
         lane = self.lane
         guesses = lane.drafting.guess(lane.scheduler.draft_wishes()) if lane.drafting is not None else {}
-        plan, _ = lane.scheduler.plan(0.0, guesses)
+        plan, _ = lane.scheduler.plan(0.0, drafts=guesses)
         assert plan is not None
         self.num_steps += 1
         for output in lane.scheduler.commit(plan, lane.runner.sample(lane.runner.forward(plan)), 0.0):

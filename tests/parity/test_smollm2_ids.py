@@ -82,3 +82,12 @@ def test_int8_ids_are_the_same_alone_in_a_crowd_and_after_preemption(smollm2_pat
     preempted = generate(model, prompts[:count], sampling, num_blocks=14)
     assert preempted.preemptions >= 1
     assert preempted.ids == alone
+
+
+def test_a_prompt_that_is_found_to_its_end(smollm2_path: Path, codec: Codec) -> None:
+    """Its last token is computed and not written, also while the one who wrote it goes on."""
+    prompt = chat(codec, " ".join(PROMPTS[:6]))[:48]
+    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0)
+    answers = generate(build(smollm2_path, is_int8=True), [prompt] * 3 + [prompt[:47]], sampling)
+    assert answers.ids[1:3] == [answers.ids[0]] * 2
+    assert answers.cached_tokens == [0, 47, 47, 32]

@@ -15,6 +15,11 @@ def test_text_has_no_tensor() -> None:
     assert build_inputs(plan, 1, 4, CPU).batches[0].grid_start is None
 
 
+def test_a_first_token_that_is_known_has_no_slot() -> None:
+    slices = (Slice(0, 7, (7,), ((4, 2),), is_first_known=True), Slice(1, 3, (5, 6), ((3, 1),), is_first_known=True))
+    assert build_inputs(StepPlan(0, slices, ()), 1, 4, CPU).batches[0].slots.tolist() == [-1, -1, 4]
+
+
 def test_codes_beside_text() -> None:
     tables = ((0, 1), (2, 3))
     slices = (Slice(0, 4, (7,), tables), Slice(1, 5, (9,), tables, (3,)), Slice(2, 2, (1, 9, 9), tables, (-1, 3, 3)))

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from service.scheduling.budget import PromptLimit
 from service.scheduling.grammar import GrammarError
 from service.scheduling.plan import Drawn, KVGroup, PromptRead, PromptReading, Sample, Slice, StepPlan, TokenReading
 from service.scheduling.sampling import SamplingParams
@@ -183,6 +184,7 @@ class FakeRunner:
     def _look_back(self, piece: Slice, group: int) -> bytes:
         """Checks every earlier place that the slice's first token sees, and returns the state after the token before it."""
         spec, table = self.groups[group], piece.tables[group]
+        # Rows that guesses needed stay when these were wrong.
         assert len(table) >= -(-(piece.start + len(piece.tokens)) // self.block_size)
         previous: tuple[int, bytes] | None = None
         for position in range(piece.start):
@@ -212,6 +214,9 @@ class FakeRunner:
             for group, table in enumerate(piece.tables):
                 place = (table[position // self.block_size], position % self.block_size)
                 assert place[0] >= 0
+                if piece.is_first_known and position == piece.start:
+                    assert self.places[place] == (group, position, token, state), "what was found is something else"
+                    continue
                 assert place not in written, "two tokens of one step in one place"
                 written.add(place)
                 self.places[place] = (group, position, token, state)
@@ -240,11 +245,12 @@ class FakeRunner:
 
 @dataclass
 class Bench:
-    """A scheduler and the fake runner, stepped together; outputs by (request, choice)."""
+    """A scheduler and the fake runner, stepped together; outputs by (request, choice). limit: of every plan's prompts."""
 
     scheduler: Scheduler
     runner: FakeRunner
     now: float = 0.0
+    limit: PromptLimit | None = None
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     ends: dict[tuple[str, int], Output] = field(default_factory=dict)
     readings: dict[tuple[str, int], PromptReading] = field(default_factory=dict)
@@ -269,7 +275,7 @@ class Bench:
                 self.ends[key] = output
 
     def plan(self) -> StepPlan | None:
-        plan, outputs = self.scheduler.plan(self.now)
+        plan, outputs = self.scheduler.plan(self.now, self.limit)
         self.take(outputs)
         self.scheduler.check()
         return plan

@@ -165,6 +165,14 @@ def test_jacobi_in_a_picture_ends_with_it() -> None:
     assert bench.ends["a", 0].finish == "stop"
 
 
+def test_rows_of_wrong_guesses_stay_and_are_used() -> None:
+    for seed in range(20):
+        bench = make_bench(block_size=2)
+        bench.add(make_request("a", (0, 1, 2) * 3, max_tokens=20, seed=seed, draft_len=7))
+        bench.drain()
+        assert bench.scheduler.stats.kv_blocks_used == 0
+
+
 def test_many_together_guess_nothing() -> None:
     bench = make_bench(pictures=PICTURES, max_drafting=2)
     for name in "abc":
@@ -285,7 +293,7 @@ def test_guesses_of_a_draft_model_save_steps_and_are_counted() -> None:
         bench.scheduler.draft_wishes()
         done = len(bench.tokens["a", 0])
         guess = ids[done : done + 4] if steps % 2 else [(ids[done] + 1) % 11]
-        plan, _ = bench.scheduler.plan(0.0, {drafted(bench): guess})
+        plan, _ = bench.scheduler.plan(0.0, drafts={drafted(bench): guess})
         assert plan is not None
         bench.commit(plan)
         steps += 1

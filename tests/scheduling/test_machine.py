@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from service.errors import ContextLengthError, OverloadedError, RequestError
+from service.scheduling.budget import PromptLimit
 from service.scheduling.pictures import PictureRequest
 from service.scheduling.plan import KVGroup, PictureResult, PictureWork, StepPlan
 from service.scheduling.reading import Read
@@ -30,6 +31,7 @@ GROUPS = (
 )
 # Text alone; codes among text, so that most pictures are cut short; codes alone, so that one picture follows another.
 PICTURES = (None, PictureIds(3, 6, 2, 2, 9, 10, 0), PictureIds(0, VOCAB, 2, 3, 20, 21, 22))
+LIMITS = (None, None, PromptLimit(0.0, (1.0,)), PromptLimit(18.0, (1.0,)))
 # Prompts are cut from few long rows, so that equal beginnings are common.
 ROWS = [tuple((row * 7 + i * i) % VOCAB if i > row * 5 else i % 3 for i in range(MAX_CONTEXT)) for row in range(4)]
 
@@ -47,9 +49,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         has_prefix_cache=st.sampled_from((True, True, True, False)),
         whole_prompts=st.sampled_from((False, False, False, True)),
         pictures=st.sampled_from(PICTURES),
+        limit=st.sampled_from(LIMITS),
     )
-    def build(self, **sizes: object) -> None:
+    def build(self, limit: PromptLimit | None, **sizes: object) -> None:
         self.bench = make_bench(max_context=MAX_CONTEXT, max_waiting_requests=6, max_waiting_tokens=120, **sizes)  # type: ignore[arg-type]
+        self.bench.limit = limit
         self.is_whole = bool(sizes["whole_prompts"])
         self.requests: dict[str, Request] = {}
         self.outside: set[tuple[str, int]] = set()  # choices that something other than the model has ended
@@ -210,9 +214,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def fail(self) -> None:
         assert self.plan is not None
-        # A failed step may have written anything into its places, and must not be believed.
+        # A failed step may have written anything into its places, and must not be believed; what was found is none of them.
         for piece in self.plan.slices:
-            for position in range(piece.start, piece.start + len(piece.tokens)):
+            for position in range(piece.start + piece.is_first_known, piece.start + len(piece.tokens)):
                 for table in piece.tables:
                     place = (table[position // self.bench.runner.block_size], position % self.bench.runner.block_size)
                     self.bench.runner.places.pop(place, None)

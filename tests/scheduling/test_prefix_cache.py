@@ -40,6 +40,31 @@ def test_the_last_prompt_token_is_always_computed() -> None:
     for name in "ab":
         bench.add(make_request(name, PROMPT[:16]))
         bench.drain()
+    assert usage_of(bench, "b") == (16, 15)
+    assert bench.tokens["a", 0] == bench.tokens["b", 0]
+
+
+def test_a_last_token_whose_block_is_found_is_not_written() -> None:
+    bench = make_bench()
+    bench.add(make_request("a", PROMPT[:16], max_tokens=40))
+    bench.step()
+    bench.add(make_request("b", PROMPT[:16]))
+    plan = bench.plan()
+    assert plan is not None
+    assert [(piece.start, len(piece.tokens), piece.is_first_known) for piece in plan.slices] == [(16, 1, False), (15, 1, True)]
+    assert plan.slices[0].tables[0][:4] == plan.slices[1].tables[0]
+    bench.commit(plan)
+    plan = bench.step()
+    assert plan is not None
+    assert not any(piece.is_first_known for piece in plan.slices)
+    bench.drain()
+
+
+def test_behind_a_window_the_last_block_is_computed() -> None:
+    bench = make_bench(groups=(KVGroup(), KVGroup(window=5)))
+    for name in "ab":
+        bench.add(make_request(name, PROMPT[:16]))
+        bench.drain()
     assert usage_of(bench, "b") == (16, 12)
 
 
