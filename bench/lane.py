@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from service.catalog import resolve
 from service.engine.messages import Load, ModelSource
+from service.model.layers import DecoderLayer
+from service.model.transformer import Transformer
+from service.runner.kv_cache import KVCache, partition_layers
 from service.runner.load import Loaded, load_models
+from service.runner.runner import Runner
 from service.scheduling.picture_grammar import PictureGrammar
 from service.scheduling.plan import StepPlan
 from service.scheduling.sampling import SamplingParams
@@ -34,6 +41,23 @@ def load_lane(name: str, *, has_prefix_cache: bool = True, max_sequences: int = 
         prefix_cache=has_prefix_cache,
     )
     return load_models(message, lambda phase, fraction: None)[0], message
+
+
+def with_draft(loaded: Loaded, layers: Sequence[int]) -> Loaded:
+    """The model with a draft model made of some of its own layers, which shares their weights."""
+    runner = loaded.runner
+    if not isinstance(runner, Runner):
+        raise TypeError("an encoder has nothing to guess")
+    model, cache = runner.model, runner.cache
+    config = replace(model.config, layers=tuple(model.config.layers[index] for index in layers))
+    weights = [cast(DecoderLayer, model.layers[index]).weights for index in layers]
+    small = Transformer(config, model.ops, weights, model.final_norm, (model.embedding, model.head), model.basis)
+    layout = partition_layers(config)
+    num_blocks = 4 * -(-config.max_context // cache.block_size) * len(layout.groups)
+    own = KVCache(config, layout, num_blocks=num_blocks, block_size=cache.block_size, dtype=cache.pool.dtype, device=runner.device)
+    draft_runner = Runner(small, own, num_groups=len(layout.groups), device=runner.device)
+    info = msgspec.structs.replace(loaded.info, name="draft", num_kv_blocks=num_blocks)
+    return replace(loaded, draft=Loaded(info, draft_runner, layout.groups))
 
 
 class Loop:
@@ -61,7 +85,8 @@ class Loop:
         if lane.painter is not None and (results := lane.painter.finished()):
             self.scheduler.commit_pictures(results, 0.0)
             self.is_painting = False
-        plan, _ = self.scheduler.plan(0.0)
+        guesses = lane.drafting.guess(self.scheduler.draft_wishes()) if lane.drafting is not None else None
+        plan, _ = self.scheduler.plan(0.0, guesses)
         if plan is None:
             return
         if lane.painter is not None and (work := (*plan.encode, *plan.draw)):
@@ -71,6 +96,8 @@ class Loop:
         for output in self.scheduler.commit(plan, drawn, 0.0):
             if output.token is not None:
                 self.ids[output.request_id].append(output.token)
+        if lane.drafting is not None:
+            lane.drafting.learn(plan)
         self.durations.append(time.perf_counter() - start)
 
     def _masks(self, plan: StepPlan) -> NDArray[np.int32] | None:

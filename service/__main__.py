@@ -43,21 +43,23 @@ _DEAD_S = 1.0  # in which probes can still see that the engine is dead
 _CALM_S = 1.0  # after which the engine, asked for nothing, makes its tables for grammars
 
 
-def main(settings: Settings, models: Sequence[Resolved]) -> int:
-    """Serves until a signal or the engine's death. Returns the exit status. Raises: StartupError when it can't begin."""
+def main(settings: Settings, models: Sequence[Resolved], draft: Resolved | None = None) -> int:
+    """Serves until a signal or the engine's death. draft: guesses for the first of the models. Returns the exit status.
+
+    Raises: StartupError when it can't begin."""
     level = settings.log_level.upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel("WARNING")
     logging.getLogger("httpx").setLevel("WARNING")
-    return asyncio.run(serve(settings, models))
+    return asyncio.run(serve(settings, models, draft))
 
 
-async def serve(settings: Settings, models: Sequence[Resolved]) -> int:
+async def serve(settings: Settings, models: Sequence[Resolved], draft: Resolved | None = None) -> int:
     """The server's whole life. Returns 0 after a drain, 1 when the engine died. Raises: StartupError."""
     start = time.monotonic()
     sock = listen(settings.host, settings.port)
     engine = EngineClient(
-        _load_message(settings, models),
+        _load_message(settings, models, draft),
         max_requests_in_flight=settings.max_queue_requests,
         max_tokens_in_flight=settings.max_queue_tokens,
         stall_exit_s=settings.stall_exit_s,
@@ -81,6 +83,8 @@ async def serve(settings: Settings, models: Sequence[Resolved]) -> int:
         ends.push_async_callback(_stop, server, serving)
         ends.callback(door.shut)
         codecs, app = await asyncio.to_thread(_build_app, settings, models, engine, metrics, layers, desk)
+        if draft is not None:
+            await asyncio.to_thread(_check_tokens, models[0].name, codecs[models[0].name], draft)
         door.open(app)
         # What start-up made stays for good: the collector need not walk it, neither while it grows nor while tokens flow.
         gc.freeze()
@@ -116,7 +120,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise StartupError(f"can't listen on {host}:{port}: {reason}; another --host or --port may do") from error
 
 
-def _load_message(settings: Settings, models: Sequence[Resolved]) -> Load:
+def _load_message(settings: Settings, models: Sequence[Resolved], draft: Resolved | None) -> Load:
     return Load(
         models=tuple(ModelSource(model.name, str(model.path)) for model in models),
         dtype=settings.dtype,
@@ -129,6 +133,7 @@ def _load_message(settings: Settings, models: Sequence[Resolved]) -> Load:
         prefix_cache=settings.prefix_cache,
         threads=settings.threads,
         log_level=settings.log_level,
+        draft=ModelSource(draft.name, str(draft.path)) if draft is not None else None,
     )
 
 
@@ -177,6 +182,19 @@ def _open_door(engine: EngineClient, layers: Sequence[Middleware]) -> tuple[Door
 
     door = Door(Probes(engine), layers)
     return door, make_server(door)
+
+
+def _check_tokens(name: str, codec: Codec, draft: Resolved) -> None:
+    """Raises: StartupError where an id means something else to the draft model than to the model of this name."""
+    from service.codec.prompt import load_codec
+
+    own, other = codec.tokenizer.pieces, load_codec(draft.path, name=draft.name).tokenizer.pieces
+    if own != other:
+        at = next((token for token, pair in enumerate(zip(own, other, strict=False)) if pair[0] != pair[1]), min(len(own), len(other)))
+        raise StartupError(
+            f"--draft-model: {draft.name} and {name} do not have the same tokens (id {at} is the first that differs); "
+            "a draft model must share its model's tokenizer"
+        )
 
 
 def _build_app(

@@ -67,9 +67,10 @@ def serve(**values: Any) -> None:
     """
     settings = make_settings(values)
     models = _resolve_defaults() if settings.models == DEFAULT_MODELS else _resolve_all(settings.models)
+    draft = _pull_one(settings.draft_model) if settings.draft_model else None
     from service.__main__ import main as run
 
-    sys.exit(run(settings, models))
+    sys.exit(run(settings, models, draft))
 
 
 @main.command("pull", context_settings=_CONTEXT, short_help="Fetch models into the cache.")

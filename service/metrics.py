@@ -41,6 +41,12 @@ _LANE: tuple[tuple[str, str, bool, Callable[[LaneStats], float]], ...] = (
     ("generation_tokens", "Tokens drawn.", True, lambda lane: lane.generation_tokens),
     ("engine_steps", "Steps finished.", True, lambda lane: lane.steps),
 )
+# name and what it is, by kind of drafter; of each the place in `LaneStats.drafts`.
+_DRAFTS = (
+    ("spec_decode_num_draft_tokens", "Ids guessed ahead of what was drawn."),
+    ("spec_decode_num_accepted_tokens", "Ids guessed ahead that were drawn then."),
+)
+DRAFTERS = ("lookup", "model", "jacobi")
 
 
 class EngineNumbers(Collector):
@@ -67,6 +73,13 @@ class EngineNumbers(Collector):
             for model in models:
                 # A lane reports after its first step; until then its numbers are zero, not absent.
                 family.add_metric((model, ENGINE), value(stats[model]) if model in stats else 0.0)
+            yield family
+        for place, (name, text) in enumerate(_DRAFTS):
+            family = CounterMetricFamily(f"{self._prefix}:{name}", text, labels=("model_name", "engine", "drafter"))
+            for model in models:
+                drafts = stats[model].drafts if model in stats else {}
+                for drafter in DRAFTERS:
+                    family.add_metric((model, ENGINE, drafter), drafts.get(drafter, (0, 0))[place])
             yield family
         labels = ("model_name", "engine", "block_size", "num_gpu_blocks", "cache_dtype", "enable_prefix_caching", "max_model_len")
         info = GaugeMetricFamily(f"{self._prefix}:cache_config_info", "How the K/V cache is laid out.", labels=labels)

@@ -1,7 +1,7 @@
 """What a person can set for a server: one frozen `Settings`, and the click options that read it from flags, environment and a file.
 
-Each knob stands once here, with its bounds, its default and its help. No file of the model is opened and nothing is started. Called
-by `cli`; the composition root takes numbers out of `Settings` and hands them on as keywords.
+Each knob stands once here, with its bounds, its default and its help, which makes it long. No file of the model is opened and nothing is
+started. Called by `cli`; the composition root takes numbers out of `Settings` and hands them on as keywords.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Settings:
 
     memory in bytes, for the weights and K/V of all models. max_queue_requests and max_queue_tokens bound what is in flight or waiting.
     data_dir: of files and batches; "off" for neither, "" for the user's own.
+    draft_model: what guesses ids for the first of the models; "" for none.
     max_image_*: of each picture that a request brings. media_hosts: from which pictures may be fetched.
     api_keys: also those of api_key_file. allowed_hosts: of the Host header; none leaves the choice to `hosts_to_accept`.
     """
@@ -46,6 +47,7 @@ class Settings:
     max_batch_tokens: int = 512
     max_sequences: int = 64
     prefix_cache: bool = True
+    draft_model: str = ""
     threads: int = 0
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     api_key_file: str = ""
@@ -264,6 +266,13 @@ _OPTIONS = (
     _option("--max-batch-tokens", "max_batch_tokens", type=_number(1, 2**17), help="Most tokens computed in one step."),
     _option("--max-sequences", "max_sequences", type=_number(1, 4096), help="Most sequences that run at once, per model."),
     _option("--prefix-cache/--no-prefix-cache", "prefix_cache", help="Share the K/V of equal beginnings among requests."),
+    _option(
+        "--draft-model",
+        "draft_model",
+        metavar="MODEL",
+        show_default="none",
+        help="A small model with the same tokens that guesses ahead for the first MODEL; answers stay the same.",
+    ),
     _option("--threads", "threads", type=_number(0, 1024), show_default="one per core", help="CPU threads of the engine."),
     _option(
         "--api-key",

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from service.engine.drafting import Drafting, make_tables
 from service.engine.engine import BrokenEngineError, Engine, Lane, Painter, Runner
 from service.engine.mailbox import Mailbox
 from service.engine.messages import Failed, Load, ModelInfo, Progress, Ready
@@ -48,6 +49,10 @@ class Loaded(Protocol):
 
     @property
     def painter(self) -> Painter | None: ...
+
+    @property
+    def draft(self) -> Loaded | None:
+        """What guesses ids for it."""
 
 
 LoadModels = Callable[[Load, Callable[[str, float], None]], Sequence[Loaded]]
@@ -123,10 +128,23 @@ def build_lane(loaded: Loaded, load: Load) -> Lane:
         has_prefix_cache=load.prefix_cache and info.can_generate,
         whole_prompts=not info.can_generate,
         pictures=info.pictures,
+        has_draft_model=loaded.draft is not None,
         max_waiting_requests=_NO_LIMIT,
         max_waiting_tokens=_NO_LIMIT,
     )
-    return Lane(info, scheduler, loaded.runner, loaded.painter)
+    drafting = None if loaded.draft is None else build_drafting(loaded.draft, load)
+    return Lane(info, scheduler, loaded.runner, loaded.painter, drafting=drafting)
+
+
+def build_drafting(draft: Loaded, load: Load) -> Drafting:
+    info = draft.info
+    return Drafting(
+        draft.runner,
+        make_tables(info.num_kv_blocks, info.block_size, draft.groups, has_prefix_cache=load.prefix_cache),
+        max_context=info.max_context,
+        max_batch_tokens=load.max_batch_tokens,
+        clock=time.monotonic,
+    )
 
 
 def give_memory_back() -> None:

@@ -96,7 +96,7 @@ class ScriptedRunner:
         return PromptReading(tuple(logprobs), scripted_vector(tokens[-1]) if read.pool and read.is_last else None)
 
     def _draw(self, plan: StepPlan, sample: Sample) -> Drawn:
-        last = plan.slices[sample.slice_indexes[0]].tokens[-1]
+        last = plan.slices[sample.slice_indexes[0]].tokens[-1 - sample.back]
         token = scripted_token(last, sample.position, sample.params.seed, sample.banned)
         if sample.params.logprobs is None:
             return Drawn(token)
@@ -111,6 +111,7 @@ class ScriptedModel:
     runner: ScriptedRunner
     groups: tuple[KVGroup, ...] = (KVGroup(),)
     painter: None = None
+    draft: None = None
 
 
 def scripted_model(name: str = "tiny", *, num_blocks: int = 64, step_s: float = 0.0, max_context: int = 512) -> ScriptedModel:

@@ -34,7 +34,7 @@ from tests.model.checkpoints import TINY, random_tensors, write_gguf
 # A promise to people and scripts; take nothing away.
 FLAGS = {
     "serve": """--config --host --port --dtype --kv-dtype --device --memory --max-context --max-batch-tokens --max-sequences --prefix-cache
-        --no-prefix-cache --threads --api-key --api-key-file --allowed-host --strict --no-strict --metrics-prefix
+        --no-prefix-cache --draft-model --threads --api-key --api-key-file --allowed-host --strict --no-strict --metrics-prefix
         --drain-timeout --stall-exit --max-queue-requests --max-queue-tokens --max-body --max-image --max-image-pixels
         --media-host --allow-origin --data-dir --max-file --max-data --batch-requests --log-level""",
     "pull": "--verify",
@@ -102,7 +102,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, list[Resolve
     """What reaches the composition root, which is not run."""
     seen: list[tuple[Settings, list[Resolved]]] = []
 
-    def run(settings: Settings, models: list[Resolved]) -> int:
+    def run(settings: Settings, models: list[Resolved], draft: Resolved | None) -> int:
         seen.append((settings, models))
         return 3
 
@@ -118,6 +118,15 @@ def test_serve_hands_on_settings_and_files(model: Path, served: list[tuple[Setti
     ((settings, models),) = served
     assert (settings.port, settings.prefix_cache, settings.models) == (0, False, (str(model),))
     assert models == [Resolved("own", model, "", model.stat().st_size)]
+
+
+def test_serve_finds_the_draft_model(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafts: list[Resolved | None] = []
+    monkeypatch.setattr("service.__main__.main", lambda settings, models, draft: drafts.append(draft) or 0)
+    braid("serve", str(model), "--draft-model", str(model))
+    braid("serve", str(model))
+    assert drafts == [Resolved("own", model, "", model.stat().st_size), None]
+    assert "nothing-of-the-kind" in braid("serve", str(model), "--draft-model", "nothing-of-the-kind").output
 
 
 def test_serve_refuses_two_of_one_name(model: Path, served: list[tuple[Settings, list[Resolved]]]) -> None:
@@ -148,7 +157,7 @@ def test_without_models_the_text_model_and_the_shipped_one_are_served(monkeypatc
         return Resolved(name, Path(), "", 1)
 
     monkeypatch.setattr(cli, "resolve", resolve)
-    monkeypatch.setattr("service.__main__.main", lambda settings, models: served.append([each.name for each in models]) or 0)
+    monkeypatch.setattr("service.__main__.main", lambda settings, models, draft: served.append([each.name for each in models]) or 0)
     result = braid("serve")
     assert served == [["smollm2-135m-instruct", "braid-nano"] if is_online else ["braid-nano"]]
     assert ("going on without smollm2-135m-instruct" in result.output) == (not is_online)

@@ -26,6 +26,7 @@ KNOBS: list[tuple[str, str, str, str, Any]] = [
     ("--max-context", "BRAID_MAX_CONTEXT", "4096", "max_context", 4096),
     ("--max-batch-tokens", "BRAID_MAX_BATCH_TOKENS", "64", "max_batch_tokens", 64),
     ("--max-sequences", "BRAID_MAX_SEQUENCES", "3", "max_sequences", 3),
+    ("--draft-model", "BRAID_DRAFT_MODEL", "small.gguf", "draft_model", "small.gguf"),
     ("--threads", "BRAID_THREADS", "1", "threads", 1),
     ("--api-key", "BRAID_API_KEYS", "sk-secret-1", "api_keys", ("sk-secret-1",)),
     ("--allowed-host", "BRAID_ALLOWED_HOSTS", "braid.example", "allowed_hosts", ("braid.example",)),

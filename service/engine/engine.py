@@ -8,12 +8,13 @@ Long, because every way a request can come in or end leads through one loop and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from service.engine.checks import check_drawn, check_picture, check_readings, check_request
 from service.engine.constraint import Constraint, Constraints, Waiting
+from service.engine.drafting import Drafting
 from service.engine.events import merged, parcels
 from service.engine.mailbox import Mailbox
 from service.engine.messages import (
@@ -79,7 +80,7 @@ class BrokenEngineError(EngineError):
 
 @dataclass(eq=False, slots=True)
 class Lane:
-    """One model: what it is, who decides, who computes, who paints, and how long its steps take."""
+    """One model: what it is, who decides, who computes, who paints, who guesses, and how long its steps take."""
 
     info: ModelInfo
     scheduler: Scheduler
@@ -88,6 +89,7 @@ class Lane:
     estimate: StepEstimate = field(default_factory=StepEstimate)
     constraints: Constraints | None = None  # once the model's vocabulary is known
     masks: PictureMasks | None = field(init=False)
+    drafting: Drafting | None = None
 
     def __post_init__(self) -> None:
         self.masks = PictureMasks(self.info.pictures, self.info.vocab_size) if self.info.pictures is not None else None
@@ -111,6 +113,7 @@ class Lane:
             prefix_queries=stats.prefix_queries,
             prefix_hits=stats.prefix_hits,
             steps=stats.steps,
+            drafts=stats.drafts,
         )
 
 
@@ -365,7 +368,7 @@ class Engine:
         if lane.painter is not None and (results := lane.painter.finished()):
             self._take(lane.scheduler.commit_pictures(results, started))
         try:
-            plan, outputs = lane.scheduler.plan(started)
+            plan, outputs = lane.scheduler.plan(started, self._guess(lane, started))
         except Exception:
             log.exception("planning a step of %s failed", lane.info.name)
             self._count_failure()
@@ -384,8 +387,24 @@ class Engine:
         seconds = self._clock() - started
         if is_good:
             lane.estimate.learn(num_tokens, seconds)
+            if lane.drafting is not None:
+                lane.drafting.learn(plan)
         self._deliver(num_tokens, seconds, lane.info.name)
         return True
+
+    def _guess(self, lane: Lane, now: float) -> Mapping[int, Sequence[int]]:
+        """What the lane's draft model guesses for the coming step. One that fails is given up, and nobody's answer changes."""
+        if lane.drafting is None:
+            return {}
+        self.pulse.begin(now, lane.estimate.of(lane.drafting.max_batch_tokens))
+        try:
+            return lane.drafting.guess(lane.scheduler.draft_wishes())
+        except Exception:
+            log.exception("the draft model of %s failed; going on without it", lane.info.name)
+            lane.drafting = None
+            return {}
+        finally:
+            self.pulse.end()
 
     def _compute(self, lane: Lane, plan: StepPlan) -> bool:
         """Runs the plan and commits it. A failure ends the requests that are in it and nothing else."""

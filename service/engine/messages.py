@@ -29,7 +29,7 @@ class ModelSource(msgspec.Struct, frozen=True):
 
 class Load(msgspec.Struct, frozen=True, tag=True):
     """The first message down. memory_bytes: for weights and K/V of all models; 0 lets the engine decide. dtype, kv_dtype and device as
-    the flags say. max_context 0: the model's own."""
+    the flags say. max_context 0: the model's own. draft: a small model with the same tokens, which guesses ids for the first model."""
 
     models: tuple[ModelSource, ...]
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"]
@@ -42,6 +42,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     threads: int = 0
     log_level: str = "info"
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    draft: ModelSource | None = None
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
@@ -211,7 +212,7 @@ class Event(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LaneStats(msgspec.Struct, frozen=True):
-    """One model's state after a step, and its totals since start."""
+    """One model's state after a step, and its totals since start. drafts: by kind, ids guessed ahead and those of them that were right."""
 
     model: str
     running: int
@@ -225,6 +226,7 @@ class LaneStats(msgspec.Struct, frozen=True):
     prefix_queries: int
     prefix_hits: int
     steps: int
+    drafts: dict[str, tuple[int, int]] = {}
 
 
 class Delivery(msgspec.Struct, frozen=True, tag=True):

@@ -35,16 +35,20 @@ MOST_KV_BYTES_CPU = 4 * 2**30
 # Ids guessed ahead on a CPU while few are served: of 2 to 16, 8 was the fastest for pictures (docs/results/pictures.json). On a GPU steps
 # with guesses have no graph, and nothing was measured.
 DRAFT_LEN_CPU = 8
+# That a draft model guesses for at once: as many as may run while the scheduler has ids guessed.
+DRAFTED_SEQUENCES = 4
+_DRAFT_NAME = "/draft"  # no model has a slash at its front
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model that can run: what the engine makes a lane of."""
+    """A model that can run: what the engine makes a lane of. draft: another, which guesses ids for it."""
 
     info: ModelInfo
     runner: Runner | EncoderRunner
     groups: tuple[KVGroup, ...]
     painter: Painter | None = None
+    draft: Loaded | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +112,16 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
     device = choose_device(load.device)
     ops = select_ops("cpu" if device.type == "cpu" else "triton")
     models: list[_Read] = []
-    for source in load.models:
+    sources = _sources(load)
+    for source in sources:
         before = len(models)
 
         def report(fraction: float, before: int = before) -> None:
-            progress("weights", (before + fraction) / len(load.models))
+            progress("weights", (before + fraction) / len(sources))
 
         models.append(_load_model(source, load, ops, device, report))
+    if load.draft is not None:
+        _check_draft(models[0], models[-1])
     painters = {one.source.name: painter for one in models if (painter := _load_painter(one.source, one.model, device)) is not None}
     held_bytes = sum(one.model.held_bytes for one in models) + sum(painter.held_bytes for painter in painters.values())
     budgets = _kv_budgets(models, load, _kv_budget(load, device, held_bytes))
@@ -126,7 +133,7 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
         if isinstance(one.model, Encoder):
             loaded.append(_equip_encoder(name, one.model, load, num_threads))
         else:
-            loaded.append(_equip(name, one.model, load, one.storage, budgets[name], painters.get(name)))
+            loaded.append(_equip(one.source, one.model, load, one.storage, budgets[name], painters.get(name)))
     if any(isinstance(one.model, Transformer) and _has_own_products(one.storage, device) for one in models):
         # Our own threads do the work; PyTorch's would spin beside them after each small op (16 rows: 8.7 ms a step instead of 13.4).
         torch.set_num_threads(1)
@@ -134,7 +141,31 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
         progress("warm_up", number / len(loaded))
         _warm_up(equipped, load, device)
     progress("warm_up", 1.0)
-    return loaded
+    if load.draft is None:
+        return loaded
+    first, *others, draft = loaded
+    return [replace(first, draft=draft), *others]
+
+
+def _sources(load: Load) -> tuple[ModelSource, ...]:
+    """Of all that is loaded, the draft model last, under a name that no other has."""
+    return load.models if load.draft is None else (*load.models, ModelSource(_DRAFT_NAME, load.draft.path))
+
+
+def _check_draft(first: _Read, second: _Read) -> None:
+    """Raises: StartupError where the second can't guess ids for the first."""
+    model, draft = first.model, second.model
+    if not isinstance(model, Transformer) or model.config.pictures is not None:
+        raise StartupError("--draft-model: the first of the models writes no plain text, so there is nothing to guess")
+    if not isinstance(draft, Transformer) or draft.config.pictures is not None:
+        raise StartupError("--draft-model: a draft model must write plain text")
+    if draft.config.vocab_size != model.config.vocab_size:
+        raise StartupError(
+            f"--draft-model: it has {draft.config.vocab_size} ids and the first of the models {model.config.vocab_size}; both must have "
+            "the same"
+        )
+    if not _has_own_products(first.storage, model.final_norm.device):
+        raise StartupError("--draft-model: ids are guessed only in int8 and int4 on a CPU so far, where guesses can't change an answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +186,8 @@ def _load_model(source: ModelSource, load: Load, ops: Ops, device: torch.device,
     config = read_config(path)
     if load.max_context:
         # Of several models, one with a shorter context keeps its own; of one, it is a mistake.
-        config = config.with_max_context(min(load.max_context, config.max_context) if len(load.models) > 1 else load.max_context)
+        is_alone = len(load.models) == 1 and source.name != _DRAFT_NAME
+        config = config.with_max_context(load.max_context if is_alone else min(load.max_context, config.max_context))
     tensors = open_weights(path, config)
     storage = choose_storage(load.dtype, device, load.kv_dtype, has_4_bits=tensors.layers_have_4_bits(config))
     return _Read(source, build_transformer(config, tensors, ops, precision=storage.precision, device=device, progress=progress), storage)
@@ -176,7 +208,7 @@ def _kv_budgets(models: Sequence[_Read], load: Load, kv_bytes: int) -> dict[str,
         if isinstance(one.model, Transformer):
             layout = partition_layers(one.model.config)
             block_bytes = layout.block_bytes(one.model.config, BLOCK_SIZE, one.storage.kv_dtype)
-            wishes[one.source.name] = _most_blocks(one.model.config, layout, load) * block_bytes
+            wishes[one.source.name] = _most_blocks(one.model.config, layout, _num_sequences(one.source, load)) * block_bytes
     budgets, left = {}, kv_bytes
     for place, name in enumerate(sorted(wishes, key=lambda name: wishes[name])):
         budgets[name] = min(wishes[name], left // (len(wishes) - place))
@@ -198,14 +230,14 @@ def _kv_budget(load: Load, device: torch.device, weight_bytes: int) -> int:
     return min(available_bytes() // 2, MOST_KV_BYTES_CPU)
 
 
-def _equip(name: str, model: Transformer, load: Load, storage: Storage, kv_bytes: int, painter: Painter | None) -> Loaded:
+def _equip(source: ModelSource, model: Transformer, load: Load, storage: Storage, kv_bytes: int, painter: Painter | None) -> Loaded:
     """Sizes and allocates the K/V pool."""
     config, device = model.config, model.final_norm.device
     layout = partition_layers(config)
-    num_blocks = _num_blocks(config, layout, load, storage.kv_dtype, kv_bytes)
+    num_blocks = _num_blocks(config, layout, _num_sequences(source, load), storage.kv_dtype, kv_bytes)
     cache = KVCache(config, layout, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=storage.kv_dtype, device=device)
     info = ModelInfo(
-        name=name,
+        name=source.name,
         max_context=config.max_context,
         vocab_size=config.vocab_size,
         dtype=storage.name,
@@ -252,19 +284,24 @@ def encoder_limits(config: EncoderConfig, max_context: int, max_batch_tokens: in
     return config.within(max_context).within(max_batch_tokens)
 
 
-def _num_blocks(config: ModelConfig, layout: KVLayout, load: Load, dtype: torch.dtype, kv_bytes: int) -> int:
+def _num_sequences(source: ModelSource, load: Load) -> int:
+    """That a model may have at once."""
+    return min(load.max_sequences, DRAFTED_SEQUENCES) if source.name == _DRAFT_NAME else load.max_sequences
+
+
+def _num_blocks(config: ModelConfig, layout: KVLayout, num_sequences: int, dtype: torch.dtype, kv_bytes: int) -> int:
     """As many as the budget holds and can be used. Raises: StartupError for too little."""
     fits = kv_bytes // layout.block_bytes(config, BLOCK_SIZE, dtype)
     if fits < 4 * len(layout.groups):
         raise StartupError(
             f"the memory left for K/V ({kv_bytes / 2**20:.1f} MiB) holds {fits} blocks of {BLOCK_SIZE} tokens; give more --memory"
         )
-    return int(min(fits, _most_blocks(config, layout, load)))
+    return int(min(fits, _most_blocks(config, layout, num_sequences)))
 
 
-def _most_blocks(config: ModelConfig, layout: KVLayout, load: Load) -> int:
+def _most_blocks(config: ModelConfig, layout: KVLayout, num_sequences: int) -> int:
     """That can ever be used."""
-    return -(-config.max_context // BLOCK_SIZE) * len(layout.groups) * load.max_sequences
+    return -(-config.max_context // BLOCK_SIZE) * len(layout.groups) * num_sequences
 
 
 def _warm_up(loaded: Loaded, load: Load, device: torch.device) -> None:

@@ -48,7 +48,7 @@ class Slice:
     """A run of tokens of one sequence computed in one step.
 
     start: position of tokens[0]. tables: per K/V group, the ids of the blocks that hold positions 0 ... start + len(tokens) - 1
-    (block i holds positions i * block_size onward); an entry behind a group's window may be -1.
+    (block i holds positions i * block_size onward), and maybe some that wrong guesses left; an entry behind a group's window may be -1.
     grid_starts: per token, where the picture that it is a code of begins (the position of its first code), -1 for other tokens; empty
     when none of them is a code.
     """

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
 from itertools import pairwise
 from operator import attrgetter
 
 from service.scheduling.block_pool import BlockKey
+from service.scheduling.drafts import DraftWish, DraftWishes, ModelDrafter
 from service.scheduling.sequence import Gang, Sequence, State
 from service.scheduling.tables import BlockTables, Prefix
 
@@ -95,22 +97,34 @@ class Roster:
             self._admit(chosen, budget)
         return chosen
 
-    def add_drafts(self, chosen: Choice) -> None:
+    def draft_wishes(self) -> DraftWishes:
+        """What a draft model should guess for the next step: of sequences that decode and of which prompt lookup knows nothing, while few
+        run or want to. Mutates: their drafters, which look up here already."""
+        mine = [(gang, gang.drafter) for gang in self.running if isinstance(gang.drafter, ModelDrafter) and len(gang.sequences) == 1]
+        wanted = []
+        for gang, drafter in mine if self._num_sequences + len(self.waiting) <= self.max_drafting else ():
+            first = gang.sequences[0]
+            most = self._most_drafts(gang, (1,), self.max_batch_tokens - self._num_sequences)
+            if _is_decode(gang) and gang.reader is None and most > 0 and drafter.wants(first.tokens, most):
+                wanted.append(
+                    DraftWish(first.sequence_id, first.tokens, first.root, gang.params, gang.num_generated, gang.tokens_left, most)
+                )
+        return DraftWishes(tuple(wanted), self._num_sequences, frozenset(gang.sequences[0].sequence_id for gang, _ in mine))
+
+    def add_drafts(self, chosen: Choice, offered: Mapping[int, SequenceOf[int]]) -> None:
         """Guesses behind the last token of gangs that can have some, with what is left of the step and of free rows: they cost nobody a
-        place. None while many run. Mutates: chosen, and the gangs' tokens and rows."""
+        place. None while many run. offered: a draft model's, by sequence. Mutates: chosen, and the gangs' tokens and rows."""
         if self._num_sequences > self.max_drafting:
             return
         budget = self.max_batch_tokens - sum(map(sum, chosen.values()))
         for gang, counts in chosen.items():
             if gang.drafter is None or gang.reader is not None or sum(counts) < gang.num_pending:
                 continue
-            num_free = gang.grammar.num_free if gang.grammar is not None else _UNBOUNDED_TOKENS
-            share = len(gang.sequences)
-            rows = self.tables.num_free_rows // share
-            room = min(self.tables.room(sequence, rows) - count for sequence, count in zip(gang.sequences, counts, strict=True))
-            most = min(gang.request.draft_len, num_free - 1, gang.tokens_left - 1, budget // share, room)
+            most = self._most_drafts(gang, counts, budget)
             if most < 1:
                 continue
+            if isinstance(gang.drafter, ModelDrafter):
+                gang.drafter.offer(offered.get(gang.sequences[0].sequence_id, ()))
             guesses = gang.drafter.guess(gang.sequences[0].tokens, most)
             if not guesses:
                 continue
@@ -118,8 +132,16 @@ class Roster:
                 sequence.tokens += guesses
                 self.tables.extend(sequence, count + len(guesses))
             gang.num_drafts = len(guesses)
-            budget -= share * len(guesses)
+            budget -= len(gang.sequences) * len(guesses)
             chosen[gang] = tuple(count + len(guesses) for count in counts)
+
+    def _most_drafts(self, gang: Gang, counts: tuple[int, ...], budget: int) -> int:
+        """How many ids may be guessed behind so many tokens of a gang."""
+        num_free = gang.grammar.num_free if gang.grammar is not None else _UNBOUNDED_TOKENS
+        share = len(gang.sequences)
+        rows = self.tables.num_free_rows // share
+        room = min(self.tables.room(sequence, rows) - count for sequence, count in zip(gang.sequences, counts, strict=True))
+        return min(gang.request.draft_len, num_free - 1, gang.tokens_left - 1, budget // share, room)
 
     def advance(self, gang: Gang, counts: tuple[int, ...]) -> None:
         """The chosen tokens of a running gang are computed: seals its full blocks, and nobody need wait for those any more."""

@@ -9,14 +9,14 @@ Long, because add, abort, plan, commit and fail are the transitions of one table
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from itertools import count
 
 from service.errors import RequestError
 from service.scheduling.block_pool import BlockKey, BlockPool
-from service.scheduling.drafts import Drafter, JacobiDrafter, LookupDrafter
+from service.scheduling.drafts import DRAFT_KINDS, Drafter, DraftWishes, JacobiDrafter, LookupDrafter, ModelDrafter
 from service.scheduling.flight import Flight, make_flight, settle_drafts
 from service.scheduling.grammar import Grammar, GrammarError
 from service.scheduling.intake import Intake
@@ -52,13 +52,14 @@ class Scheduler:
         whole_prompts: bool = False,
         pictures: PictureIds | None = None,
         max_drafting: int = MAX_DRAFTING,
+        has_draft_model: bool = False,
         max_waiting_requests: int = 1024,
         max_waiting_tokens: int = 2**20,
     ) -> None:
         """max_batch_tokens: of a step. max_sequences: running at once. max_context: prompt and output of one sequence, in tokens.
         whole_prompts: what a sequence has to compute goes into one step or waits, so none may be longer than max_batch_tokens.
         pictures: which ids are codes, of a model that must be told where their pictures begin. max_drafting: running sequences, above
-        which no ids are guessed ahead.
+        which no ids are guessed ahead. has_draft_model: does somebody answer `draft_wishes`?
         max_waiting_*: of requests without a slice so far. Raises: ValueError for a size below 1 or no group."""
         queue = (max_waiting_requests, max_waiting_tokens)
         if min(num_blocks, block_size, len(groups), max_batch_tokens, max_sequences, max_context, *queue) < 1:
@@ -82,6 +83,8 @@ class Scheduler:
             max_tokens=max_waiting_tokens,
         )
         self._pictures = pictures
+        self._has_draft_model = has_draft_model
+        self._num_drafts, self._num_right = dict.fromkeys(DRAFT_KINDS, 0), dict.fromkeys(DRAFT_KINDS, 0)
         self._live: dict[str, _Live] = {}
         self._flight: Flight | None = None
         self._earliest_deadline = math.inf
@@ -118,6 +121,7 @@ class Scheduler:
             prefix_queries=roster.prefix_queries,
             prefix_hits=roster.prefix_hits,
             steps=self._steps,
+            drafts={kind: (count, self._num_right[kind]) for kind, count in self._num_drafts.items()},
         )
 
     # -- requests come and go --
@@ -172,8 +176,13 @@ class Scheduler:
 
     # -- steps --
 
-    def plan(self, now: float) -> tuple[StepPlan | None, list[Output]]:
-        """The next step, None when there is nothing to do, and the outputs of choices that ended on their deadline.
+    def draft_wishes(self) -> DraftWishes:
+        """What a draft model may guess for the next plan, which is made with its answer; a wish is no promise."""
+        return self._roster.draft_wishes()
+
+    def plan(self, now: float, drafts: Mapping[int, SequenceOf[int]] | None = None) -> tuple[StepPlan | None, list[Output]]:
+        """The next step, None when there is nothing to do, and the outputs of choices that ended on their deadline. drafts: ids that a
+        draft model guessed, by sequence.
 
         Raises: RuntimeError when the last plan was neither committed nor failed.
         """
@@ -189,7 +198,7 @@ class Scheduler:
         for gang in chosen:
             if gang.first_slice_at is None:
                 self._start(gang, now)
-        self._roster.add_drafts(chosen)
+        self._roster.add_drafts(chosen, drafts or {})
         self._flight = make_flight(self._steps, chosen, work, tuple(self._released), self._pictures)
         self._steps += 1
         self._released = []
@@ -208,6 +217,7 @@ class Scheduler:
         flight = self._land(plan)
         by_gang = flight.by_gang(drawn)
         num_right = {gang: settle_drafts(gang, ids) for gang, ids in by_gang.items() if gang.num_drafts}
+        self._count_drafts(by_gang, num_right)
         for gang, counts in flight.chosen.items():
             if gang.state is State.RUNNING:  # else aborted while the step ran
                 num_wrong = len(by_gang[gang]) - 1 - num_right[gang] if gang in num_right else 0
@@ -287,7 +297,7 @@ class Scheduler:
         if not request.draft_len or request.sampling.has_penalties:
             return None
         if self._pictures is None:
-            return LookupDrafter()
+            return ModelDrafter() if self._has_draft_model else LookupDrafter()
         return JacobiDrafter(self._pictures) if request.grammars else None
 
     def _start(self, gang: Gang, now: float) -> None:
@@ -310,6 +320,12 @@ class Scheduler:
         flight = self._require_flight(plan)
         self._flight = None
         return flight
+
+    def _count_drafts(self, by_gang: Mapping[Gang, SequenceOf[Drawn]], num_right: Mapping[Gang, int]) -> None:
+        for gang, right in num_right.items():
+            if gang.drafter is not None:
+                self._num_drafts[gang.drafter.kind] += len(by_gang[gang]) - 1
+                self._num_right[gang.drafter.kind] += right
 
     def _accept(self, gang: Gang, drawn: Drawn, now: float, *, is_known: bool = False) -> list[Output]:
         """A drawn id, and those that have to follow it; nothing of a gang that has ended. Mutates: gang."""

@@ -86,7 +86,8 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """State now (running and waiting count choices), and totals since the start; prefix numbers and tokens count tokens."""
+    """State now (running and waiting count choices), and totals since the start; prefix numbers and tokens count tokens. drafts: by kind
+    of drafter, ids guessed, and those of them that were right."""
 
     running: int
     waiting: int
@@ -99,6 +100,7 @@ class Stats:
     prefix_queries: int
     prefix_hits: int
     steps: int
+    drafts: dict[str, tuple[int, int]]
 
 
 class State(Enum):

@@ -263,7 +263,8 @@ class FakeEngine:
         return {} if self.state == "loading" else self.infos
 
     def stats(self) -> dict[str, LaneStats]:
-        return {name: LaneStats(name, len(self._streams), 2, 320, 0, 1280, 5, 70, 30, 70, 20, 9) for name in self.infos}
+        drafts = {"lookup": (12, 7), "model": (8, 3)}
+        return {name: LaneStats(name, len(self._streams), 2, 320, 0, 1280, 5, 70, 30, 70, 20, 9, drafts) for name in self.infos}
 
     @property
     def num_in_flight(self) -> int:

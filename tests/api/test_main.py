@@ -20,9 +20,12 @@ import httpx
 import psutil
 import pytest
 
-from service.__main__ import listen
+from service.__main__ import _check_tokens, listen
+from service.catalog import Resolved
+from service.codec.prompt import load_codec
 from service.errors import StartupError
 from tests.api.conftest import eventually
+from tests.codec.tiny import byte_level_metadata, write_gguf
 
 ROOT = Path(__file__).parents[2]
 HI = [{"role": "user", "content": "hi"}]
@@ -203,3 +206,14 @@ def test_answers_on_a_kept_connection_wait_for_no_acknowledgement(start) -> None
     connection.close()
     # Under a millisecond; with Nagle's algorithm the delayed acknowledgement's 40 ms, every time but the first few.
     assert statistics.median(seconds) < 0.03
+
+
+def test_a_draft_model_must_have_the_same_tokens(tmp_path: Path) -> None:
+    metadata = byte_level_metadata()
+    tokens = metadata["tokenizer.ggml.tokens"]
+    model = write_gguf(tmp_path / "model.gguf", metadata)
+    other = write_gguf(tmp_path / "other.gguf", {**metadata, "tokenizer.ggml.tokens": [*tokens[:3], "<other>", *tokens[4:]]})
+    codec = load_codec(model, name="model")
+    _check_tokens("model", codec, Resolved("same", model, "", 1))
+    with pytest.raises(StartupError, match="other and model do not have the same tokens \\(id 3 is the first that differs\\)"):
+        _check_tokens("model", codec, Resolved("other", other, "", 1))

@@ -85,6 +85,9 @@ def test_numbers_that_the_engine_counts(server: Running) -> None:
     assert total(server, "num_preemptions_total") == 5
     assert total(server, "prompt_tokens_total") == 70
     assert total(server, "generation_tokens_total") == 30
+    assert total(server, "spec_decode_num_draft_tokens_total", drafter="lookup") == 12
+    assert total(server, "spec_decode_num_accepted_tokens_total", drafter="model") == 3
+    assert total(server, "spec_decode_num_accepted_tokens_total", drafter="jacobi") == 0
     assert total(server, "cache_config_info", block_size="16", num_gpu_blocks="1280") == 1
     assert total(server, "engine_ready") == 1
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from service.engine.drafting import Drafting, make_tables
 from service.engine.engine import MAX_FAILURES, BrokenEngineError, Engine, Lane
 from service.engine.messages import MAX_CHOICES, Abort, Delivery, Down, Event, Shutdown, Unreadable, Up
+from service.scheduling.plan import KVGroup
 from service.scheduling.scheduler import Scheduler
 from tests.fakes import (
     DRAW_OUTSIDE,
@@ -19,6 +21,7 @@ from tests.fakes import (
     OUT_OF_MEMORY,
     VOCAB,
     ScriptedModel,
+    ScriptedRunner,
     generate,
     scripted_model,
     scripted_token,
@@ -61,7 +64,14 @@ class ListMailbox:
         return [event for delivery in self.deliveries for event in delivery.events]
 
 
-def lane_of(model: ScriptedModel, *, max_sequences: int = 8, max_batch_tokens: int = 64, max_waiting_requests: int = 100) -> Lane:
+def lane_of(
+    model: ScriptedModel,
+    *,
+    max_sequences: int = 8,
+    max_batch_tokens: int = 64,
+    max_waiting_requests: int = 100,
+    has_draft_model: bool = False,
+) -> Lane:
     scheduler = Scheduler(
         num_blocks=model.info.num_kv_blocks,
         block_size=model.info.block_size,
@@ -70,6 +80,7 @@ def lane_of(model: ScriptedModel, *, max_sequences: int = 8, max_batch_tokens: i
         max_sequences=max_sequences,
         max_context=model.info.max_context,
         max_waiting_requests=max_waiting_requests,
+        has_draft_model=has_draft_model,
     )
     return Lane(model.info, scheduler, model.runner)
 
@@ -317,3 +328,26 @@ def test_the_script_depends_on_what_it_should() -> None:
     assert scripted_token(1, 2, 3) != scripted_token(2, 2, 3)
     assert scripted_token(1, 2, 3) != scripted_token(1, 3, 3)
     assert scripted_token(1, 2, 3) != scripted_token(1, 2, 4)
+
+
+@pytest.mark.parametrize("fault", [None, FAIL_FORWARD, FAIL_SAMPLE])
+def test_a_draft_model_that_fails_is_given_up_and_nothing_else_happens(fault: int | None) -> None:
+    model = scripted_model()
+    lane = lane_of(model, has_draft_model=True)
+    draft = ScriptedRunner()
+    lane.drafting = Drafting(
+        draft, make_tables(64, 16, (KVGroup(),), has_prefix_cache=True), max_context=512, max_batch_tokens=64, clock=lambda: 0
+    )
+    lane.drafting.pace.target.learn(1, 1.0)
+    prompt = [1, 2, 3] if fault is None else [1, fault, 3]
+    if fault is not None:
+        model.runner.forward = lambda plan: plan  # the model itself is well
+        model.runner.sample = lambda plan, masks=None: [model.runner._draw(plan, sample) for sample in plan.samples]
+    mailbox = run([generate("a", prompt, max_tokens=12, draft_len=4)], lanes=[lane])
+    assert tokens_of(mailbox, "a") == scripted_tokens(prompt, 12)
+    assert end_of(mailbox, "a").finish == "length"
+    assert draft.steps
+    assert (lane.drafting is None) == (fault is not None)
+    guessed, right = mailbox.deliveries[-1].stats[0].drafts["model"]
+    assert guessed == right, "it thinks as the model does"
+    assert (guessed > 0) == (fault is None)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from service.scheduling.drafts import JacobiDrafter, LookupDrafter
+from service.scheduling.drafts import JacobiDrafter, LookupDrafter, ModelDrafter
 from service.scheduling.picture_grammar import PictureGrammar, PictureRule
 from service.scheduling.plan import Drawn, StepPlan
+from service.scheduling.sequence import Request
 from service.vocabulary import PictureIds
 from tests.scheduling.model import Bench, CountingGrammar, make_bench, make_request, solo
 
@@ -15,6 +16,8 @@ PICTURES = PictureIds(first_code=0, num_codes=11, rows=4, columns=5, begin_id=20
 
 class Oracle:
     """Guesses what it was told, from a position on."""
+
+    kind = "jacobi"
 
     def __init__(self, start: int, ids: list[int]) -> None:
         self.start, self.ids = start, ids
@@ -233,6 +236,8 @@ def test_text_is_guessed_and_stays_the_same() -> None:
     class Informed:
         """Looks up in a text that has the answer in it."""
 
+        kind = "lookup"
+
         def guess(self, tokens: list[int], count: int) -> list[int]:
             return inner.guess([*before, *tokens], count)
 
@@ -243,3 +248,101 @@ def test_text_is_guessed_and_stays_the_same() -> None:
     steps = bench.drain()
     assert bench.tokens["a", 0] == want
     assert steps < 12
+
+
+# -- a draft model --
+
+
+def drafted(bench: Bench, name: str = "a") -> int:
+    """The sequence of a request's first choice."""
+    return bench.scheduler._live[name].gangs[0].sequences[0].sequence_id
+
+
+def started(*requests: Request, **more: object) -> Bench:
+    """A bench whose requests have their first id."""
+    bench = make_bench(has_draft_model=True, **more)
+    for request in requests:
+        bench.add(request)
+    bench.step()
+    return bench
+
+
+def test_a_wish_says_what_is_known_and_how_much_there_is_room_for() -> None:
+    bench = started(make_request("a", (1, 2, 3), 6, draft_len=16, seed=5))
+    wishes = bench.scheduler.draft_wishes()
+    (wish,) = wishes.wanted
+    assert (wish.sequence_id, wish.params.seed, wish.num_generated, wish.tokens_left) == (drafted(bench), 5, 1, 5)
+    assert list(wish.tokens) == [1, 2, 3, *bench.tokens["a", 0]]
+    assert wish.most == 4, "the last id needs no guess behind it"
+    assert (wishes.num_running, wishes.kept) == (1, {wish.sequence_id})
+
+
+def test_guesses_of_a_draft_model_save_steps_and_are_counted() -> None:
+    ids = true_ids()
+    bench = started(make_request("a", (1, 2, 3), 20, draft_len=4))
+    steps = 0
+    while bench.scheduler.has_work:
+        bench.scheduler.draft_wishes()
+        done = len(bench.tokens["a", 0])
+        guess = ids[done : done + 4] if steps % 2 else [(ids[done] + 1) % 11]
+        plan, _ = bench.scheduler.plan(0.0, {drafted(bench): guess})
+        assert plan is not None
+        bench.commit(plan)
+        steps += 1
+    assert bench.tokens["a", 0] == ids
+    assert steps < 10
+    guessed, right = bench.scheduler.stats.drafts["model"]
+    assert right < guessed
+    assert 1 + steps + right + bench.scheduler.stats.drafts["lookup"][1] == 20
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"presence_penalty": 1.0},
+        {"draft_len": 0},
+        {"prompts": ((1, 2, 3), (4,)), "guidance": 2.0},
+        {"grammars": (CountingGrammar(20, runs={2: (7,)}),)},
+    ],
+    ids=["penalties", "no wish", "guided", "no room in the grammar"],
+)
+def test_nothing_is_wished_for(more: dict[str, object]) -> None:
+    bench = started(make_request("a", **{"prompt": (1, 2, 3), "max_tokens": 20, "draft_len": 4, **more}))
+    assert bench.scheduler.draft_wishes().wanted == ()
+
+
+def test_nothing_is_wished_for_a_prompt_that_is_under_way() -> None:
+    bench = started(make_request("a", tuple(range(10)) * 4, 20, draft_len=4), max_batch_tokens=16)
+    assert bench.scheduler.draft_wishes().wanted == ()
+
+
+def test_prompt_lookup_goes_first() -> None:
+    bench = started(make_request("a", (1, 2, 3), 20, draft_len=4))
+    tokens = bench.scheduler._live["a"].gangs[0].sequences[0].tokens
+    assert ModelDrafter().wants(tokens, 4)
+    drafter = ModelDrafter()
+    text = [1, 2, 3, 4, 5, 1, 2, 3]
+    assert not drafter.wants(text, 2)
+    drafter.offer([9, 9])
+    assert (drafter.guess(text, 2), drafter.kind) == ([4, 5], "lookup")
+    drafter.learn(len(text), [9])
+    assert drafter.wants([*text, 9], 2)
+    drafter.offer([7, 8, 9])
+    assert (drafter.guess([*text, 9], 2), drafter.kind) == ([7, 8], "model")
+
+
+def test_many_or_some_that_wait_wish_for_nothing() -> None:
+    requests = [make_request(name, (1, 2, ord(name) % 11), 20, draft_len=4) for name in "abc"]
+    assert started(*requests, max_drafting=2).scheduler.draft_wishes().wanted == ()
+    bench = started(*requests[:2], max_drafting=2)
+    assert len(bench.scheduler.draft_wishes().wanted) == 2
+    bench.add(requests[2])
+    wishes = bench.scheduler.draft_wishes()
+    assert (wishes.wanted, len(wishes.kept)) == ((), 2)
+
+
+def test_what_is_not_running_is_not_kept() -> None:
+    bench = started(make_request("a", (1, 2, 3), 20, draft_len=4), make_request("b", (4, 5), 20, draft_len=4))
+    kept = {drafted(bench)}
+    bench.take(bench.scheduler.abort("b", None, "abort", bench.now))
+    assert bench.scheduler.draft_wishes().kept == kept
