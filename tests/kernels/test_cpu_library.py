@@ -135,10 +135,10 @@ def _product(library: ctypes.CDLL, context: int, generator: torch.Generator) -> 
 
 @needs_library
 def test_threads_park_soon_after_their_work(generator: torch.Generator) -> None:
-    """They spin for 50 microseconds; threads that never parked would use as many seconds as there are cores."""
+    """They spin for 50 microseconds here; threads that never parked would use as many seconds as there are cores."""
     library = load()
     assert library is not None
-    context = library.braid_create(b"", 4)
+    context = library.braid_create(b"", 4, 50)
     try:
         _product(library, context, generator)
         before = time.process_time()
@@ -154,12 +154,12 @@ def test_threads_park_soon_after_their_work(generator: torch.Generator) -> None:
 def test_no_thread_outlives_its_context(generator: torch.Generator) -> None:
     library = load()
     assert library is not None
-    context = library.braid_create(b"", 1)
+    context = library.braid_create(b"", 1, 50)
     _product(library, context, generator)  # PyTorch's own threads have begun by then
     library.braid_destroy(context)
     num_before = len(list(THREADS.iterdir()))
     for turn in range(40):
-        context = library.braid_create(b"", 5)
+        context = library.braid_create(b"", 5, 50)
         assert len(list(THREADS.iterdir())) >= num_before + 4
         if turn % 2:  # half of them are gone before their threads have seen any work
             _product(library, context, generator)
