@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 
 BRAID = "braid"
+BRAID_INT4 = "braid-int4"
+"""The same checkout, which keeps the file's own 4-bit numbers."""
 TORCH = "2.13.0"
 """Pinned, because the newest release may bring gigabytes for GPUs; an index of CPU builds can be given to pip as usual."""
 
@@ -110,9 +112,9 @@ def braid(launch: Launch, arguments: tuple[str, ...] = ()) -> list[str]:
     ]
 
 
-def braid_peer(arguments: tuple[str, ...] = ()) -> Peer:
+def braid_peer(name: str = BRAID, arguments: tuple[str, ...] = ()) -> Peer:
     """Braid of this checkout, with more arguments of `braid serve`."""
-    return Peer(BRAID, Kit(BRAID, (), BRAID, "bin/python"), "", partial(braid, arguments=arguments), ready="/ready")
+    return Peer(name, Kit(BRAID, (), BRAID, "bin/python"), "", partial(braid, arguments=arguments), ready="/ready")
 
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1"}

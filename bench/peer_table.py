@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from bench.peer_list import BRAID
+from bench.peer_list import BRAID, BRAID_INT4
 
 MOST_DIFFERENCE = 0.10  # of two probes, beyond which the run between them is void
 
@@ -95,7 +95,7 @@ def table(runs: Sequence[Run]) -> str:
         rates = {name: rate for name, each in by_server.items() if (rate := median_rate(each)) is not None}
         for name in sorted(by_server, key=lambda name: (name != BRAID, -rates.get(name, 0.0))):
             lines.append(table_row(load, name, by_server[name], rates))
-        peers = {name: rate for name, rate in rates.items() if name != BRAID}
+        peers = {name: rate for name, rate in rates.items() if name not in (BRAID, BRAID_INT4)}
         if BRAID in rates and peers:
             best = max(peers, key=lambda name: peers[name])
             closing.append(f"- {load.name}: {rates[BRAID] / peers[best]:.2f} x the best of the others ({best})")

@@ -30,7 +30,7 @@ from typing import Any
 import click
 import httpx
 
-from bench.peer_list import BRAID, KITS, PEERS, TORCH, Kit, Launch, Peer, braid_peer
+from bench.peer_list import BRAID, BRAID_INT4, KITS, PEERS, TORCH, Kit, Launch, Peer, braid_peer
 from bench.peer_table import Load, Run, read_runs, shortfall, table, tell
 from bench.peer_weights import prepare
 from bench.probe import arithmetic_rate, describe_machine, read_bandwidth
@@ -161,7 +161,8 @@ def loads_for(users: Sequence[int], requests_per_user: int, prefill: int) -> lis
 def find_servers(names: Sequence[str], folder: Path, launch: Launch, arguments: tuple[str, ...]) -> tuple[list[Server], dict[str, str]]:
     """Braid and those peers that are installed, with weights made where there are none yet; and why the others are not among them.
     launch: without program and port; its weights are Braid's own. Mutates: the folder."""
-    servers = [Server(braid_peer(arguments), replace(launch, program=Path(sys.executable)))]
+    own = replace(launch, program=Path(sys.executable))
+    servers = [Server(braid_peer(BRAID, arguments), own), Server(braid_peer(BRAID_INT4, (*arguments, "--dtype", "int4")), own)]
     missing = {}
     for peer in (PEERS[name] for name in names):
         environment = folder / peer.kit.name
@@ -250,7 +251,7 @@ def run(users: tuple[int, ...], names: tuple[str, ...], json_path: Path | None, 
     servers, missing = find_servers(names, peers_folder, launch, tuple(shlex.split(options["braid_arguments"])))
     for name, reason in missing.items():
         click.echo(f"{name} {reason}")
-    versions = {each.peer.name: each.peer.kit.version(peers_folder / each.peer.kit.name) for each in servers if each.peer.name != BRAID}
+    versions = {each.peer.name: each.peer.kit.version(peers_folder / each.peer.kit.name) for each in servers if each.peer.kit.name != BRAID}
     report: dict[str, Any] = {"machine": describe_machine(), "options": {"users": users, **options}, "versions": versions}
     report |= {"missing": missing, "starts": [], "runs": []}
     runs: list[Run] = []

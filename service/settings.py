@@ -251,7 +251,7 @@ _OPTIONS = (
         "--dtype",
         "dtype",
         type=click.Choice(["auto", "float32", "bfloat16", "int8", "int4"]),
-        help="Of the weights. auto is bfloat16 on a GPU, on a CPU int8, or int4 for a GGUF file of 4 bits.",
+        help="Of the weights. auto is int8 on a CPU and bfloat16 on a GPU.",
     ),
     _option(
         "--kv-dtype",

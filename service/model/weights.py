@@ -66,12 +66,7 @@ class WeightSource:
 
     def layers_have_groups(self, config: ModelConfig) -> bool:
         """Are all matrices of the layers in groups already?"""
-        return all(map(self.bits_of, _layer_matrices(config)))
-
-    def layers_have_4_bits(self, config: ModelConfig) -> bool:
-        """Are they, and most of them of 4 bits?"""
-        bits = [self.bits_of(name) for name in _layer_matrices(config)]
-        return all(bits) and 2 * bits.count(4) > len(bits)
+        return all(self.bits_of(name) for name, shape in expected_shapes(config).items() if len(shape) == 2 and name.startswith("layers."))
 
     def get_grouped(self, name: str) -> GroupedWeight:
         """The numbers of the file as they are, unpacked. Raises: WeightsError where the file has none in groups."""
@@ -91,10 +86,6 @@ def open_weights(path: Path, config: ModelConfig) -> WeightSource:
     if checkpoint.kind == "folder":
         return _match(_safetensors(checkpoint.path), HF_NAMES, shapes, SAFETENSORS_TYPES)
     return _match(_gguf(checkpoint.path, config), GGUF_NAMES, shapes, GGUF_TYPES)
-
-
-def _layer_matrices(config: ModelConfig) -> list[str]:
-    return [name for name, shape in expected_shapes(config).items() if len(shape) == 2 and name.startswith("layers.")]
 
 
 def open_encoder_weights(path: Path, config: EncoderConfig) -> WeightSource:

@@ -81,19 +81,9 @@ def test_without_the_library_groups_become_dense(grouped_file: Path, monkeypatch
     torch.testing.assert_close(logits(model), logits(build(grouped_file, "dense")), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "expected"), [(Type.F16, "int8"), (Type.Q8_0, "int8"), (Type.Q4_0, "int4"), (Type.Q4_1, "int4")])
-def test_auto_keeps_4_bits_that_are_there(tmp_path: Path, kind: Type, expected: str) -> None:
-    path = write_gguf(tmp_path / "some.gguf", TINY, random_tensors(TINY), types=dict.fromkeys(LAYERS, kind))
-    cpu = torch.device("cpu")
-    has_4_bits = open_weights(path, TINY).layers_have_4_bits(TINY)
-    assert choose_storage("auto", cpu, has_4_bits=has_4_bits).name == expected
-    assert choose_storage("int8", cpu, has_4_bits=has_4_bits).name == "int8", "what is asked for is done"
-    assert choose_storage("auto", cpu, "bfloat16", has_4_bits=has_4_bits).kv_dtype is torch.bfloat16
-
-
 def test_what_a_gpu_does_not_have_yet_is_refused() -> None:
     gpu = torch.device("cuda")
-    assert choose_storage("auto", gpu, has_4_bits=True).name == "bfloat16"
+    assert choose_storage("auto", gpu).name == "bfloat16"
     for dtype, kv_dtype in (("int4", "auto"), ("auto", "int8")):
         with pytest.raises(StartupError, match="on the CPU alone so far"):
             choose_storage(dtype, gpu, kv_dtype)
