@@ -65,6 +65,11 @@ def probe() -> dict[str, float]:
     return {"read_bandwidth": read_bandwidth(), "arithmetic_rate": arithmetic_rate()}
 
 
+def told(word: str) -> str:
+    """A word of a command without the folders that are this machine's alone."""
+    return Path(word).name if word.startswith("/") else word
+
+
 def install_commands(kit: Kit, folder: Path, torch: str) -> list[list[str]]:
     """All packages in one call, so that the pinned torch is the one that the others get."""
     python = str(folder / "bin" / "python")
@@ -185,7 +190,7 @@ def run_rounds(servers: Sequence[Server], loads: Sequence[Load], rounds: int, lo
         first = number % len(servers)
         for waiting in (*servers[first:], *servers[:first]):
             server = replace(waiting, launch=replace(waiting.launch, port=free_port()))
-            start: dict[str, Any] = {"round": number, "server": server.peer.name, "command": server.command}
+            start: dict[str, Any] = {"round": number, "server": server.peer.name, "command": [told(word) for word in server.command]}
             try:
                 with started(server, logs / f"{server.peer.name}.log") as ready_s:
                     yield {**start, "ready_s": ready_s}

@@ -40,6 +40,7 @@ constexpr int W = 4;
 typedef float V __attribute__((vector_size(4 * W)));
 typedef int32_t VI __attribute__((vector_size(4 * W)));
 typedef uint32_t VU __attribute__((vector_size(4 * W)));
+typedef int8_t Bytes __attribute__((vector_size(W)));
 typedef float Unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
 INLINE V load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }

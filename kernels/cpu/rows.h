@@ -169,8 +169,13 @@ INLINE void store_head(void* pool, int64_t at, int64_t step, float* scale, const
         *scale = scale_for(largest(x, kv.head_width));
         int64_t i = 0;
         for (; i + W <= kv.head_width; i += W) {
-            const VI numbers = quantized(load(x + i), *scale);
-            for (int lane = 0; lane < W; ++lane) out[(i + lane) * step] = static_cast<int8_t>(numbers[lane]);
+            const Bytes numbers = __builtin_convertvector(quantized(load(x + i), *scale), Bytes);
+            int8_t bytes[W];
+            std::memcpy(bytes, &numbers, W);
+            if (step == 1)
+                std::memcpy(out + i, bytes, W);
+            else
+                for (int lane = 0; lane < W; ++lane) out[(i + lane) * step] = bytes[lane];
         }
         for (; i < kv.head_width; ++i) out[i * step] = static_cast<int8_t>(quantized(splat(x[i]), *scale)[0]);
     } else {

@@ -314,11 +314,22 @@ INLINE void find_scales(const AttentionCall& call, const Item& item, const Sight
     const KV& kv = call.kv;
     const int32_t* table = call.batch.block_table + item.sequence * call.batch.table_stride;
     const uint64_t seen = sight.any_bits(base) & below(count);
-    for (int64_t i = 0; i < ceil_div(count, W) * W; ++i) {
-        const bool is_seen = (seen >> i & 1) != 0;
-        const int64_t at = base + i, scale = is_seen ? table[at / kv.block_size] * kv.scale_block + item.head * kv.scale_head + at % kv.block_size : 0;
-        desk.key_scales[i] = is_seen ? kv.key_scales[scale] : 0.0f;
-        desk.value_scales[i] = is_seen ? kv.value_scales[scale] : 0.0f;
+    const int64_t whole = ceil_div(count, W) * W;
+    for (int64_t i = 0, taken; i < whole; i += taken) {  // as much of a block at once as lies in the tile
+        const int64_t block = (base + i) / kv.block_size, place = (base + i) % kv.block_size;
+        taken = least(kv.block_size - place, whole - i);
+        const uint64_t bits = seen >> i & below(taken);
+        const int64_t first = bits == 0 ? 0 : table[block] * kv.scale_block + item.head * kv.scale_head + place;
+        if (bits == below(taken)) {
+            std::memcpy(desk.key_scales + i, kv.key_scales + first, static_cast<size_t>(taken) * sizeof(float));
+            std::memcpy(desk.value_scales + i, kv.value_scales + first, static_cast<size_t>(taken) * sizeof(float));
+            continue;
+        }
+        for (int64_t j = 0; j < taken; ++j) {
+            const bool is_seen = (bits >> j & 1) != 0;
+            desk.key_scales[i + j] = is_seen ? kv.key_scales[first + j] : 0.0f;
+            desk.value_scales[i + j] = is_seen ? kv.value_scales[first + j] : 0.0f;
+        }
     }
 }
 

@@ -143,7 +143,7 @@ def test_every_peer_is_told_the_model_and_the_port_and_keeps_no_prompts(name: st
 
 
 def test_braid_is_told_more_arguments() -> None:
-    command = braid_peer(("--dtype", "float32")).command(LAUNCH)
+    command = braid_peer("braid", ("--dtype", "float32")).command(LAUNCH)
     assert command[-3:] == ["--no-prefix-cache", "--dtype", "float32"]
 
 
@@ -226,7 +226,7 @@ def test_all_of_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     given = {"peer": tmp_path / "server.py", "dying": tmp_path / "dying.py", "absent": tmp_path / "server.py"}
     for name, script in given.items():
         monkeypatch.setitem(PEERS, name, scripted(name, script))
-    monkeypatch.setattr(peers, "braid_peer", lambda arguments: scripted("braid", tmp_path / "server.py"))
+    monkeypatch.setattr(peers, "braid_peer", lambda name, arguments: replace(scripted("braid", tmp_path / "server.py"), name=name))
     monkeypatch.setattr(peers, "BENCH", [sys.executable, str(tmp_path / "loader.py")])
     monkeypatch.setattr(peers, "resolve", lambda name: Resolved(name, model, "", 1))
     monkeypatch.setattr(peers, "prepare", lambda kind, environment, source, folder: source)
@@ -239,7 +239,8 @@ def test_all_of_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "no such model" in done.output
     assert "- 2 users: 1.00 x the best of the others (peer)" in done.output
     report = json.loads((tmp_path / "out.json").read_text())
-    assert [start["server"] for start in report["starts"]] == ["braid", "peer", "dying", "peer", "dying", "braid"]
+    started = [start["server"] for start in report["starts"]]
+    assert started == ["braid", "braid-int4", "peer", "dying", "braid-int4", "peer", "dying", "braid"]
     assert report["versions"] == {"peer": "1.2", "dying": "1.2"}
-    assert (list(report["missing"]), len(report["runs"])) == (["absent"], 8)
+    assert (list(report["missing"]), len(report["runs"])) == (["absent"], 12)
     assert report["machine"]["threads"] >= 1
