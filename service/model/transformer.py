@@ -138,8 +138,8 @@ def layer_spec(config: ModelConfig, attention: LayerAttention) -> LayerSpec:
 @dataclass(frozen=True, slots=True)
 class Precision:
     """dtype: of activations and dense weights. weights int8: matrices are rotated and quantised per output row, all but the embedding.
-    int4: as numbers in groups, those of a GGUF file that has all of them so as they are. Others are rotated and get 4 bits, but 8 in q, k, v
-    and `down`, whose loss is felt most: SmolLM2's bits per byte rise by 2.7 % (docs/models.md), with 4 bits in all by 7."""
+    int4: as numbers in groups, those of a GGUF file that has all of them so as they are. Others are rotated and get 4 bits, but 8 in q, k,
+    v and `down`, whose loss is felt most: SmolLM2's bits per byte rise by 2.7 % (docs/models.md), with 4 bits in all by 7."""
 
     dtype: torch.dtype
     weights: Literal["dense", "int8", "int4"] = "dense"
