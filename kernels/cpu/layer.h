@@ -24,7 +24,7 @@ void qkv(Context& context, const Layer& layer, const KV& kv, const Batch& batch,
          float* q, int64_t num_tokens) {
     const Activations a = reserve_activations(context, num_tokens, layer.qkv);
     float* normed = reserve_floats(context.hidden, num_tokens * layer.width);
-    parallel_rows(context, num_tokens, layer.width, [&](int64_t row) {
+    parallel_bands(context, a, [&](int64_t row) {
         const int64_t at = row * layer.width;
         if (!has_residual) std::memcpy(residual + at, x + at, static_cast<size_t>(layer.width) * sizeof(float));
         add_norm_quantize(has_residual ? x + at : nullptr, residual + at, layer.attention_norm, layer.eps, normed + at, a, row);
@@ -36,7 +36,7 @@ void qkv(Context& context, const Layer& layer, const KV& kv, const Batch& batch,
 
 void linear(Context& context, const Matrix& weight, const float* x, float* out, int64_t num_rows) {
     const Activations a = reserve_activations(context, num_rows, weight);
-    parallel_rows(context, num_rows, weight.in, [&](int64_t row) { quantize_row(x + row * weight.in, a, row); });
+    parallel_bands(context, a, [&](int64_t row) { quantize_row(x + row * weight.in, a, row); });
     product(context, a, weight, PlainStore{weight.out, nullptr, out});
 }
 
@@ -44,7 +44,7 @@ bool draw(Context& context, const Matrix& head, const float* x, const Draw& want
     for (int64_t row = 0; row < num_rows; ++row)
         if (needs_logits(wanted, row)) return false;
     const Activations a = reserve_activations(context, num_rows, head);
-    parallel_rows(context, num_rows, head.in, [&](int64_t row) { quantize_row(x + row * head.in, a, row); });
+    parallel_bands(context, a, [&](int64_t row) { quantize_row(x + row * head.in, a, row); });
     const HeadStore store(context, wanted, head.out, num_rows);
     product(context, a, head, store);
     for (auto& memory : context.of_thread) memory.reserve(store.finish_bytes());
@@ -60,7 +60,7 @@ void out_mlp(Context& context, const Layer& layer, const float* y, float* residu
     float* sum = reserve_floats(context.product, num_tokens * layer.width);
     linear(context, layer.out, y, sum, num_tokens);
     const Activations a = reserve_activations(context, num_tokens, layer.gate_up);
-    parallel_rows(context, num_tokens, layer.width, [&](int64_t row) {
+    parallel_bands(context, a, [&](int64_t row) {
         const int64_t at = row * layer.width;
         add_norm_quantize(sum + at, residual + at, layer.mlp_norm, layer.eps, sum + at, a, row);
     });

@@ -4,6 +4,10 @@
 #include <new>
 #include <system_error>
 
+#if defined(__linux__)
+#include <pthread.h>
+#endif
+
 #include "braid_cpu.h"
 
 namespace {
@@ -80,6 +84,9 @@ bool Pool::wait_briefly() const {
 }
 
 void Pool::loop(int thread) {
+#if defined(__linux__)
+    pthread_setname_np(pthread_self(), "braid-cpu");  // for those who look into the process
+#endif
     while (!is_stopping_.load(std::memory_order_relaxed)) {
         work(thread);
         if (wait_briefly()) continue;

@@ -46,6 +46,15 @@ INLINE Activations reserve_activations(Context& context, int64_t num_rows, const
     return a;
 }
 
+// Calls body(row) for every row that is to be quantised, a band at a time: its rows share cache lines, which threads would take from
+// each other.
+template <class Body>
+void parallel_bands(Context& context, const Activations& a, Body&& body) {
+    parallel(context, a.num_bands(), [&](int64_t band, int) {
+        for (int64_t row = band * a.rows; row < least(a.num_rows, (band + 1) * a.rows); ++row) body(row);
+    });
+}
+
 INLINE float largest(const float* x, int64_t width) {
     V top = V{};
     int64_t i = 0;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from contextlib import suppress
 from ctypes import addressof
 from pathlib import Path
 
@@ -154,17 +155,29 @@ def test_threads_park_soon_after_their_work(generator: torch.Generator) -> None:
 def test_no_thread_outlives_its_context(generator: torch.Generator) -> None:
     library = load()
     assert library is not None
-    context = library.braid_create(b"", 1, 50)
-    _product(library, context, generator)  # PyTorch's own threads have begun by then
-    library.braid_destroy(context)
-    num_before = len(list(THREADS.iterdir()))
+    before = _pool_threads()  # of contexts that earlier tests keep
     for turn in range(40):
         context = library.braid_create(b"", 5, 50)
-        assert len(list(THREADS.iterdir())) >= num_before + 4
         if turn % 2:  # half of them are gone before their threads have seen any work
+            _wait_for_threads(before, 4)
             _product(library, context, generator)
         library.braid_destroy(context)
-    end = time.monotonic() + 5
-    while len(list(THREADS.iterdir())) > num_before and time.monotonic() < end:
-        time.sleep(0.01)  # a joined thread is listed until the system has buried it
-    assert len(list(THREADS.iterdir())) <= num_before
+    _wait_for_threads(before, 0)
+
+
+def _pool_threads() -> set[str]:
+    """This process's threads that bear the pool's name."""
+    found = set()
+    for thread in THREADS.iterdir():
+        with suppress(OSError):  # ended meanwhile
+            if (thread / "comm").read_text().strip() == "braid-cpu":
+                found.add(thread.name)
+    return found
+
+
+def _wait_for_threads(before: set[str], number: int) -> None:
+    """A thread has its name soon after it began, and a joined one is listed until the system has buried it."""
+    end = time.monotonic() + 10
+    while len(_pool_threads() - before) != number:
+        assert time.monotonic() < end, f"{_pool_threads() - before} where {number} were expected"
+        time.sleep(0.01)
