@@ -85,11 +85,18 @@ class Transformer(nn.Module):
 
         Mutates: the keys and values of every layer, at this step's slots.
         """
-        x = self._with_places(self.ops.embed(ids_T, self.embedding, self.dtype), positions_T, kv[0].batch.grid_start)
+        x = self._with_places(self._embedded(ids_T), positions_T, kv[0].batch.grid_start)
         residual: Tensor | None = None
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             x, residual = layer(x, residual, positions_T, layer_kv)
         return x, cast(Tensor, residual)  # a config has at least one layer
+
+    def _embedded(self, ids_T: Tensor) -> Tensor:
+        x_TD = self.ops.embed(ids_T, self.embedding, self.dtype)
+        if self.config.embedding_scale == 1.0:
+            return x_TD
+        # In the activations' own dtype, as these models were trained: 25.25 and not 25.298 in bfloat16.
+        return x_TD * x_TD.new_full((), self.config.embedding_scale)
 
     def _with_places(self, x_TD: Tensor, positions_T: Tensor, grid_start_T: Tensor | None) -> Tensor:
         """Adds to every code's embedding the vectors of its row and its column."""
@@ -204,6 +211,8 @@ class _Builder:
             qkv_bias=torch.cat([self.vector(at + name) for name in ("q_bias", "k_bias", "v_bias")]) if config.has_qkv_bias else None,
             q_norm=self.vector(at + "q_norm") if config.has_qk_norm else None,
             k_norm=self.vector(at + "k_norm") if config.has_qk_norm else None,
+            out_norm=self.vector(at + "out_norm") if config.has_post_norms else None,
+            down_norm=self.vector(at + "down_norm") if config.has_post_norms else None,
         )
 
 
