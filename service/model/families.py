@@ -2,6 +2,7 @@
 and a table of names; there is no class and no file per family.
 
 Reads metadata only (GGUF header, config.json), never weights, and needs no torch. Called by the runner's loader and by `braid plan`.
+Long, because the same families come in two kinds of file that say the same in other words.
 """
 
 from __future__ import annotations
@@ -181,9 +182,7 @@ def _read_folder(path: Path) -> ModelConfig:
     if architecture in GEMMA_3:
         return _gemma_config(values, eos_ids)
     if architecture not in HF_FAMILIES:
-        raise WeightsError(
-            f"the model's architecture is {architecture!r}; supported are {', '.join((*HF_FAMILIES, *GEMMA_3))} and {BRAID}"
-        )
+        raise WeightsError(f"the model's architecture is {architecture!r}; supported are {', '.join((*HF_FAMILIES, *GEMMA_3))} and {BRAID}")
     return _hf_config(values, HF_FAMILIES[architecture], eos_ids)
 
 
@@ -315,12 +314,13 @@ def _gemma_rotary(text: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     """What the layers that see everything, and the local ones, turn by, each as `_hf_rope` reads it: newer configs name both in
     rope_parameters, older ones have the local base beside the other."""
     both = text.get("rope_parameters") or {}
-    parts = [both.get(kind) or {} for kind in ("full_attention", "sliding_attention")] if isinstance(both, dict) else [None]
+    kinds = both if isinstance(both, dict) else {"full_attention": both}
+    whole_kind, local_kind = (kinds.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
     scaling = text.get("rope_scaling") or {}
-    if not all(isinstance(part, dict) for part in (*parts, scaling)):
+    if not (isinstance(whole_kind, dict) and isinstance(local_kind, dict) and isinstance(scaling, dict)):
         raise WeightsError("the model's config has rotary parameters that are not an object for each kind of layer")
     bases = (real(text, "rope_theta", _GEMMA_3_BASE), real(text, "rope_local_base_freq", _GEMMA_3_LOCAL_BASE))
-    return {"rope_parameters": scaling | parts[0], "rope_theta": bases[0]}, {"rope_parameters": parts[1], "rope_theta": bases[1]}
+    return {"rope_parameters": scaling | whole_kind, "rope_theta": bases[0]}, {"rope_parameters": local_kind, "rope_theta": bases[1]}
 
 
 # --- Braid's own family: text and pictures in one stream, local and global layers ------------------------------------------------
@@ -472,9 +472,7 @@ def _gemma_layers(values: Mapping[str, Any], attention: LayerAttention, num_laye
         kinds = _layer_types(num_layers, whole({"attention.sliding_window_pattern": pattern}, "attention.sliding_window_pattern"))
     windows = _windows_of_types({"sliding_window": attention.window, "layer_types": kinds}, num_layers, 0)
     local_base = real(values, "rope.freq_base_swa", _GEMMA_3_LOCAL_BASE)
-    return tuple(
-        replace(attention, window=None) if window is None else LayerAttention(window, rope_base=local_base) for window in windows
-    )
+    return tuple(replace(attention, window=None) if window is None else LayerAttention(window, rope_base=local_base) for window in windows)
 
 
 def _gguf_scaling(gguf: GGUFFile, values: Mapping[str, Any], head_width: int, base: float) -> RopeScaling | None:

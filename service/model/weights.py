@@ -99,7 +99,9 @@ def open_weights(path: Path, config: ModelConfig) -> WeightSource:
     if not config.has_post_norms:
         return _match(found, HF_NAMES, shapes, SAFETENSORS_TYPES)
     source = _match(_of_text(found), HF_NAMES | HF_POST_NORM_NAMES, shapes, SAFETENSORS_TYPES)
-    return WeightSource({name: _offset(tensor, config.norm_offset) if "norm" in name else tensor for name, tensor in source.tensors.items()})
+    return WeightSource(
+        {name: _offset(tensor, config.norm_offset) if "norm" in name else tensor for name, tensor in source.tensors.items()}
+    )
 
 
 def _of_text(found: Mapping[str, FileTensor]) -> dict[str, FileTensor]:

@@ -182,7 +182,8 @@ def test_a_file_is_the_same_model(tmp_path: Path) -> None:
 
 
 def test_a_file_may_say_which_layers_are_local(tmp_path: Path) -> None:
-    config = read_config(write_file(tmp_path / "tiny.gguf", **{"gemma3.attention.sliding_window_pattern": 2, "gemma3.rope.freq_base_swa": 5e3}))
+    says = {"gemma3.attention.sliding_window_pattern": 2, "gemma3.rope.freq_base_swa": 5e3}
+    config = read_config(write_file(tmp_path / "tiny.gguf", **says))
     assert [layer.window for layer in config.layers] == [9, None, 9, None, 9, None, 9]
     assert [layer.rope_base for layer in config.layers[:2]] == [5e3, 1e6]
 
@@ -194,7 +195,7 @@ def test_the_27b_scales_its_queries_by_its_width(tmp_path: Path) -> None:
 
 
 def test_softcaps_of_a_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="final_logit_softcapping = 30.0, which is not supported"):
+    with pytest.raises(WeightsError, match=r"final_logit_softcapping = 30\.0, which is not supported"):
         read_config(write_file(tmp_path / "tiny.gguf", **{"gemma3.final_logit_softcapping": 30.0}))
 
 

@@ -33,7 +33,7 @@ COMPLETED = {
 PROMPTS = (*COMPLETED, "def fibonacci(n):\n    if n < 2:\n        return n\n", PASSAGE)  # the last is longer than the window of 512
 # Of the published tokenizer.json.
 PUBLISHED = {
-    "Hello  world,\n\n  how are you?\t1234": [9259, 138, 12392, 236764, 108, 138, 7843, 659, 611, 236881, 255968, 236770, 236778, 236800, 236812],
+    "Hello  world,\n\n  how are you?\t12": [9259, 138, 12392, 236764, 108, 138, 7843, 659, 611, 236881, 255968, 236770, 236778],
     "    return x\n": [140, 2060, 1123, 107],
     "🙂 ẞ": [240731, 65894],
 }

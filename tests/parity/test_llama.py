@@ -62,7 +62,8 @@ def build_reference(family: str) -> Any:
     names = {"llama3_scaled": "Llama", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3"}
     name = names[family]
     torch.manual_seed(7)
-    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(**SIZES, **FAMILIES[family], attn_implementation="eager")
+    kind = f"{name}TextConfig" if name == "Gemma3" else f"{name}Config"
+    config = getattr(transformers, kind)(**SIZES, **FAMILIES[family], attn_implementation="eager")
     model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():  # the default initialisation is so small that wrong attention would not show
