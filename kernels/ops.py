@@ -106,7 +106,8 @@ class LayerWeights:
     """The parameters of one decoder layer, and the rotary table of its base.
 
     qkv [(N + 2K) * H, D] and qkv_bias [(N + 2K) * H] hold the query, key and value rows in this order; gate_up [2F, D] the gate
-    rows, then the up rows; rotary [positions, 2, H / 2] float32 cos then sin; q_norm and k_norm [H].
+    rows, then the up rows; rotary [positions, 2, H / 2] float32 cos then sin; q_norm and k_norm [H]; out_norm and down_norm [D], of
+    models that also norm what `out` and `down` give before it is added to the residual.
     """
 
     spec: LayerSpec
@@ -120,6 +121,8 @@ class LayerWeights:
     qkv_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    out_norm: Tensor | None = None
+    down_norm: Tensor | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -212,7 +215,8 @@ class Ops:
           residual = residual + x (x itself when None); RMSNorm; product (+ bias); q/k norm; rotary; K and V written into kv.
       attend(q [T, N, H], kv, spec) -> y [T, N * H]
       out_mlp(y [T, N * H], residual, weights) -> (x [T, D], residual)
-          residual = residual + out(y); RMSNorm; x = down(gated(gate_up(norm))). The caller adds x at the next norm.
+          residual = residual + out_norm(out(y)); RMSNorm; x = down_norm(down(gated(gate_up(norm)))), without out_norm and down_norm
+          where weights has none. The caller adds x at the next norm.
     Coarse, one a step.
       draw(x [R, D], head [V, D], rows) -> Sampled: sample(linear(x, head)), whose logits a back end need not write.
     Fine.

@@ -24,7 +24,7 @@ class Matrix(ctypes.Structure):
 class Layer(ctypes.Structure):
     _fields_ = (
         *((name, Matrix) for name in ("qkv", "out", "gate_up", "down")),
-        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "qkv_bias", "q_norm", "k_norm", "rotary")),
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "qkv_bias", "q_norm", "k_norm", "rotary", "out_norm", "down_norm")),
         *((name, c_int64) for name in ("num_heads", "num_kv_heads", "head_width", "width", "gelu")),
         ("eps", c_float),
     )

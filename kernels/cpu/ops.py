@@ -294,7 +294,16 @@ class _Rows:
 
 def _layer_struct(weights: LayerWeights, matrices: list[Matrix]) -> Layer:
     spec = weights.spec
-    vectors = (weights.attention_norm, weights.mlp_norm, weights.qkv_bias, weights.q_norm, weights.k_norm, weights.rotary)
+    vectors = (
+        weights.attention_norm,
+        weights.mlp_norm,
+        weights.qkv_bias,
+        weights.q_norm,
+        weights.k_norm,
+        weights.rotary,
+        weights.out_norm,
+        weights.down_norm,
+    )
     for vector in vectors:
         if vector is not None and not vector.is_contiguous():
             raise ValueError("norms, biases and the rotary table must be contiguous")
