@@ -10,7 +10,7 @@ B blocks in the pool, P places in a block, W blocks in the widest table, R sampl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -218,6 +218,8 @@ class Ops:
           residual = residual + out_norm(out(y)); RMSNorm; x = down_norm(down(gated(gate_up(norm)))), without out_norm and down_norm
           where weights has none. The caller adds x at the next norm.
     Coarse, one a step.
+      layers(x [T, D], weights, positions int64 [T], kv) -> (x [T, D], residual [T, D]): the three above for each layer's weights and kv
+          in turn, which a back end may do in one call (`stack`).
       draw(x [R, D], head [V, D], rows) -> Sampled: sample(linear(x, head)), whose logits a back end need not write.
     Fine.
       linear(x [M, in], weight) -> [M, out], x's dtype; an int8 weight quantises each row of x by its own scale, so that a row's
@@ -244,6 +246,29 @@ class Ops:
     sample: Callable[[Tensor, SampleRows], Sampled]
     draw: Callable[[Tensor, Weight, SampleRows], Sampled]
     pack: Callable[[Weight], Weight]
+    stack: Stack | None = None
+
+    def layers(self, x_TD: Tensor, weights: Sequence[LayerWeights], positions_T: Tensor, kv: Sequence[PagedKV]) -> tuple[Tensor, Tensor]:
+        # Whoever replaced one of the three is not passed over.
+        if self.stack is not None and self.stack.fuses == (self.qkv, self.attend, self.out_mlp):
+            done = self.stack.run(x_TD, weights, positions_T, kv)
+            if done is not None:
+                return done
+        residual_TD: Tensor | None = None
+        for one, its_kv in zip(weights, kv, strict=True):
+            q, residual_TD = self.qkv(x_TD, residual_TD, one, positions_T, its_kv)
+            x_TD, residual_TD = self.out_mlp(self.attend(q, its_kv, one.spec.attention), residual_TD, one)
+        if residual_TD is None:
+            raise ValueError("a model has at least one layer")
+        return x_TD, residual_TD
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """All layers in one call. fuses: the coarse ops of a layer, in order, that `run` is the same as; it gives None for what it can't."""
+
+    fuses: tuple[Callable[..., object], Callable[..., object], Callable[..., object]]
+    run: Callable[[Tensor, Sequence[LayerWeights], Tensor, Sequence[PagedKV]], tuple[Tensor, Tensor] | None]
 
 
 def select_ops(name: Literal["triton", "cpu", "reference"]) -> Ops:

@@ -142,6 +142,6 @@ struct Context {
         : table(operations), pool(num_threads, spin_us), of_thread(static_cast<size_t>(pool.size())) {}
     const Table* table;
     Pool pool;
-    Scratch bytes, scales, product, hidden, items, partial, contests;
+    Scratch bytes, scales, product, hidden, items, partial, contests, queries, answers;
     std::vector<Scratch> of_thread;
 };

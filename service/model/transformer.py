@@ -55,7 +55,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.ops = ops
-        self.layers = nn.ModuleList(DecoderLayer(weights, ops) for weights in layers)
+        self.layers = nn.ModuleList(DecoderLayer(weights) for weights in layers)
+        self.weights = tuple(layers)
         self.final_norm = final_norm
         self.basis = basis
         self.embedding, self.head = tables
@@ -70,8 +71,7 @@ class Transformer(nn.Module):
     @property
     def read_bytes(self) -> int:
         """Bytes of weights that a decode step reads: every matrix once; of the embedding only some rows, unless it is the head too."""
-        weights: list[LayerWeights] = [cast(DecoderLayer, layer).weights for layer in self.layers]
-        matrices = [matrix for layer in weights for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        matrices = [matrix for layer in self.weights for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         return sum(map(_bytes_of, [*matrices, self.head]))
 
     @property
@@ -86,10 +86,7 @@ class Transformer(nn.Module):
         Mutates: the keys and values of every layer, at this step's slots.
         """
         x = self._with_places(self._embedded(ids_T), positions_T, kv[0].batch.grid_start)
-        residual: Tensor | None = None
-        for layer, layer_kv in zip(self.layers, kv, strict=True):
-            x, residual = layer(x, residual, positions_T, layer_kv)
-        return x, cast(Tensor, residual)  # a config has at least one layer
+        return self.ops.layers(x, self.weights, positions_T, kv)
 
     def _embedded(self, ids_T: Tensor) -> Tensor:
         x_TD = self.ops.embed(ids_T, self.embedding, self.dtype)
