@@ -15,8 +15,11 @@ void kv_write(Context& context, const Layer& layer, const KV& kv, const Batch& b
         rows = reserve_floats(context.product, num_tokens * row_size);
         std::memcpy(rows, product, static_cast<size_t>(num_tokens * row_size) * sizeof(float));
     }
-    parallel_rows(context, num_tokens, row_size, [&](int64_t row) {
-        write_token(layer, kv, rows + row * row_size, positions[row], batch.slots[row], q + row * layer.num_heads * layer.head_width);
+    // Keys of 16 tokens share lines where they lie as columns: of a prompt a thread takes so many at once.
+    const int64_t at_once = num_tokens < 64 ? most(1, 8192 / row_size) : 16;
+    parallel(context, ceil_div(num_tokens, at_once), [&](int64_t tile, int) {
+        for (int64_t row = tile * at_once; row < least(num_tokens, (tile + 1) * at_once); ++row)
+            write_token(layer, kv, rows + row * row_size, positions[row], batch.slots[row], q + row * layer.num_heads * layer.head_width);
     });
 }
 
