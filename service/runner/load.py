@@ -5,6 +5,7 @@ Called once by `service/worker.py`. Numbers derived here (blocks, dtype) are ret
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch
 from kernels.cpu.library import load as native_library
 from kernels.ops import Ops, select_ops
 from service.engine.messages import Load, ModelInfo, ModelSource
+from service.checkpoint import find_checkpoint
 from service.errors import StartupError
 from service.memory import available_bytes
 from service.model.config import ModelConfig
 from service.model.encoder import Encoder, build_encoder
 from service.model.encoder_config import EncoderConfig, read_encoder_config
 from service.model.families import read_config
+from service.model.prepared import Shelf, place_of
 from service.model.transformer import Precision, Transformer, build_transformer
 from service.model.vq_files import FOLDER, read_image_tokenizer
 from service.model.weights import open_encoder_weights, open_weights
@@ -140,6 +143,8 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
         progress("warm_up", number / len(loaded))
         _warm_up(equipped, load, device)
     progress("warm_up", 1.0)
+    if shelves := [one.shelf for one in models if one.shelf is not None and not one.shelf.is_filled]:
+        threading.Thread(target=lambda: [shelf.keep() for shelf in shelves], name="prepared", daemon=True).start()
     if load.draft is None:
         return loaded
     first, *others, draft = loaded
@@ -174,6 +179,7 @@ class _Read:
     source: ModelSource
     model: Transformer | Encoder
     storage: Storage
+    shelf: Shelf | None = None
 
 
 def _load_model(source: ModelSource, load: Load, ops: Ops, device: torch.device, progress: Callable[[float], None]) -> _Read:
@@ -183,13 +189,19 @@ def _load_model(source: ModelSource, load: Load, ops: Ops, device: torch.device,
         weights = open_encoder_weights(path, encoder)
         return _Read(source, build_encoder(encoder, weights, dtype=storage.precision.dtype, device=device, progress=progress), storage)
     config = read_config(path)
+    storage = choose_storage(load.dtype, device, load.kv_dtype)
+    place = None
+    if load.max_prepared_bytes and _has_own_products(storage, device):
+        folder = Path(load.prepared_folder)
+        place = place_of(find_checkpoint(path), config, repr(storage.precision), folder, load.max_prepared_bytes)
     if load.max_context:
         # Of several models, one with a shorter context keeps its own; of one, it is a mistake.
         is_alone = len(load.models) == 1 and source.name != _DRAFT_NAME
         config = config.with_max_context(load.max_context if is_alone else min(load.max_context, config.max_context))
-    tensors = open_weights(path, config)
-    storage = choose_storage(load.dtype, device, load.kv_dtype)
-    return _Read(source, build_transformer(config, tensors, ops, precision=storage.precision, device=device, progress=progress), storage)
+    shelf = Shelf(place, lambda: open_weights(path, config)) if place is not None else None
+    tensors = shelf if shelf is not None else open_weights(path, config)
+    model = build_transformer(config, tensors, ops, precision=storage.precision, device=device, progress=progress)
+    return _Read(source, model, storage, shelf)
 
 
 def _load_painter(source: ModelSource, model: Transformer | Encoder, device: torch.device) -> Painter | None:
