@@ -27,16 +27,15 @@ import torch
 from gguf import quants
 from torch import Tensor
 
-from kernels.cpu.packed import PackedStrips, strips_of
 from kernels import ops
+from kernels.cpu.packed import PackedStrips, strips_of
 from kernels.ops import GroupedWeight, Int8Weight, Weight
-from service.checkpoint import Checkpoint
+from service.checkpoint import Checkpoint, find_checkpoint
 from service.model.config import ModelConfig
-from service.model.weights import WeightSource
+from service.model.weights import WeightSource, open_weights
 
 log = logging.getLogger(__name__)
 
-_HERE = Path(__file__).parent
 SUFFIX = ".prepared"
 _PART = ".part"
 _MAGIC = b"braidpw1"
@@ -62,10 +61,12 @@ class Place:
 class Shelf:
     """One model's weights by name: those of an earlier start, or those that this one makes of what `open_source` opens."""
 
-    def __init__(self, place: Place, open_source: Callable[[], WeightSource]) -> None:
-        self.place = place
+    def __init__(self, find_place: Callable[[], Place], open_source: Callable[[], WeightSource]) -> None:
+        """Raises: OSError where `find_place` does."""
         self.open_source = open_source
-        self._found = _read(place)
+        self._find_place = find_place
+        self._place = find_place()
+        self._found = _read(self._place)
         self._made: dict[str, Weight] = {}
 
     @property
@@ -84,48 +85,53 @@ class Shelf:
         return weight
 
     def keep(self) -> None:
-        """Writes what was made for the next start, unless it is little or the disk is nearly full. Forgets it then."""
+        """Writes what was made for the next start, and forgets it. Little, and what a changed checkpoint may be mixed into, is not kept."""
         made, self._made = self._made, {}
         try:
-            if sum(tensor.nbytes for weight in made.values() for tensor in _encode(weight)[1]) >= _LEAST_BYTES:
-                _keep(self.place, made)
+            if sum(tensor.nbytes for weight in made.values() for tensor in _encode(weight)[1]) < _LEAST_BYTES:
+                return
+            if self._find_place() != self._place:
+                raise OSError("the checkpoint has changed since")
+            _keep(self._place, made)
         except (OSError, ValueError) as error:
             log.info("prepared weights are not kept for the next start: %s", error)
+
+
+def open_shelf(path: Path, config: ModelConfig, form: str, folder: Path, most_bytes: int) -> Shelf | None:
+    """For the checkpoint at `path`, whose config is given as the checkpoint has it, held as `form` says. None where that can't be: a
+    checkpoint that can't be read, or was changed just now."""
+    checkpoint = find_checkpoint(path)
+    try:
+        return Shelf(lambda: _place_of(checkpoint, config, form, folder, most_bytes), lambda: open_weights(path, config))
+    except OSError as error:
+        log.info("prepared weights are neither looked for nor kept: %s", error)
+        return None
 
 
 # --- which file, and its key ------------------------------------------------------------------------------------------------------
 
 
-def place_of(checkpoint: Checkpoint, config: ModelConfig, form: str, folder: Path, most_bytes: int) -> Place | None:
-    """The place of a checkpoint's weights held as `form` says. config: as the checkpoint has it. None where nothing can be said, or the
-    checkpoint was changed just now."""
-    try:
-        files = _files_of(checkpoint)
-        stamps = [(path.name, found.st_size, found.st_mtime_ns, found.st_ctime_ns) for path in files for found in (path.stat(),)]
-        if time.time() - max(max(stamp[2:]) for stamp in stamps) / 1e9 < _CALM_S:
-            return None
-        facts = (stamps, repr(config), form, _code_digest(), torch.__version__, torch.backends.cpu.get_cpu_capability())
-        whose = hashlib.sha256(f"{checkpoint.path.resolve()} {form}".encode()).hexdigest()[:16]
-    except (OSError, ValueError) as error:
-        log.info("prepared weights are not looked for: %s", error)
-        return None
+def _place_of(checkpoint: Checkpoint, config: ModelConfig, form: str, folder: Path, most_bytes: int) -> Place:
+    """Raises: OSError."""
+    files = [checkpoint.path]
+    if checkpoint.kind == "folder":
+        files = [*checkpoint.path.glob("*.safetensors"), *checkpoint.path.glob("*.safetensors.index.json"), checkpoint.path / "config.json"]
+    stamps = [(path.name, found.st_size, found.st_mtime_ns, found.st_ctime_ns) for path in sorted(files) for found in (path.stat(),)]
+    if time.time() - max(max(stamp[2:]) for stamp in stamps) / 1e9 < _CALM_S:
+        raise OSError("the checkpoint was changed just now")
+    facts = (stamps, config, form, _code_digest(), torch.__version__, torch.backends.cpu.get_cpu_capability())
+    whose = hashlib.sha256(f"{checkpoint.path.resolve()} {form}".encode()).hexdigest()[:16]
     return Place(folder / f"{checkpoint.path.stem}-{whose}{SUFFIX}", hashlib.sha256(repr(facts).encode()).hexdigest(), most_bytes)
-
-
-def _files_of(checkpoint: Checkpoint) -> list[Path]:
-    """What the weights are made of."""
-    if checkpoint.kind == "gguf":
-        return [checkpoint.path]
-    return sorted([*checkpoint.path.glob("*.safetensors"), *checkpoint.path.glob("*.safetensors.index.json"), checkpoint.path / "config.json"])
 
 
 def _code_digest() -> str:
     """Of everything that has a say in what the weights become, so that nobody has to raise a number: 2 ms."""
-    digest = hashlib.sha256()
-    kernels = Path(ops.__file__).parent
-    code = (*_HERE.glob("*.py"), *kernels.glob("*.py"), *kernels.glob("linear/*.py"), *kernels.glob("cpu/*.py"), *kernels.glob("cpu/_braid_cpu*"))
-    for path in (*sorted(code), Path(quants.__file__)):
-        digest.update(path.read_bytes())
+    model, kernels = Path(__file__).parent, Path(ops.__file__).parent
+    places = ((model, "*.py"), (kernels, "*.py"), (kernels / "linear", "*.py"), (kernels / "cpu", "*.py"), (kernels / "cpu", "_braid_cpu*"))
+    digest = hashlib.sha256(Path(quants.__file__).read_bytes())
+    for folder, pattern in places:
+        for path in sorted(folder.glob(pattern)):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -203,9 +209,8 @@ def _encode(weight: Weight) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
         return {"kind": "dense"}, (weight,)
     if not isinstance(weight.packed, PackedStrips):
         raise ValueError("they are not packed as strips")
-    told = {"out": weight.out_features, "in": weight.in_features}
-    told |= {"kind": "int8", "bits": 0} if isinstance(weight, Int8Weight) else {"kind": "grouped", "bits": weight.bits}
-    return told, weight.packed.tensors
+    kind, bits = ("grouped", weight.bits) if isinstance(weight, GroupedWeight) else ("int8", 0)
+    return {"kind": kind, "out": weight.out_features, "in": weight.in_features, "bits": bits}, weight.packed.tensors
 
 
 def _lay_out(key: str, weights: dict[str, Weight]) -> tuple[bytes, list[tuple[int, Tensor]], int]:
