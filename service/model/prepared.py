@@ -93,7 +93,7 @@ class Shelf:
             if self._find_place() != self._place:
                 raise OSError("the checkpoint has changed since")
             _keep(self._place, made)
-        except (OSError, ValueError) as error:
+        except Exception as error:
             log.info("prepared weights are not kept for the next start: %s", error)
 
 

@@ -210,7 +210,7 @@ def _keep_prepared(models: Sequence[_Read]) -> None:
             shelf.keep()
 
     if shelves:
-        threading.Thread(target=keep, name="prepared", daemon=True).start()
+        threading.Thread(target=keep, name="prepared").start()  # no daemon: a server that ends soon still writes it
 
 
 def _load_painter(source: ModelSource, model: Transformer | Encoder, device: torch.device) -> Painter | None:
