@@ -34,7 +34,7 @@ from service.checkpoint import Checkpoint, find_checkpoint
 from service.model.config import ModelConfig
 from service.model.weights import WeightSource, open_weights
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("braid.prepared")
 
 SUFFIX = ".prepared"
 _PART = ".part"
