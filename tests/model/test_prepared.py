@@ -26,6 +26,7 @@ from service.model.families import read_config
 from service.model.prepared import SUFFIX, Shelf, open_shelf
 from service.model.transformer import Precision, Transformer, build_transformer
 from tests.model.checkpoints import TINY, random_tensors, write_gguf
+from tests.model.test_gemma3 import CONFIG, write_folder
 from tests.parity.steps import Steps
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason="needs the compiled CPU kernels")
@@ -74,13 +75,19 @@ def path(tmp_path: Path) -> Path:
     return write_gguf(tmp_path / "tiny.gguf", TINY, random_tensors(TINY))
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize("kind", ["dense", "odd", "grouped"])
-def test_mapped_weights_are_those_that_were_made(tmp_path: Path, weights: str, kind: str) -> None:
-    config = ODD if kind == "odd" else TINY
+def write(path: Path, kind: str) -> Path:
+    """A checkpoint: a GGUF file, or Gemma's folder of safetensors."""
+    if kind == "post_norms":
+        return write_folder(path, CONFIG)
+    config, family = (ODD, "qwen3") if kind == "odd" else (TINY, "llama")
     types = {name: Type.Q8_0 if name.endswith(".down") else Type.Q4_1 for name in MATRICES} if kind == "grouped" else {}
-    family = "qwen3" if kind == "odd" else "llama"
-    path = write_gguf(tmp_path / "model.gguf", config, random_tensors(config), types=types, family=family)
+    return write_gguf(path.with_suffix(".gguf"), config, random_tensors(config), types=types, family=family)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["dense", "odd", "grouped", "post_norms"])
+def test_mapped_weights_are_those_that_were_made(tmp_path: Path, weights: str, kind: str) -> None:
+    path = write(tmp_path / "model", kind)
     plain = build_transformer(
         read_config(path), shelf_of(path, tmp_path / "other", weights).open_source(), select_ops("cpu"),
         precision=Precision(torch.float32, weights),  # type: ignore[arg-type]
@@ -91,7 +98,7 @@ def test_mapped_weights_are_those_that_were_made(tmp_path: Path, weights: str, k
     assert shelf.is_filled
     assert torch.equal(logits(mapped), logits(plain))
     assert mapped.held_bytes == plain.held_bytes
-    assert (mapped.basis is None) == (plain.basis is None) == (weights == "int4" and kind == "grouped")
+    assert (mapped.basis is None) == (plain.basis is None) == (kind == "post_norms" or (kind == "grouped" and weights == "int4"))
     assert (mapped.embedding is mapped.head) == (plain.embedding is plain.head)
     for name in ("qkv", "out", "gate_up", "down"):
         ours, theirs = (getattr(model.layers[1].weights, name) for model in (mapped, plain))
