@@ -1,12 +1,13 @@
 """How long `braid serve` takes to answer, to be ready and to write its first token, and the memory that it holds then.
 
-    python -m bench.startup --json start.json            five starts with warm files, and as many imports of torch in between
+    python -m bench.startup --json start.json            five first and five later starts, and as many imports of torch, in turn
     python -m bench.startup --cold                       drops the files' pages before each start, where nobody else has them mapped
 
-Seconds count from the start of the process. Memory is the proportional set size (what is shared counts in parts) of each process, without
-the K/V pool, which is the engine's largest mapping: it is reserved whole and becomes resident as it is used. One start goes before those
-that count, so that bytecode is written, as an installation has it. CPU seconds are told too: on a busy machine they are what can be
-compared.
+A first start finds no prepared weights and writes them, a later one maps them; both use a cache folder of their own. Seconds
+count from the start of the process. Memory is the proportional set size (what is shared counts in parts) of each process, without the K/V
+pool, which is the engine's largest mapping: it is reserved whole and becomes resident as it is used. One start goes before those that
+count, so that bytecode is written, as an installation has it. CPU seconds are told too: on a busy machine they are what can be
+compared, and so is the first token as a multiple of torch's import in the same run.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import http.client
 import json
 import os
 import random
+import shutil
 import socket
 import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +33,7 @@ from typing import Any
 
 import click
 
-from service.catalog import resolve
+from service.catalog import cache_folder, resolve
 
 MODEL = "smollm2-135m-instruct"
 USERS = 16
@@ -208,22 +211,49 @@ def total(start: Start, when: str, key: str) -> float:
 
 
 def summarise(starts: list[Start], torch_s: list[float]) -> dict[str, float]:
-    """Medians. over_torch_s: from the start to the first token, less what importing torch takes alone."""
+    """Medians. over_torch_s, times_torch: from the start to the first token, less, and over, what importing torch takes alone."""
     found = {name: statistics.median(getattr(each, name) for each in starts) for name in ("health_s", "ready_s", "first_token_s", "cpu_s")}
     found["torch_s"] = statistics.median(torch_s)
     found["over_torch_s"] = found["first_token_s"] - found["torch_s"]
+    found["times_torch"] = found["first_token_s"] / found["torch_s"]
     for when in starts[0].memory:
         found[f"{when}_pss_mb"] = statistics.median(total(each, when, "pss") for each in starts)
         found[f"{when}_kv_pool_mb"] = statistics.median(total(each, when, "kv_pool") for each in starts)
     return found
 
 
-def report(found: dict[str, float]) -> None:
-    click.echo(f"first answer {found['health_s']:.2f} s, ready {found['ready_s']:.2f} s, first token {found['first_token_s']:.2f} s")
-    click.echo(f"torch alone {found['torch_s']:.2f} s; first token {found['over_torch_s']:.2f} s more; CPU {found['cpu_s']:.2f} s")
+def report(kind: str, found: dict[str, float]) -> None:
+    click.echo(
+        f"{kind} start: first answer {found['health_s']:.2f} s, ready {found['ready_s']:.2f} s, first token {found['first_token_s']:.2f} s"
+    )
+    click.echo(
+        f"torch alone {found['torch_s']:.2f} s; first token {found['over_torch_s']:.2f} s more, {found['times_torch']:.2f} times that; "
+        f"CPU {found['cpu_s']:.2f} s"
+    )
     for when, words in (("first_answer", "after the first answer"), ("load", f"after {USERS} requests")):
         if f"{when}_pss_mb" in found:
             click.echo(f"memory {words}: {found[f'{when}_pss_mb']:.0f} MB, and {found[f'{when}_kv_pool_mb']:.0f} MB of K/V")
+
+
+@contextlib.contextmanager
+def own_cache() -> Iterator[Path]:
+    """A cache folder with the user's models and nothing else, which `BRAID_CACHE` names meanwhile."""
+    users = cache_folder()
+    with tempfile.TemporaryDirectory(prefix=".startup-", dir=users if users.is_dir() else None) as folder:
+        (Path(folder) / "models").symlink_to(users / "models")
+        before = os.environ.get("BRAID_CACHE")
+        os.environ["BRAID_CACHE"] = folder
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.pop("BRAID_CACHE")
+            if before is not None:
+                os.environ["BRAID_CACHE"] = before
+
+
+def forget_prepared(cache: Path) -> None:
+    """So that the next start is a first one."""
+    shutil.rmtree(cache / "prepared", ignore_errors=True)
 
 
 @click.command(context_settings={"show_default": True})
@@ -237,16 +267,23 @@ def main(model: str, num_starts: int, is_cold: bool, arguments: tuple[str, ...],
     files = [resolve(model).path, Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("stdlib"))]
     load_before = os.getloadavg()[0]
     arguments = ("--data-dir", "off", *arguments)
-    measure(model, arguments, has_load=False)
-    torch_seconds()
-    starts, torch_s = [], []
-    for _ in range(num_starts):
-        for seconds in (lambda: torch_s.append(torch_seconds()), lambda: starts.append(measure(model, arguments))):
-            if is_cold:
-                drop_pages(files)
-            seconds()
-    found = summarise(starts, torch_s)
-    report(found)
+    starts: dict[str, list[Start]] = {"first": [], "later": []}
+    torch_s = []
+    with own_cache() as cache:
+        measure(model, arguments, has_load=False)
+        torch_seconds()
+        for _ in range(num_starts):
+            forget_prepared(cache)
+            for kind in ("torch", "first", "later"):
+                if is_cold:
+                    drop_pages([*files, cache])
+                if kind == "torch":
+                    torch_s.append(torch_seconds())
+                else:
+                    starts[kind].append(measure(model, arguments))
+    found = {kind: summarise(each, torch_s) for kind, each in starts.items()}
+    for kind, medians in found.items():
+        report(kind, medians)
     if json_path is not None:
         # Late: it brings torch, whose files this process would else hold and share.
         from bench.probe import describe_machine
@@ -256,7 +293,7 @@ def main(model: str, num_starts: int, is_cold: bool, arguments: tuple[str, ...],
             "options": {"model": model, "starts": num_starts, "cold": is_cold, "arguments": arguments},
             "medians": found,
             "torch_s": torch_s,
-            "starts": [asdict(each) for each in starts],
+            "starts": {kind: [asdict(one) for one in each] for kind, each in starts.items()},
         }
         json_path.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
-from service.catalog import Resolved
+from service.catalog import Resolved, cache_folder
 from service.engine.client import EngineClient
 from service.engine.messages import Load, ModelSource
 from service.errors import StartupError, UnavailableError
@@ -135,6 +135,8 @@ def _load_message(settings: Settings, models: Sequence[Resolved], draft: Resolve
         log_level=settings.log_level,
         draft=ModelSource(draft.name, str(draft.path)) if draft is not None else None,
         max_prefill_s=settings.max_prefill_ms / 1e3,
+        prepared_folder=str(cache_folder() / "prepared"),
+        max_prepared_bytes=settings.max_prepared_bytes,
     )
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def available_bytes() -> int:
-    """Bytes that can be taken without swapping: the kernel's estimate, or the container's limit where that is less."""
-    return min(_system_available(), _container_left())
+def available_bytes(mapped_bytes: int = 0) -> int:
+    """Bytes that can be taken without swapping: the kernel's estimate, or the container's limit where that is less. mapped_bytes: of files
+    that are mapped and must stay in memory, which the kernel takes for available and the container for used."""
+    return min(max(_system_available() - mapped_bytes, 0), _container_left())
 
 
 def _system_available() -> int:

@@ -68,6 +68,7 @@ class Settings:
     max_file_bytes: int = 200 * 2**20
     max_data_bytes: int = 4 * 2**30
     batch_requests: int = 8
+    max_prepared_bytes: int = 8 * 2**30
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property
@@ -341,6 +342,13 @@ _OPTIONS = (
     _option("--max-file", "max_file_bytes", type=Size(1024, 2**40), show_default="200MiB", help="Largest uploaded file."),
     _option("--max-data", "max_data_bytes", type=Size(1024, 2**50), show_default="4GiB", help="Most bytes of all files together."),
     _option("--batch-requests", "batch_requests", type=_number(1, 4096), help="Most requests of batches that run at once."),
+    _option(
+        "--max-prepared",
+        "max_prepared_bytes",
+        type=Size(0, 2**50),
+        show_default="8GiB",
+        help="Most bytes of prepared weights kept in the cache folder for faster starts; 0 for none.",
+    ),
     _option("--log-level", "log_level", type=_LOGS, help="Least severity that is logged."),
 )
 

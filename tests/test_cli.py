@@ -37,7 +37,7 @@ FLAGS = {
         --max-sequences --prefix-cache --no-prefix-cache --draft-model --threads --api-key --api-key-file --allowed-host --strict
         --no-strict --metrics-prefix
         --drain-timeout --stall-exit --max-queue-requests --max-queue-tokens --max-body --max-image --max-image-pixels
-        --media-host --allow-origin --data-dir --max-file --max-data --batch-requests --log-level""",
+        --media-host --allow-origin --data-dir --max-file --max-data --batch-requests --max-prepared --log-level""",
     "pull": "--verify",
     "models": "",
     "chat": "--base-url --model --system --api-key --temperature --max-tokens",

@@ -46,6 +46,7 @@ KNOBS: list[tuple[str, str, str, str, Any]] = [
     ("--max-file", "BRAID_MAX_FILE_BYTES", "64KiB", "max_file_bytes", 65_536),
     ("--max-data", "BRAID_MAX_DATA_BYTES", "1GiB", "max_data_bytes", 2**30),
     ("--batch-requests", "BRAID_BATCH_REQUESTS", "3", "batch_requests", 3),
+    ("--max-prepared", "BRAID_MAX_PREPARED_BYTES", "1GiB", "max_prepared_bytes", 2**30),
     ("--log-level", "BRAID_LOG_LEVEL", "debug", "log_level", "debug"),
 ]
 Read = Callable[..., Settings]

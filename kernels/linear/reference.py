@@ -14,15 +14,16 @@ from kernels.ops import GROUP, GroupedWeight, Int8Weight, Weight
 
 _SHARES = ((0.9, 1.0), (1.0, 0.9), (0.9, 0.9), (1.0, 0.8), (0.8, 1.0), (0.8, 0.9), (0.9, 0.8), (0.8, 0.8))
 # Of a group's range, below and above, that `quantize_grouped` tries.
+_ROWS_AT_ONCE = 1024  # of a matrix that is quantised: what lies between then fits the caches, and needs no new pages
 EXACT_COLUMNS = 1024
 """Columns summed at once in float32: 127 * 127 * 1024 < 2 ** 24, so every partial sum is a whole number that float32 holds."""
 
 
 def quantize_int8(weight: Tensor) -> Int8Weight:
     """A float matrix [out, in] as int8, each output row by its own scale (its absolute maximum / 127; 1 for a row of zeros)."""
-    values, scales = quantize_rows(weight)
+    values, scales = zip(*map(quantize_rows, torch.split(weight, _ROWS_AT_ONCE)), strict=True)
     out_features, in_features = weight.shape
-    return Int8Weight(out_features, in_features, values, scales.float())
+    return Int8Weight(out_features, in_features, torch.cat(values), torch.cat(scales).float())
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +31,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scales = wide.abs().amax(-1) / 127
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    values = torch.round(wide / scales[:, None]).clamp(-127, 127)
+    values = (wide / scales[:, None]).round_().clamp_(-127, 127)
     return values.to(torch.int8), scales
 
 

@@ -307,8 +307,10 @@ def _pieces(tokens: Sequence[str], special: SpecialTokens, own: Collection[str],
         if text in as_is:
             return text.encode("utf-8", "replace")
         if is_byte_level:
-            known = [letters.get(char) for char in text]
-            return text.encode("utf-8", "replace") if None in known else bytes(byte for byte in known if byte is not None)
+            try:
+                return bytes([letters[char] for char in text])
+            except KeyError:
+                return text.encode("utf-8", "replace")
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             return bytes.fromhex(text[3:5])
         return text.replace(SPACE, " ").encode("utf-8", "replace")

@@ -30,11 +30,13 @@ from kernels.ops import (
 )
 from service.model.config import LayerAttention, ModelConfig
 from service.model.layers import DecoderLayer, rotary_table
+from service.model.prepared import Shelf
 from service.model.rotation import RotatedSource, TensorSource
 from service.model.weights import WeightSource
 
 P = ParamSpec("P")
 R = TypeVar("R")
+W = TypeVar("W", bound=Weight)
 
 
 class Transformer(nn.Module):
@@ -157,25 +159,45 @@ class _Builder:
     numbers keep outliers from costing the others precision too: Gemma 3 270M diverges from float32 by 0.003 nats in groups of 8 bits, by
     0.030 with a scale a row. A GPU has no product in groups yet, so there it is the latter."""
 
-    def __init__(self, config: ModelConfig, source: TensorSource, ops: Ops, precision: Precision, device: torch.device | str) -> None:
+    def __init__(
+        self, config: ModelConfig, source: TensorSource | Shelf, ops: Ops, precision: Precision, device: torch.device | str
+    ) -> None:
         self.config = config
-        is_file = isinstance(source, WeightSource)
-        has_groups = precision.weights == "int4" and is_file and cast(WeightSource, source).layers_have_groups(config)
-        is_plain = precision.weights == "dense" or has_groups or config.has_post_norms
-        self.is_grouped = has_groups or (is_plain and precision.weights != "dense" and torch.device(device).type == "cpu")
-        self.groups = cast(WeightSource, source) if self.is_grouped and is_file else None
-        self.source = source if is_plain else RotatedSource(source, config)
+        self.shelf = source if isinstance(source, Shelf) else None
+        if not isinstance(source, Shelf):
+            self._read(source, precision, device)
+        elif not source.is_filled:
+            self._read(source.open_source(), precision, device)
+        else:
+            self.is_rotated = "basis" in source
+            self.is_grouped = not self.is_rotated
         self.ops = ops
         self.precision = precision
         self.device = device
         kinds = {(attention.rope_base, attention.rope_scaling): attention for attention in config.layers}
         self.rotary = {kind: rotary_table(config.head_width, attention, config.max_context, device) for kind, attention in kinds.items()}
 
+    def _read(self, source: TensorSource, precision: Precision, device: torch.device | str) -> None:
+        is_file = isinstance(source, WeightSource)
+        has_groups = precision.weights == "int4" and is_file and cast(WeightSource, source).layers_have_groups(self.config)
+        is_plain = precision.weights == "dense" or has_groups or self.config.has_post_norms
+        self.is_grouped = has_groups or (is_plain and precision.weights != "dense" and torch.device(device).type == "cpu")
+        self.groups = cast(WeightSource, source) if self.is_grouped and is_file else None
+        self.source = source if is_plain else RotatedSource(source, self.config)
+        self.is_rotated = isinstance(self.source, RotatedSource)
+
+    def _kept(self, name: str, make: Callable[[], W]) -> W:
+        """What an earlier start has made, else what this one makes."""
+        return make() if self.shelf is None else cast(W, self.shelf.get(name, make))
+
     def vector(self, name: str) -> Tensor:
-        return self.source.get(name).to(device=self.device, dtype=self.precision.dtype).contiguous()
+        return self._kept(name, lambda: self.source.get(name).to(device=self.device, dtype=self.precision.dtype).contiguous())
 
     def matrix(self, *names: str, bits: int = 4) -> Weight:
         """bits: of each number where numbers in groups have to be made."""
+        return self._kept("+".join(names), lambda: self._matrix(names, bits))
+
+    def _matrix(self, names: Sequence[str], bits: int) -> Weight:
         if self.groups is not None and all(map(self.groups.bits_of, names)):
             return self.ops.pack(_joined([self.groups.get_grouped(name) for name in names]))
         parts = [self.source.get(name) for name in names]
@@ -191,8 +213,8 @@ class _Builder:
         """Embedding and head. A step reads only some rows of the embedding, so beside rotated weights it stays dense, in bfloat16. Of a
         head the file's numbers are kept or 8 bits: it decides between ids that are close."""
         if self.precision.weights != "dense" and not self.is_grouped:
-            is_one = self.config.has_tied_head and not isinstance(self.source, RotatedSource)
-            table = self.source.get("embedding").to(device=self.device, dtype=torch.bfloat16)
+            is_one = self.config.has_tied_head and not self.is_rotated
+            table = self._kept("table", lambda: self.source.get("embedding").to(device=self.device, dtype=torch.bfloat16))
             return table, self.matrix("embedding" if is_one else "head", bits=8)
         embedding = self.matrix("embedding", bits=8)
         return embedding, embedding if self.config.has_tied_head else self.matrix("head", bits=8)
@@ -201,7 +223,7 @@ class _Builder:
         return (self.vector("grid_rows"), self.vector("grid_columns")) if self.config.pictures is not None else None
 
     def basis(self) -> Tensor | None:
-        return self.source.basis().to(self.device) if isinstance(self.source, RotatedSource) else None
+        return self._kept("basis", lambda: cast(RotatedSource, self.source).basis().to(self.device)) if self.is_rotated else None
 
     def layer(self, index: int) -> LayerWeights:
         config, at = self.config, f"layers.{index}."
@@ -232,14 +254,14 @@ def _joined(parts: Sequence[GroupedWeight]) -> GroupedWeight:
 
 def build_transformer(
     config: ModelConfig,
-    source: TensorSource,
+    source: TensorSource | Shelf,
     ops: Ops,
     *,
     precision: Precision,
     device: torch.device | str = "cpu",
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Transformer:
-    """Reads, rotates, quantises and packs on all cores, one layer a core. Raises: what `source.get` raises."""
+    """Reads, rotates, quantises and packs on all cores, one layer a core; takes what a `Shelf` has. Raises: what `source.get` raises."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # dequantising runs on one core; whole layers side by side keep all of them busy
     try:

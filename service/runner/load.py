@@ -5,6 +5,7 @@ Called once by `service/worker.py`. Numbers derived here (blocks, dtype) are ret
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from service.model.config import ModelConfig
 from service.model.encoder import Encoder, build_encoder
 from service.model.encoder_config import EncoderConfig, read_encoder_config
 from service.model.families import read_config
+from service.model.prepared import Shelf, open_shelf
 from service.model.transformer import Precision, Transformer, build_transformer
 from service.model.vq_files import FOLDER, read_image_tokenizer
 from service.model.weights import open_encoder_weights, open_weights
@@ -123,7 +125,8 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
         _check_draft(models[0], models[-1])
     painters = {one.source.name: painter for one in models if (painter := _load_painter(one.source, one.model, device)) is not None}
     held_bytes = sum(one.model.held_bytes for one in models) + sum(painter.held_bytes for painter in painters.values())
-    budgets = _kv_budgets(models, load, _kv_budget(load, device, held_bytes))
+    mapped_bytes = sum(one.model.held_bytes for one in models if one.shelf is not None and one.shelf.is_filled)
+    budgets = _kv_budgets(models, load, _kv_budget(load, device, held_bytes, mapped_bytes))
     num_threads = torch.get_num_threads()
     loaded: list[Loaded] = []
     for one in models:
@@ -140,6 +143,7 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
         progress("warm_up", number / len(loaded))
         _warm_up(equipped, load, device)
     progress("warm_up", 1.0)
+    _keep_prepared(models)
     if load.draft is None:
         return loaded
     first, *others, draft = loaded
@@ -174,6 +178,7 @@ class _Read:
     source: ModelSource
     model: Transformer | Encoder
     storage: Storage
+    shelf: Shelf | None = None
 
 
 def _load_model(source: ModelSource, load: Load, ops: Ops, device: torch.device, progress: Callable[[float], None]) -> _Read:
@@ -183,13 +188,29 @@ def _load_model(source: ModelSource, load: Load, ops: Ops, device: torch.device,
         weights = open_encoder_weights(path, encoder)
         return _Read(source, build_encoder(encoder, weights, dtype=storage.precision.dtype, device=device, progress=progress), storage)
     config = read_config(path)
+    storage = choose_storage(load.dtype, device, load.kv_dtype)
+    shelf = None
+    if load.max_prepared_bytes and _has_own_products(storage, device):
+        shelf = open_shelf(path, config, repr(storage.precision), Path(load.prepared_folder), load.max_prepared_bytes)
     if load.max_context:
         # Of several models, one with a shorter context keeps its own; of one, it is a mistake.
         is_alone = len(load.models) == 1 and source.name != _DRAFT_NAME
         config = config.with_max_context(load.max_context if is_alone else min(load.max_context, config.max_context))
-    tensors = open_weights(path, config)
-    storage = choose_storage(load.dtype, device, load.kv_dtype)
-    return _Read(source, build_transformer(config, tensors, ops, precision=storage.precision, device=device, progress=progress), storage)
+    tensors = open_weights(path, config) if shelf is None else shelf
+    model = build_transformer(config, tensors, ops, precision=storage.precision, device=device, progress=progress)
+    return _Read(source, model, storage, shelf)
+
+
+def _keep_prepared(models: Sequence[_Read]) -> None:
+    """Writes what was made of weights for the next start, beside the first requests."""
+    shelves = [one.shelf for one in models if one.shelf is not None and not one.shelf.is_filled]
+
+    def keep() -> None:
+        for shelf in shelves:
+            shelf.keep()
+
+    if shelves:
+        threading.Thread(target=keep, name="prepared").start()  # no daemon: a server that ends soon still writes it
 
 
 def _load_painter(source: ModelSource, model: Transformer | Encoder, device: torch.device) -> Painter | None:
@@ -215,7 +236,7 @@ def _kv_budgets(models: Sequence[_Read], load: Load, kv_bytes: int) -> dict[str,
     return budgets
 
 
-def _kv_budget(load: Load, device: torch.device, weight_bytes: int) -> int:
+def _kv_budget(load: Load, device: torch.device, weight_bytes: int, mapped_bytes: int) -> int:
     if load.memory_bytes:
         left = load.memory_bytes - weight_bytes
         if left <= 0:
@@ -226,7 +247,7 @@ def _kv_budget(load: Load, device: torch.device, weight_bytes: int) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * 0.85)
-    return min(available_bytes() // 2, MOST_KV_BYTES_CPU)
+    return min(available_bytes(mapped_bytes) // 2, MOST_KV_BYTES_CPU)
 
 
 def _equip(source: ModelSource, model: Transformer, load: Load, storage: Storage, kv_bytes: int, painter: Painter | None) -> Loaded:
