@@ -14,6 +14,8 @@ from pathlib import Path
 BRAID = "braid"
 BRAID_INT4 = "braid-int4"
 """The same checkout, which keeps the file's own 4-bit numbers."""
+AS_IT_IS = "file"
+"""Braid's own GGUF file as the weights of a peer."""
 TORCH = "2.13.0"
 """Pinned, because the newest release may bring gigabytes for GPUs; an index of CPU builds can be given to pip as usual."""
 
@@ -161,8 +163,10 @@ PEERS = {
     for peer in (
         Peer("llama-server-q4_0", LLAMA_KIT, "q4_0", llama_server),
         Peer("llama-server-q8_0", LLAMA_KIT, "q8_0", llama_server),
+        Peer("llama-server-file", LLAMA_KIT, AS_IT_IS, llama_server),
         Peer("openvino-int8", OPENVINO_KIT, "openvino-int8", openvino),
         Peer("vllm-float32", VLLM_KIT, "hf", vllm, variables={**_OFFLINE, **_VLLM}),
         Peer("transformers-float32", TRANSFORMERS_KIT, "hf-endless", transformers, variables=_OFFLINE, is_named_by_path=True),
     )
 }
+USUAL_PEERS = tuple(name for name, peer in PEERS.items() if peer.weights != AS_IT_IS)

@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from bench.peer_list import AS_IT_IS
 from service.checkpoint import open_gguf
 from service.model.config import expected_shapes
 from service.model.families import braid_config, read_config
@@ -35,6 +36,8 @@ def prepare(kind: str, environment: Path, source: Path, folder: Path) -> Path:
 
     Mutates: the folder. Raises: subprocess.CalledProcessError when a tool fails.
     """
+    if kind == AS_IT_IS:
+        return source
     target = folder / (f"{source.stem}.{kind}.gguf" if kind in GGUF_KINDS else f"{source.stem}.{kind}")
     if target.exists():
         return target

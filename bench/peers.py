@@ -30,7 +30,7 @@ from typing import Any
 import click
 import httpx
 
-from bench.peer_list import BRAID, BRAID_INT4, KITS, PEERS, TORCH, Kit, Launch, Peer, braid_peer
+from bench.peer_list import BRAID, BRAID_INT4, KITS, PEERS, TORCH, USUAL_PEERS, Kit, Launch, Peer, braid_peer
 from bench.peer_table import Load, Run, read_runs, shortfall, table, tell
 from bench.peer_weights import prepare
 from bench.probe import arithmetic_rate, describe_machine, read_bandwidth
@@ -45,8 +45,11 @@ _WORDS_SHOWN = 600  # of a log, in an error
 
 @dataclass(frozen=True)
 class Server:
+    """endpoint: that is asked, "" for chats."""
+
     peer: Peer
     launch: Launch
+    endpoint: str = ""
 
     @property
     def url(self) -> str:
@@ -117,6 +120,7 @@ def bench_command(server: Server, load: Load, seed: int, path: Path) -> list[str
         *("--random-input-len", str(load.input_len), "--random-output-len", str(load.output_len)),
         *("--num-prompts", str(load.prompts), "--max-concurrency", str(load.users)),
         *("--ignore-eos", "--temperature", "0", "--seed", str(seed), "--json", str(path)),
+        *(("--endpoint", server.endpoint) if server.endpoint else ()),
     ]
 
 
@@ -236,11 +240,12 @@ def install(kits: tuple[str, ...], torch: str, peers_folder: Path) -> None:
 
 @main.command(context_settings={"show_default": True})
 @click.option("--users", multiple=True, type=click.IntRange(1, 256), default=(1, 4, 16, 32), help="Concurrent users; repeatable.")
-@click.option("--peers", "names", multiple=True, type=click.Choice(list(PEERS)), default=tuple(PEERS), help="Repeatable.")
+@click.option("--peers", "names", multiple=True, type=click.Choice(list(PEERS)), default=USUAL_PEERS, help="Repeatable.")
 @click.option("--rounds", type=click.IntRange(1), default=3)
 @click.option("--requests", type=click.IntRange(0), default=0, show_default="3 of one user, 2 of more", help="Of each user, in a run.")
 @click.option("--prefill", type=click.IntRange(0), default=2048, help="Tokens of the prompts of a prefill; 0 leaves it out.")
 @click.option("--model", default="smollm2-135m-instruct", help="A GGUF file, or a name of the catalog for one.")
+@click.option("--endpoint", default="", help="/v1/completions for a model without a chat template.")
 @click.option("--braid-arguments", default="", help="More arguments of `braid serve`, as one text.")
 @click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, help="For servers that are told how many.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write everything here, after each run.")
@@ -254,6 +259,7 @@ def run(users: tuple[int, ...], names: tuple[str, ...], json_path: Path | None, 
     tokens = max(load.input_len + load.output_len for load in loads) + SPARE_TOKENS
     launch = Launch(Path(), resolved.path, options["model"], 0, options["threads"], max(users), tokens)
     servers, missing = find_servers(names, peers_folder, launch, tuple(shlex.split(options["braid_arguments"])))
+    servers = [replace(each, endpoint=options["endpoint"]) for each in servers]
     for name, reason in missing.items():
         click.echo(f"{name} {reason}")
     versions = {each.peer.name: each.peer.kit.version(peers_folder / each.peer.kit.name) for each in servers if each.peer.kit.name != BRAID}

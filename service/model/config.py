@@ -40,7 +40,7 @@ class ModelConfig:
     """layers holds one `LayerAttention` per decoder layer, so a hybrid local/global model is data. scale None: 1 / sqrt(head_width).
     pictures: which ids are codes; such a model adds a row's and a column's vector to the embedding of every code. has_post_norms: also what
     attention and the feed-forward block give is normed. embedding_scale: factor on embeddings, but not on the head they may be tied to.
-    norm_offset: what the checkpoint leaves out of its norm weights."""
+    norm_offset: what the checkpoint leaves out of its norm weights. logit_softcap: c > 0 makes a logit s of the head c * tanh(s / c)."""
 
     vocab_size: int
     width: int
@@ -58,6 +58,7 @@ class ModelConfig:
     has_post_norms: bool = False
     embedding_scale: float = 1.0
     norm_offset: float = 0.0
+    logit_softcap: float = 0.0
     scale: float | None = None
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None

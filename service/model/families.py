@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +73,15 @@ GGUF_POST_NORM_NAMES = {
 HF_TEXT_PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
 """What stands before the names of a text model inside a larger one, and what is usual."""
 HF_BESIDE_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")  # Mistral models call themselves llama
+GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")  # Mistral models call themselves llama
 GGUF_INTERLEAVED = ("llama",)
 """Families whose query and key rows GGUF stores in the order that a rotary embedding of neighbouring pairs wants."""
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
 
 _MOST_LAYERS = 4096
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_GGUF_UNBUILT = ("logit_scale", "residual_scale", "embedding_scale", "attn_logit_softcapping", "final_logit_softcapping", "expert_count")
+_GGUF_UNBUILT = ("logit_scale", "residual_scale", "embedding_scale", "expert_count")
+_GGUF_SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -179,10 +180,12 @@ def _read_folder(path: Path) -> ModelConfig:
         return _braid_config(values, eos_ids)
     architectures = values.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
-    if architecture in GEMMA_3:
-        return _gemma_config(values, eos_ids)
+    if architecture in HF_GEMMAS:
+        return _gemma_config(values, GEMMAS[HF_GEMMAS[architecture]], eos_ids)
     if architecture not in HF_FAMILIES:
-        raise WeightsError(f"the model's architecture is {architecture!r}; supported are {', '.join((*HF_FAMILIES, *GEMMA_3))} and {BRAID}")
+        raise WeightsError(
+            f"the model's architecture is {architecture!r}; supported are {', '.join((*HF_FAMILIES, *HF_GEMMAS))} and {BRAID}"
+        )
     return _hf_config(values, HF_FAMILIES[architecture], eos_ids)
 
 
@@ -252,56 +255,96 @@ def _hf_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     raise WeightsError(f"the model's rotary scaling is of kind {kind!r}; supported are linear and llama3")
 
 
-# --- Gemma 3: norms on both sides, local layers with a rotary base of their own ---------------------------------------------------
+# --- Gemma: norms on both sides, local layers, softcaps ---------------------------------------------------------------------------
 
-GEMMA_3 = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
-_GEMMA_3_PATTERN = 6  # every so manieth layer sees everything
-_GEMMA_3_LOCAL_BASE, _GEMMA_3_BASE = 10_000.0, 1_000_000.0
-_GEMMA_3_USUAL: dict[str, Any] = {
-    "vocab_size": 262_208,
+
+@dataclass(frozen=True, slots=True)
+class Gemma:
+    """What tells one generation from another. usual: what published configs leave out (source: the config classes of transformers).
+    every: so manieth layer sees everything, the others have a window. local_base: rotary base of the latter, None: as of the others.
+    width_scaled_layers: how many the one size has whose queries are scaled by its width, which no GGUF file says (source: llama.cpp)."""
+
+    usual: Mapping[str, Any]
+    has_qk_norm: bool = False
+    has_post_norms: bool = True
+    every: int = 1
+    base: float = 10_000.0
+    local_base: float | None = None
+    width_scaled_layers: int = 0
+
+
+_GEMMA_USUAL: dict[str, Any] = {
+    "vocab_size": 256_000,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "tie_word_embeddings": True,
+}
+_GEMMA_2_USUAL = _GEMMA_USUAL | {
     "hidden_size": 2304,
     "intermediate_size": 9216,
     "num_hidden_layers": 26,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "max_position_embeddings": 131_072,
-    "rms_norm_eps": 1e-6,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-    "tie_word_embeddings": True,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
 }
-"""What published configs leave out. Source: Gemma3TextConfig of transformers."""
+_GEMMA_3_USUAL = _GEMMA_2_USUAL | {
+    "vocab_size": 262_208,
+    "max_position_embeddings": 131_072,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}
+GEMMAS = {
+    "gemma": Gemma(_GEMMA_USUAL, has_post_norms=False),
+    "gemma2": Gemma(_GEMMA_2_USUAL, every=2, width_scaled_layers=46),
+    "gemma3": Gemma(_GEMMA_3_USUAL, has_qk_norm=True, every=6, base=1_000_000.0, local_base=10_000.0, width_scaled_layers=62),
+}
+"""By the names that GGUF files give them."""
+HF_GEMMAS = {
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+    "Gemma3ForConditionalGeneration": "gemma3",
+}
 
 
-def _gemma_config(values: Mapping[str, Any], eos_ids: tuple[int, ...]) -> ModelConfig:
+def _gemma_config(values: Mapping[str, Any], gemma: Gemma, eos_ids: tuple[int, ...]) -> ModelConfig:
     """Of a text model, or of the text model inside one that also reads pictures."""
     given = values.get("text_config", values)
     if not isinstance(given, dict):
         raise WeightsError("the model's config has a text_config that is not an object")
-    text = _GEMMA_3_USUAL | {key: value for key, value in given.items() if value is not None}
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
-        if text.get(key):
-            raise WeightsError(f"the model's config has {key} = {text[key]!r}, which is not supported")
+    text = dict(gemma.usual) | {key: value for key, value in given.items() if value is not None or key.endswith("_softcapping")}
+    if text.get("use_bidirectional_attention"):
+        raise WeightsError("the model's config has use_bidirectional_attention, which is not supported")
     text["hidden_act"] = text["hidden_activation"]
-    whole_rope, local_rope = _gemma_rotary(text)
-    plain = _hf_config(text | whole_rope, (_no_windows, False, True), eos_ids or _ids(text["eos_token_id"]))
-    base, scaling = _hf_rope(local_rope)
-    local = LayerAttention(whole(text, "sliding_window"), rope_base=base, rope_scaling=scaling)
-    every = whole(text, "sliding_window_pattern", whole(text, "_sliding_window_pattern", _GEMMA_3_PATTERN))
+    whole_rope, local_rope = _gemma_rotary(text, gemma)
+    plain = _hf_config(text | whole_rope, (_no_windows, False, gemma.has_qk_norm), eos_ids or _ids(text["eos_token_id"]))
+    every = whole(text, "sliding_window_pattern", whole(text, "_sliding_window_pattern", gemma.every))
     text.setdefault("layer_types", _layer_types(len(plain.layers), every))
     windows = _windows_of_types(text, len(plain.layers), 0)
+    base, scaling = _hf_rope(local_rope)
+    softcap = _softcap(text, "attn_logit_softcapping")
+    seeing_all = replace(plain.layers[0], softcap=softcap)
+    local = LayerAttention(rope_base=base, rope_scaling=scaling, softcap=softcap)
     return replace(
         plain,
-        layers=tuple(layer if window is None else local for layer, window in zip(plain.layers, windows, strict=True)),
-        scale=real(text, "query_pre_attn_scalar") ** -0.5,
-        has_post_norms=True,
+        layers=tuple(seeing_all if window is None else replace(local, window=window) for window in windows),
+        scale=real(text, "query_pre_attn_scalar", plain.head_width) ** -0.5,
+        has_post_norms=gemma.has_post_norms,
         embedding_scale=math.sqrt(plain.width),
         norm_offset=1.0,
+        logit_softcap=_softcap(text, "final_logit_softcapping"),
     )
+
+
+def _softcap(values: Mapping[str, Any], key: str) -> float:
+    return real(values, key) if values.get(key) else 0.0
 
 
 def _layer_types(num_layers: int, every: int) -> list[str]:
@@ -310,16 +353,18 @@ def _layer_types(num_layers: int, every: int) -> list[str]:
     return ["sliding_attention" if (index + 1) % every else "full_attention" for index in range(num_layers)]
 
 
-def _gemma_rotary(text: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _gemma_rotary(text: Mapping[str, Any], gemma: Gemma) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the layers that see everything, and the local ones, turn by, each as `_hf_rope` reads it: newer configs name both in
     rope_parameters, older ones have the local base beside the other."""
-    both = text.get("rope_parameters") or {}
+    both, scaling = text.get("rope_parameters") or {}, text.get("rope_scaling") or {}
+    if gemma.local_base is None:
+        rope = {"rope_parameters": both or scaling, "rope_theta": real(text, "rope_theta", gemma.base)}
+        return rope, rope
     kinds = both if isinstance(both, dict) else {"full_attention": both}
     whole_kind, local_kind = (kinds.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
-    scaling = text.get("rope_scaling") or {}
     if not (isinstance(whole_kind, dict) and isinstance(local_kind, dict) and isinstance(scaling, dict)):
         raise WeightsError("the model's config has rotary parameters that are not an object for each kind of layer")
-    bases = (real(text, "rope_theta", _GEMMA_3_BASE), real(text, "rope_local_base_freq", _GEMMA_3_LOCAL_BASE))
+    bases = (real(text, "rope_theta", gemma.base), real(text, "rope_local_base_freq", gemma.local_base))
     return {"rope_parameters": scaling | whole_kind, "rope_theta": bases[0]}, {"rope_parameters": local_kind, "rope_theta": bases[1]}
 
 
@@ -419,7 +464,8 @@ def read_gguf_config(gguf: GGUFFile) -> ModelConfig:
     if gguf.metadata.get("split.count", 1) not in (0, 1):
         raise WeightsError("the file is one part of a split model; put the parts together with llama-gguf-split --merge")
     values = {key.removeprefix(f"{family}."): value for key, value in gguf.metadata.items() if key.startswith(f"{family}.")}
-    for key in _GGUF_UNBUILT:
+    gemma = GEMMAS.get(family)
+    for key in _GGUF_UNBUILT if gemma else (*_GGUF_UNBUILT, *_GGUF_SOFTCAPS):
         if values.get(key):
             raise WeightsError(f"the model's config has {key} = {values[key]!r}, which is not supported")
     num_heads, width = whole(values, "attention.head_count"), whole(values, "embedding_length")
@@ -430,49 +476,52 @@ def read_gguf_config(gguf: GGUFFile) -> ModelConfig:
     base = real(values, "rope.freq_base", 10_000.0)
     window = whole(values, "attention.sliding_window", 0) or None
     attention = LayerAttention(window, rope_base=base, rope_scaling=_gguf_scaling(gguf, values, head_width, base))
-    layers = (attention,) * _num_layers(values, "block_count")
-    scale = real(values, "attention.scale") if values.get("attention.scale") else None
-    if is_gemma := family == "gemma3":
-        layers = _gemma_layers(values, attention, len(layers))
-        if len(layers) == _GEMMA_3_27B_LAYERS:
-            scale = math.sqrt(num_heads / width)
     bos = _ids(gguf.metadata.get("tokenizer.ggml.bos_token_id"))
     eos = [gguf.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     table = gguf.tensors.get(GGUF_NAMES["embedding"])
-    return ModelConfig(
+    config = ModelConfig(
         vocab_size=whole(values, "vocab_size", table.shape[0] if table else None),
         width=width,
         feed_forward_width=whole(values, "feed_forward_length"),
         num_heads=num_heads,
         num_kv_heads=whole(values, "attention.head_count_kv", num_heads),
         head_width=head_width,
-        layers=layers,
+        layers=(attention,) * _num_layers(values, "block_count"),
         max_context=whole(values, "context_length"),
-        activation="gelu_tanh" if is_gemma else "silu",
         norm_eps=real(values, "attention.layer_norm_rms_epsilon"),
         has_tied_head=GGUF_NAMES["head"] not in gguf.tensors,
         has_qkv_bias="blk.0.attn_q.bias" in gguf.tensors,
         has_qk_norm="blk.0.attn_q_norm.weight" in gguf.tensors,
-        scale=scale,
-        has_post_norms=is_gemma,
-        embedding_scale=math.sqrt(width) if is_gemma else 1.0,
+        scale=real(values, "attention.scale") if values.get("attention.scale") else None,
         eos_ids=_ids([each for each in eos if each is not None]),
         bos_id=bos[0] if bos else None,
     )
+    return config if gemma is None else _gguf_gemma(values, gemma, config)
 
 
-_GEMMA_3_27B_LAYERS = 62  # the one size whose queries are scaled by its width, which no GGUF file says. Source: llama.cpp, llama-model.cpp
-
-
-def _gemma_layers(values: Mapping[str, Any], attention: LayerAttention, num_layers: int) -> tuple[LayerAttention, ...]:
-    """Local and global layers; the latter see everything, and they alone are scaled."""
-    pattern = values.get("attention.sliding_window_pattern", _GEMMA_3_PATTERN)
-    kinds = ["sliding_attention" if each else "full_attention" for each in pattern] if isinstance(pattern, list) else None
-    if kinds is None:
-        kinds = _layer_types(num_layers, whole({"attention.sliding_window_pattern": pattern}, "attention.sliding_window_pattern"))
-    windows = _windows_of_types({"sliding_window": attention.window, "layer_types": kinds}, num_layers, 0)
-    local_base = real(values, "rope.freq_base_swa", _GEMMA_3_LOCAL_BASE)
-    return tuple(replace(attention, window=None) if window is None else LayerAttention(window, rope_base=local_base) for window in windows)
+def _gguf_gemma(values: Mapping[str, Any], gemma: Gemma, plain: ModelConfig) -> ModelConfig:
+    """What a file of this family says besides, and what it leaves to its readers. Its norm weights are whole."""
+    window, softcap = gemma.usual.get("sliding_window"), _softcap({**gemma.usual, **values}, "attn_logit_softcapping")
+    attention = replace(plain.layers[0], window=None, softcap=softcap)
+    local = replace(attention, window=plain.layers[0].window or window)
+    if gemma.local_base is not None:  # where the layers that see everything are scaled, these are not
+        local = replace(local, rope_base=real(values, "rope.freq_base_swa", gemma.local_base), rope_scaling=None)
+    key = "attention.sliding_window_pattern"
+    pattern = values.get(key, gemma.every)
+    if not isinstance(pattern, list):
+        pattern = [kind == "sliding_attention" for kind in _layer_types(len(plain.layers), whole({key: pattern}, key))]
+    if len(pattern) != len(plain.layers):
+        raise WeightsError(f"the model's config has {key} for {len(pattern)} of its {len(plain.layers)} layers")
+    scale = math.sqrt(plain.num_heads / plain.width) if len(plain.layers) == gemma.width_scaled_layers else plain.scale
+    return replace(
+        plain,
+        layers=tuple(local if is_local else attention for is_local in pattern),
+        activation="gelu_tanh",
+        scale=scale,
+        has_post_norms=gemma.has_post_norms,
+        embedding_scale=math.sqrt(plain.width),
+        logit_softcap=_softcap({**gemma.usual, **values}, "final_logit_softcapping"),
+    )
 
 
 def _gguf_scaling(gguf: GGUFFile, values: Mapping[str, Any], head_width: int, base: float) -> RopeScaling | None:

@@ -117,7 +117,9 @@ class Transformer(nn.Module):
 
     def project(self, hidden_RD: Tensor) -> Tensor:
         """float32 [R, V]: logits."""
-        return self.ops.linear(hidden_RD, self.head).float()
+        logits = self.ops.linear(hidden_RD, self.head).float()
+        cap = self.config.logit_softcap
+        return logits if not cap else torch.tanh(logits / cap) * cap
 
     def restore(self, hidden_RD: Tensor) -> Tensor:
         """Final hidden states, or sums of them, in the basis that the model was trained in, float32 [R, D]."""

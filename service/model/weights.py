@@ -95,10 +95,10 @@ def open_weights(path: Path, config: ModelConfig) -> WeightSource:
     if checkpoint.kind == "gguf":
         names = GGUF_NAMES | (GGUF_POST_NORM_NAMES if config.has_post_norms else {})
         return _match(_gguf(checkpoint.path, config), names, shapes, GGUF_TYPES)
-    found = _safetensors(checkpoint.path)
-    if not config.has_post_norms:
-        return _match(found, HF_NAMES, shapes, SAFETENSORS_TYPES)
-    source = _match(_of_text(found), HF_NAMES | HF_POST_NORM_NAMES, shapes, SAFETENSORS_TYPES)
+    names, found = HF_NAMES | (HF_POST_NORM_NAMES if config.has_post_norms else {}), _safetensors(checkpoint.path)
+    if not config.norm_offset:
+        return _match(found, names, shapes, SAFETENSORS_TYPES)
+    source = _match(_of_text(found), names, shapes, SAFETENSORS_TYPES)
     return WeightSource(
         {name: _offset(tensor, config.norm_offset) if "norm" in name else tensor for name, tensor in source.tensors.items()}
     )

@@ -77,7 +77,7 @@ class Runner:
         """One `Drawn` per sample of the plan, in its order. masks int32 [R, ceil(V / 32)], a row per sample, or None."""
         with torch.inference_mode():
             bits = None if masks is None else torch.from_numpy(masks).to(self.device)
-            if handle.hidden is not None and can_draw(handle.plan):
+            if handle.hidden is not None and can_draw(handle.plan) and not self.model.config.logit_softcap:
                 return self.sampler.draw(handle.hidden, self.model.head, handle.plan, bits)
             return self.sampler.sample(self.logits(handle), handle.plan, bits)
 

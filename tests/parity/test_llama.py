@@ -42,6 +42,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 9},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {},
+    "gemma": {},
+    "gemma2": {"sliding_window": 9, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3": {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "sliding_window": 9,
@@ -59,8 +61,7 @@ OTHER = [(5 * i * i + 11 * i + 2) % 131 for i in range(37)]
 def build_reference(family: str) -> Any:
     import transformers
 
-    names = {"llama3_scaled": "Llama", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3"}
-    name = names[family]
+    name = "Llama" if family == "llama3_scaled" else family.capitalize()
     torch.manual_seed(7)
     kind = f"{name}TextConfig" if name == "Gemma3" else f"{name}Config"
     config = getattr(transformers, kind)(**SIZES, **FAMILIES[family], attn_implementation="eager")

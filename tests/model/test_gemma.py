@@ -1,4 +1,5 @@
-"""Gemma 3 from folders and GGUF files: what its configs leave out, its two rotary bases, and how it is held without a rotation."""
+"""Gemma's three generations from folders and GGUF files: what configs leave out, two rotary bases, softcaps, and how a model with post
+norms is held without a rotation."""
 
 from __future__ import annotations
 
@@ -15,14 +16,17 @@ from gguf import GGMLQuantizationType as Type
 from safetensors.torch import save_file
 
 from kernels.ops import GroupedWeight, Int8Weight, select_ops
+from service.checkpoint import open_gguf
 from service.errors import WeightsError
 from service.footprint import weight_bytes
 from service.model.config import LayerAttention, ModelConfig, RopeScaling, expected_shapes
-from service.model.families import HF_NAMES, HF_POST_NORM_NAMES, read_config
+from service.model.families import HF_NAMES, HF_POST_NORM_NAMES, read_config, read_gguf_config
 from service.model.transformer import Precision, Transformer, build_transformer
 from service.model.weights import open_weights
 from service.runner.load import choose_storage
+from service.scheduling.sampling import SamplingParams
 from tests.model.checkpoints import TINY, random_tensors, write_gguf
+from tests.parity.generate import generate
 from tests.parity.steps import Steps
 
 LOCAL, WHOLE = LayerAttention(window=9), LayerAttention(rope_base=1e6, rope_scaling=RopeScaling("linear", 8.0))
@@ -72,19 +76,27 @@ TENSORS = {name: values * (0.1 if values.ndim > 1 else 0.2) for name, values in 
 IDS = [(5 * i * i + 11 * i + 2) % 96 for i in range(40)]
 
 
-def file_name(name: str) -> str:
-    names = HF_NAMES | HF_POST_NORM_NAMES
+def file_name(name: str, has_post_norms: bool) -> str:
+    names = HF_NAMES | (HF_POST_NORM_NAMES if has_post_norms else {})
     if not name.startswith("layers."):
         return names[name]
     _, index, part = name.split(".")
     return names["layers.{}." + part].format(index)
 
 
-def write_folder(folder: Path, config: dict[str, Any], prefix: str = "", more: dict[str, torch.Tensor] | None = None) -> Path:
+def write_folder(
+    folder: Path,
+    config: dict[str, Any],
+    prefix: str = "",
+    more: dict[str, torch.Tensor] | None = None,
+    tensors: dict[str, np.ndarray[Any, Any]] | None = None,
+) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = {prefix + file_name(name).removeprefix("model." * bool(prefix)): torch.from_numpy(x) for name, x in TENSORS.items()}
-    save_file(tensors | (more or {}), folder / "model.safetensors")
+    has_post_norms = tensors is None or "layers.0.out_norm" in tensors
+    named = {file_name(name, has_post_norms): torch.from_numpy(x) for name, x in (tensors or TENSORS).items()}
+    prefixed = {prefix + name.removeprefix("model." * bool(prefix)): x for name, x in named.items()}
+    save_file(prefixed | (more or {}), folder / "model.safetensors")
     return folder
 
 
@@ -152,9 +164,9 @@ def test_what_a_published_config_leaves_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0, which is not supported"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0, which is not supported"),
-        ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ({"attn_logit_softcapping": -50.0}, "attn_logit_softcapping = -50.0"),
+        ({"final_logit_softcapping": "a"}, "final_logit_softcapping = 'a'"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention, which is not supported"),
         ({"text_config": 3}, "a text_config that is not an object"),
         ({"rope_scaling": 3}, "rotary parameters that are not an object for each kind of layer"),
         ({"rope_parameters": {"full_attention": [1]}}, "rotary parameters that are not an object for each kind of layer"),
@@ -194,9 +206,74 @@ def test_the_27b_scales_its_queries_by_its_width(tmp_path: Path) -> None:
     assert read_config(path).scale == pytest.approx((64 / 4) ** -0.5)
 
 
-def test_softcaps_of_a_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"final_logit_softcapping = 30\.0, which is not supported"):
-        read_config(write_file(tmp_path / "tiny.gguf", **{"gemma3.final_logit_softcapping": 30.0}))
+@pytest.mark.parametrize("pattern", [[True, False], 0])
+def test_a_pattern_that_no_file_can_have_is_refused(tmp_path: Path, pattern: object) -> None:
+    path = write_file(tmp_path / "tiny.gguf")
+    gguf = open_gguf(path, with_tokens=False)
+    metadata = {**gguf.metadata, "gemma3.attention.sliding_window_pattern": pattern}
+    with pytest.raises(WeightsError, match="pattern"):
+        read_gguf_config(dataclasses.replace(gguf, metadata=metadata))
+
+
+# --- the generations before ----------------------------------------------------------------------------------------------------------
+
+SECOND = dataclasses.replace(
+    GEMMA,
+    layers=tuple(LayerAttention(window, softcap=2.0) for window in (9, None, 9)),
+    has_qk_norm=False,
+    logit_softcap=3.0,
+)
+FIRST = dataclasses.replace(GEMMA, layers=(LayerAttention(),) * 3, has_qk_norm=False, has_post_norms=False)
+OLDER = {key: value for key, value in CONFIG.items() if not key.startswith("rope")} | {"num_hidden_layers": 3, "hidden_activation": None}
+SOFTCAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "config", "more"),
+    [("gemma", "GemmaForCausalLM", FIRST, {"sliding_window": None}), ("gemma2", "Gemma2ForCausalLM", SECOND, SOFTCAPS)],
+)
+def test_an_older_one_is_the_same_from_a_folder_and_a_file(
+    tmp_path: Path, family: str, architecture: str, config: ModelConfig, more: dict[str, Any]
+) -> None:
+    tensors = {name: TENSORS[name] for name in expected_shapes(config)}
+    folder = write_folder(tmp_path / "model", {**OLDER, "architectures": [architecture], **more}, tensors=tensors)
+    assert read_config(folder) == config
+    metadata = {key.replace("gemma3", family): value for key, value in METADATA.items() if "rope" not in key}
+    if family == "gemma":
+        del metadata["gemma.attention.sliding_window"]
+    metadata |= {f"{family}.{key}": value for key, value in more.items() if value}
+    whole = {name: values + 1 if "norm" in name else values for name, values in tensors.items()}
+    path = write_gguf(tmp_path / "tiny.gguf", config, whole, family=family, metadata=metadata)
+    assert read_config(path) == dataclasses.replace(config, norm_offset=0.0)
+    torch.testing.assert_close(logits(build(path)), logits(build(folder)), atol=1e-4, rtol=1e-4)
+    assert float(logits(build(path)).abs().max()) <= 3 or family == "gemma"
+    rotated, exact = build(path, "int8"), logits(build(path))
+    assert (rotated.basis is None) == config.has_post_norms, "where only its norms' weights are stored otherwise, it is rotated"
+    assert float((logits(rotated) - exact).norm() / exact.norm()) < 0.05
+
+
+def test_what_files_of_the_second_leave_out(tmp_path: Path) -> None:
+    few = {key: METADATA[f"gemma3.{key}"] for key in ("attention.key_length", "attention.value_length")}
+    path = write_gguf(tmp_path / "a.gguf", SECOND, {}, family="gemma2", metadata={f"gemma2.{key}": value for key, value in few.items()})
+    config = read_config(path)
+    assert config.layers == tuple(LayerAttention(window, softcap=50.0) for window in (4096, None, 4096))
+    assert (config.logit_softcap, config.attention_scale) == (30.0, 0.25)
+
+
+@pytest.mark.parametrize("weights", ["dense", "int8"])
+def test_ids_are_drawn_from_capped_logits(tmp_path: Path, weights: str) -> None:
+    """With a tiny cap all ids are equally likely; as they are, the logits of these weights leave a few."""
+    tensors = {name: TENSORS[name] * (10 if name == "final_norm" else 1) for name in expected_shapes(SECOND)}
+    config = {**OLDER, "architectures": ["Gemma2ForCausalLM"], **SOFTCAPS}
+    distinct = {}
+    for cap in (0.01, None):
+        folder = write_folder(tmp_path / f"cap {cap}", {**config, "final_logit_softcapping": cap}, tensors=tensors)
+        model, ids = build(folder, weights), []
+        for seed in range(40):
+            ids += generate(model, [IDS[:5]], SamplingParams(max_tokens=1, temperature=1.0, seed=seed), num_blocks=64).ids[0]
+        distinct[cap] = len(set(ids))
+    assert distinct[0.01] > 25
+    assert distinct[None] < 20
 
 
 def test_embeddings_are_scaled_in_the_dtype_of_the_activations() -> None:
