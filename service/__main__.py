@@ -135,6 +135,7 @@ def _load_message(settings: Settings, models: Sequence[Resolved], draft: Resolve
         log_level=settings.log_level,
         draft=ModelSource(draft.name, str(draft.path)) if draft is not None else None,
         max_prefill_s=settings.max_prefill_ms / 1e3,
+        tensor_parallel=settings.tensor_parallel,
     )
 
 

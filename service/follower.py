@@ -1,0 +1,74 @@
+"""Root of every rank but the first of an engine that tensor parallelism splits: `python -m service.follower --fd N`.
+
+It loads its share and computes what rank 0 tells it, step by step. No scheduler, no requests, no sampling: those are rank 0's, which
+starts it (`ranks.py`) and which it never outlives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+
+from service.engine.engine import Runner
+from service.errors import StartupError
+from service.ranks import Seat
+from service.scheduling.plan import StepPlan
+from service.worker import bind_life_to_parent, give_memory_back
+
+log = logging.getLogger("braid.rank")
+
+_LAST_WORDS_S = 1.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0 when rank 0 is done, 1 when this rank could not start or go on."""
+    parser = argparse.ArgumentParser(prog="service.follower", description="A rank of Braid's engine; started by the engine, not by hand.")
+    parser.add_argument("--fd", type=int, required=True, help="this process's end of a socket pair")
+    bind_life_to_parent()
+    seat = Seat(socket.socket(fileno=parser.parse_args(arguments).fd))
+    form = f"%(asctime)s %(levelname)s %(name)s {seat.rank}: %(message)s"
+    logging.basicConfig(level=seat.load.log_level.upper(), format=form, stream=sys.stderr)
+
+    gc.disable()
+    try:
+        from service.runner.load import load_models
+
+        runners = [one.runner for one in load_models(seat.load, lambda phase, fraction: None, seat)]
+        gc.freeze()
+        gc.enable()
+        give_memory_back()
+        follow(seat, runners)
+    except StartupError as error:
+        return give_up(seat, error.message)
+    except Exception as error:
+        time.sleep(_LAST_WORDS_S)  # where rank 0 is gone, that was the cause, and this process ends here
+        log.exception("this rank can't go on")
+        return give_up(seat, f"rank {seat.rank} of {seat.size} failed ({type(error).__name__}); its log has the details")
+    return 0
+
+
+def follow(seat: Seat, runners: Sequence[Runner]) -> None:
+    """Computes step after step until rank 0 is done."""
+    step_id = 0
+    while (step := seat.next_step()) is not None:
+        runners[step.model_index].forward(StepPlan(step_id, step.slices, samples=()))
+        step_id += 1
+
+
+def give_up(seat: Seat, message: str) -> int:
+    """Returns the exit status."""
+    log.error("%s", message)
+    seat.give_up(message)
+    return 1
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # threads of a broken group of processes would hold up an orderly end
