@@ -210,7 +210,7 @@ def _load_model(source: ModelSource, load: Load, ops: Ops, device: torch.device,
     tensors: TensorSource = weights
     if load.tensor_parallel > 1:
         share = Share(config, rank, load.tensor_parallel)
-        config, tensors = share.config(), ShareSource(weights, share)
+        config, tensors = share.config(source.name), ShareSource(weights, share)
     storage = choose_storage(load.dtype, device, load.kv_dtype)
     return _Read(source, build_transformer(config, tensors, ops, precision=storage.precision, device=device, progress=progress), storage)
 

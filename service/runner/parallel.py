@@ -140,17 +140,17 @@ class Share:
     rank: int
     size: int
 
-    def config(self) -> ModelConfig:
+    def config(self, name: str) -> ModelConfig:
         """Of the share, as if it were a model. Only rank 0 has a head: those of the others have no rows.
 
-        Raises: StartupError where the model can't be split so.
+        Raises: StartupError where the model of this name can't be split so.
         """
         whole, size = self.whole, self.size
         if not _can_split(whole, size):
             allowed = ", ".join(str(each) for each in range(1, whole.num_heads + 1) if _can_split(whole, each))
             raise StartupError(
-                f"--tensor-parallel {size} can't split {whole.num_heads} query heads, {whole.num_kv_heads} K/V heads and a feed-forward "
-                f"width of {whole.feed_forward_width}; this model allows {allowed}"
+                f"--tensor-parallel {size} can't split {name}, which has {whole.num_heads} query heads, {whole.num_kv_heads} K/V heads and "
+                f"a feed-forward width of {whole.feed_forward_width}; it allows {allowed}"
             )
         return replace(
             whole,
