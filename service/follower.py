@@ -14,12 +14,15 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from service.engine.engine import Runner
 from service.errors import StartupError
-from service.ranks import Seat
+from service.memory import give_memory_back
+from service.ranks import Seat, bind_life_to_parent
 from service.scheduling.plan import StepPlan
-from service.worker import bind_life_to_parent, give_memory_back
+
+if TYPE_CHECKING:
+    from service.engine.engine import Runner
 
 log = logging.getLogger("braid.rank")
 

@@ -7,9 +7,11 @@ No torch and no model here, only processes and plain values over a socket for ea
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import queue
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -28,6 +30,7 @@ FOLLOWER = (sys.executable, "-m", "service.follower")
 HOST = "127.0.0.1"
 _LENGTH = struct.Struct(">I")
 _EXIT_WAIT_S = 2.0
+_PR_SET_PDEATHSIG = 1
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
@@ -186,6 +189,14 @@ class Seat:
         hangup.register(self._connection, 0)  # the end of the other side is always told
         hangup.poll()
         os._exit(0)
+
+
+def bind_life_to_parent() -> None:
+    """Dies with the parent, however that ends, and leaves the answer to Ctrl-C and SIGTERM to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def check_load(load: Load) -> None:

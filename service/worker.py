@@ -7,11 +7,9 @@ and it never outlives the process that did.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import logging
 import os
-import signal
 import socket
 import sys
 import time
@@ -26,13 +24,13 @@ from service.engine.messages import Failed, Load, ModelInfo, Progress, Ready
 from service.engine.pace import BeatThread
 from service.engine.prompt_pace import PromptPace
 from service.errors import StartupError
-from service.ranks import Ranks
+from service.memory import give_memory_back
+from service.ranks import Ranks, bind_life_to_parent
 from service.scheduling.plan import KVGroup
 from service.scheduling.scheduler import Scheduler
 
 log = logging.getLogger("braid.worker")
 
-_PR_SET_PDEATHSIG = 1
 _FLUSH_S = 5.0
 # The client counts what is in flight and refuses there; a second limit here could only refuse what was admitted.
 _NO_LIMIT = 2**62
@@ -110,14 +108,6 @@ def main(arguments: Sequence[str] | None = None, load_models: LoadModels | None 
     return 0
 
 
-def bind_life_to_parent() -> None:
-    """Dies with the parent, however that ends, and leaves the answer to Ctrl-C and SIGTERM to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
 def load_checkpoints(load: Load, progress: Callable[[str, float], None], ranks: Ranks | None = None) -> Sequence[Loaded]:
     """The real thing, of which ranks hold a share each. Imported here, late: it brings torch, which takes seconds and may be broken, and
     both are worth a message."""
@@ -157,13 +147,6 @@ def build_drafting(draft: Loaded, load: Load) -> Drafting:
         max_batch_tokens=load.max_batch_tokens,
         clock=time.monotonic,
     )
-
-
-def give_memory_back() -> None:
-    """What loading needed beside the weights goes back to the system: 300 MB of 800 for SmolLM2 in int8, in 40 ms."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
-    if trim is not None:
-        trim(0)
 
 
 def give_up(mailbox: Mailbox, message: str) -> int:

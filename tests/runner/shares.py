@@ -115,5 +115,5 @@ def run_together(models: Sequence[Transformer], cuts: Sequence[Sequence[int]]) -
         return [steps.run([(0, cut)])[0] for cut in cuts]
 
     with ThreadPoolExecutor(len(models)) as pool:
-        parts = list(pool.map(run, models))[0]
+        parts, *_ = pool.map(run, models)
     return torch.cat(parts)
