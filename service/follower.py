@@ -48,11 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         give_memory_back()
         follow(seat, runners)
     except StartupError as error:
-        return give_up(seat, error.message)
+        seat.give_up(error.message)  # rank 0 says it, on its own account or on ours
+        return 1
     except Exception as error:
         time.sleep(_LAST_WORDS_S)  # where rank 0 is gone, that was the cause, and this process ends here
         log.exception("this rank can't go on")
-        return give_up(seat, f"rank {seat.rank} of {seat.size} failed ({type(error).__name__}); its log has the details")
+        seat.give_up(f"rank {seat.rank} of {seat.size} failed ({type(error).__name__}); its log has the details")
+        return 1
     return 0
 
 
@@ -62,13 +64,6 @@ def follow(seat: Seat, runners: Sequence[Runner]) -> None:
     while (step := seat.next_step()) is not None:
         runners[step.model_index].forward(StepPlan(step_id, step.slices, samples=()))
         step_id += 1
-
-
-def give_up(seat: Seat, message: str) -> int:
-    """Returns the exit status."""
-    log.error("%s", message)
-    seat.give_up(message)
-    return 1
 
 
 if __name__ == "__main__":

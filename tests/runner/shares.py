@@ -43,9 +43,12 @@ TOKENS = [(7 * i * i + 3 * i + 1) % 131 for i in range(53)]
 STREAMS = {name: braid.STREAM if name == "braid" else TOKENS for name in CONFIGS}
 # What an HF config calls a family of these; layers alike, for such a file has one window at most.
 FILES: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
-    "llama": (replace(LLAMA, layers=(LayerAttention(),) * 2), {"model_type": "llama"}),
-    "qwen2": (replace(CONFIGS["qwen2"], layers=(LayerAttention(),) * 2), {"model_type": "qwen2", "tie_word_embeddings": True}),
-    "qwen3": (replace(CONFIGS["qwen3"], layers=(LayerAttention(),) * 2), {"model_type": "qwen3"}),
+    "llama": (replace(LLAMA, layers=(LayerAttention(),) * 2), {"architectures": ["LlamaForCausalLM"]}),
+    "qwen2": (
+        replace(CONFIGS["qwen2"], layers=(LayerAttention(),) * 2),
+        {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+    ),
+    "qwen3": (replace(CONFIGS["qwen3"], layers=(LayerAttention(),) * 2), {"architectures": ["Qwen3ForCausalLM"]}),
 }
 
 
