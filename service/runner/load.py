@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -145,7 +146,8 @@ def load_models(load: Load, progress: Callable[[str, float], None], peers: Peers
         # Our own threads do the work; PyTorch's would spin beside them after each small op (16 rows: 8.7 ms a step instead of 13.4).
         torch.set_num_threads(1)
     if peers is not None:
-        loaded = [_share_work(one, index, peers) for index, one in enumerate(loaded)]
+        # Encoders have been refused.
+        loaded = [replace(one, runner=lead(cast(Runner, one.runner), index, peers)) for index, one in enumerate(loaded)]
         if rank:
             return loaded  # rank 0's warm-up is everybody's
     for number, equipped in enumerate(loaded):
@@ -156,11 +158,6 @@ def load_models(load: Load, progress: Callable[[str, float], None], peers: Peers
         return loaded
     first, *others, draft = loaded
     return [replace(first, draft=draft), *others]
-
-
-def _share_work(loaded: Loaded, model_index: int, peers: Peers) -> Loaded:
-    """The model with its runner as the rank uses it."""
-    return replace(loaded, runner=lead(loaded.runner, model_index, peers)) if isinstance(loaded.runner, Runner) else loaded
 
 
 def _sources(load: Load) -> tuple[ModelSource, ...]:
@@ -240,12 +237,12 @@ def _kv_budgets(models: Sequence[_Read], load: Load, kv_bytes: int) -> dict[str,
 
 def _kv_budget(load: Load, device: torch.device, weight_bytes: int) -> int:
     if load.memory_bytes:
-        # Each rank takes an equal part.
         share_bytes = load.memory_bytes // load.tensor_parallel
         left = share_bytes - weight_bytes
         if left <= 0:
+            given = "--memory of" if load.tensor_parallel == 1 else f"each of {load.tensor_parallel} equal parts of --memory,"
             raise StartupError(
-                f"--memory of {share_bytes / 2**20:.0f} MiB does not hold the weights ({weight_bytes / 2**20:.0f} MiB); give more"
+                f"{given} {share_bytes / 2**20:.0f} MiB does not hold the weights ({weight_bytes / 2**20:.0f} MiB); give more"
             )
         return left
     if device.type == "cuda":

@@ -28,7 +28,7 @@ from service.scheduling.reading import Read
 from tests.engine.test_client import collect, run, tokens, until
 from tests.fakes import generate
 from tests.parity.steps import Steps
-from tests.runner.shares import TOKENS, write_folder
+from tests.runner.shares import FILES, TOKENS, write_folder
 
 # Where the two likeliest logits of one process are closer than this, rounding decides, and the texts may part. Those of the random models
 # here are about 0.4 wide.
@@ -38,8 +38,10 @@ NEW_TOKENS = 24
 
 
 def load_of(folder: Path, size: int, dtype: Literal["float32", "bfloat16", "int8"] = "float32", device: str = "cpu") -> Load:
+    """The model of a folder, or each that lies in a folder of it."""
+    folders = sorted(folder.iterdir()) if not (folder / "config.json").exists() else [folder]
     return Load(
-        models=(ModelSource("it", str(folder)),),
+        models=tuple(ModelSource(each.name, str(each)) for each in folders),
         dtype=dtype,
         device=device,
         memory_bytes=2**24,
@@ -74,12 +76,10 @@ def followers_of(client: EngineClient) -> list[psutil.Process]:
     return psutil.Process(client._process.pid).children(recursive=True)
 
 
-async def answer(client: EngineClient, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Greedy ids, all at once."""
-    streams = [
-        client.submit(generate(str(at), prompt, model="it", max_tokens=NEW_TOKENS, temperature=0.0)) for at, prompt in enumerate(prompts)
-    ]
-    return [tokens(events) for events in await asyncio.gather(*map(collect, streams))]
+async def answer(client: EngineClient, name: str) -> list[list[int]]:
+    """Greedy ids of a model to all prompts, which come at once."""
+    wanted = [generate(f"{name} {at}", prompt, model=name, max_tokens=NEW_TOKENS, temperature=0.0) for at, prompt in enumerate(PROMPTS)]
+    return [tokens(events) for events in await asyncio.gather(*(collect(client.submit(each)) for each in wanted))]
 
 
 def agreeing(folder: Path, prompt: Sequence[int], ids: Sequence[int]) -> int:
@@ -95,38 +95,43 @@ def agreeing(folder: Path, prompt: Sequence[int], ids: Sequence[int]) -> int:
     return len(ids)
 
 
-def check_ids(folder: Path, size: int, device: str = "cpu", prompts: Sequence[Sequence[int]] = PROMPTS) -> None:
-    async def scenario() -> list[list[int]]:
-        async with engine(load_of(folder, size, device=device)) as client:
-            return await answer(client, prompts)
+def check_ids(folder: Path, size: int, device: str = "cpu") -> None:
+    load = load_of(folder, size, device=device)
 
-    ids = asyncio.run(scenario())
-    assert [len(each) for each in ids] == [NEW_TOKENS] * len(prompts)
-    assert sum(agreeing(folder, prompt, each) for prompt, each in zip(prompts, ids, strict=True)) > NEW_TOKENS * len(prompts) / 2
+    async def scenario() -> list[list[list[int]]]:
+        async with engine(load) as client:
+            return await asyncio.gather(*(answer(client, model.name) for model in load.models))
+
+    for model, ids in zip(load.models, asyncio.run(scenario()), strict=True):
+        assert [len(each) for each in ids] == [NEW_TOKENS] * len(PROMPTS)
+        pairs = zip(PROMPTS, ids, strict=True)
+        assert sum(agreeing(Path(model.path), *pair) for pair in pairs) > NEW_TOKENS * len(PROMPTS) / 2
 
 
 def test_two_processes_answer_as_one(tmp_path: Path) -> None:
-    check_ids(write_folder(tmp_path, "qwen2"), 2)
+    check_ids(write_folder(tmp_path / "it", "qwen2"), 2)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("family", "size"), [("llama", 2), ("llama", 4), ("qwen3", 2), ("qwen2", 4)])
-def test_every_family_answers_as_one_process(tmp_path: Path, family: str, size: int) -> None:
-    """Among 4 ranks there are 2 K/V heads."""
-    check_ids(write_folder(tmp_path, family), size)
+@pytest.mark.parametrize("size", [2, 4])
+def test_several_models_answer_as_in_one_process(tmp_path: Path, size: int) -> None:
+    """With two K/V heads or eight, with biases, with norms of queries and keys; at once, so that steps of all of them alternate."""
+    for family in FILES:
+        write_folder(tmp_path / family, family)
+    check_ids(tmp_path, size)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_gpus_answer_as_one_process(tmp_path: Path) -> None:
-    check_ids(write_folder(tmp_path, "qwen2"), 2, "cuda")
+    check_ids(write_folder(tmp_path / "it", "qwen2"), 2, "cuda")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_log_probabilities_are_close_in_narrower_types(tmp_path: Path, dtype: Literal["bfloat16", "int8"]) -> None:
     """Of a prompt's own ids, so that no drawn id decides what is compared; against one process in float32."""
-    folder = write_folder(tmp_path, "llama")
+    folder = write_folder(tmp_path / "it", "llama")
 
     async def scenario(load: Load) -> list[float]:
         async with engine(load) as client:
@@ -145,7 +150,7 @@ def test_log_probabilities_are_close_in_narrower_types(tmp_path: Path, dtype: Li
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_rank_ends_every_request(tmp_path: Path, number: signal.Signals) -> None:
     """SIGTERM is for the server: a rank does not listen to it, so nothing happens."""
-    folder = write_folder(tmp_path, "llama")
+    folder = write_folder(tmp_path / "it", "llama")
 
     async def scenario() -> None:
         async with engine(load_of(folder, 2)) as client:
@@ -170,7 +175,7 @@ def test_a_killed_rank_ends_every_request(tmp_path: Path, number: signal.Signals
 
 @pytest.mark.long
 def test_what_can_not_be_split_ends_the_start(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, "llama")
+    folder = write_folder(tmp_path / "it", "llama")
 
     async def scenario() -> None:
         client = EngineClient(load_of(folder, 3))
