@@ -97,11 +97,16 @@ def join(peers: Peers, device: torch.device) -> torch.device:
         device_id=device if is_gpu else None,
     )
     atexit.register(dist.destroy_process_group)
+    if is_gpu and peers.rank == 0:
+        log.warning("CUDA graphs are off with --tensor-parallel")
     return device
 
 
 def add_up(x: Tensor) -> Tensor:
-    """The sum of all ranks' x, the same bits on each. Mutates: x. On the CPU in float32, so that a narrower sum is rounded once."""
+    """The sum of all ranks' x, the same on each. Mutates: x. On the CPU in float32, so that a narrower sum is rounded once.
+
+    With more than two ranks the order of a sum may depend on the shape of x, and so a row's last bits on its company.
+    """
     if x.device.type == "cpu" and x.dtype is not torch.float32:
         return add_up(x.float()).to(x.dtype)
     dist.all_reduce(x)
@@ -239,7 +244,7 @@ class Leader:
         return self.runner.read(handle)
 
     def capture_graphs(self, max_sequences: int) -> None:
-        log.warning("CUDA graphs are off with --tensor-parallel: a graph that holds sums over GPUs has not been tried yet")
+        """None: a graph that holds sums over GPUs has not been tried yet. `join` has said so."""
 
 
 def lead(runner: Runner, model_index: int, peers: Peers) -> Runner | Leader:

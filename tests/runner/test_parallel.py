@@ -124,6 +124,19 @@ def test_a_rank_keeps_the_keys_and_values_of_its_heads_alone(name: str, size: in
     assert cache.pool.shape[3] == max(config.num_kv_heads // size, 1)
 
 
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_the_parts_of_a_tensor_are_what_the_shares_config_expects(tmp_path: Path, name: str, size: int) -> None:
+    """Also of families to come: a matrix that a rank reads whole and should not shows here."""
+    config, source = CONFIGS[name], source_of(CONFIGS[name], tmp_path)
+    for rank in (0, size - 1):
+        share = Share(config, rank, size)
+        shapes = expected_shapes(share.config("it"))
+        if rank:
+            shapes["head"] = (0, config.width)
+        assert {part: tuple(ShareSource(source, share).get(part).shape) for part in shapes} == shapes
+
+
 @pytest.mark.parametrize(
     ("changes", "size", "allowed"),
     [
