@@ -14,15 +14,14 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from service.errors import StartupError
 from service.memory import give_memory_back
 from service.ranks import Seat, bind_life_to_parent
-from service.scheduling.plan import StepPlan
 
 if TYPE_CHECKING:
-    from service.engine.engine import Runner
+    from service.runner.runner import Runner
 
 log = logging.getLogger("braid.rank")
 
@@ -41,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gc.disable()
     try:
         from service.runner.load import load_models
+        from service.runner.parallel import follow
 
-        runners = [one.runner for one in load_models(seat.load, lambda phase, fraction: None, seat)]
+        runners = [cast("Runner", one.runner) for one in load_models(seat.load, lambda phase, fraction: None, seat)]
         gc.freeze()
         gc.enable()
         give_memory_back()
-        follow(seat, runners)
+        while (step := seat.next_step()) is not None:
+            follow(runners[step.model_index], step.slices, step.num_rows)
     except StartupError as error:
         seat.give_up(error.message)  # rank 0 says it, on its own account or on ours
         return 1
@@ -56,14 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seat.give_up(f"rank {seat.rank} of {seat.size} failed ({type(error).__name__}); its log has the details")
         return 1
     return 0
-
-
-def follow(seat: Seat, runners: Sequence[Runner]) -> None:
-    """Computes step after step until rank 0 is done."""
-    step_id = 0
-    while (step := seat.next_step()) is not None:
-        runners[step.model_index].forward(StepPlan(step_id, step.slices, samples=()))
-        step_id += 1
 
 
 if __name__ == "__main__":

@@ -42,10 +42,11 @@ class Join(msgspec.Struct, frozen=True, tag=True):
 
 
 class Follow(msgspec.Struct, frozen=True, tag=True):
-    """One step: the slices of a plan for the model of this index."""
+    """For the model of this index the slices of a step; or, without any, the logits of so many rows."""
 
     model_index: int
-    slices: tuple[Slice, ...]
+    slices: tuple[Slice, ...] = ()
+    num_rows: int = 0
 
 
 class Offer(msgspec.Struct, frozen=True, tag=True):
@@ -97,9 +98,9 @@ class Ranks:
         self._send(Settled(least))
         return least
 
-    def tell(self, model_index: int, slices: tuple[Slice, ...]) -> None:
-        """Has the others compute these slices; they begin at once. Raises: OSError when one is gone."""
-        self._send(Follow(model_index, slices))
+    def tell(self, model_index: int, slices: tuple[Slice, ...], num_rows: int = 0) -> None:
+        """Has the others do this; they begin at once. Raises: OSError when one is gone."""
+        self._send(Follow(model_index, slices, num_rows))
 
     def give_up(self, message: str) -> None:
         """The engine can't go on, for this reason; only the first is told."""

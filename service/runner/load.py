@@ -28,7 +28,7 @@ from service.model.weights import open_encoder_weights, open_weights
 from service.runner.encoder import EncoderRunner
 from service.runner.image_tokenizer import Painter
 from service.runner.kv_cache import KVCache, KVLayout, partition_layers
-from service.runner.parallel import Leader, Peers, Share, ShareSource, add_up, join, lead, split_ops
+from service.runner.parallel import Leader, Peers, Share, ShareSource, add_up, gather_head, join, lead, split_ops
 from service.runner.runner import Runner
 from service.scheduling.plan import KVGroup, Slice, StepPlan
 
@@ -133,6 +133,9 @@ def load_models(load: Load, progress: Callable[[str, float], None], peers: Peers
     held_bytes = sum(one.model.held_bytes for one in models) + sum(painter.held_bytes for painter in painters.values())
     kv_bytes = _kv_budget(load, device, held_bytes)
     budgets = _kv_budgets(models, load, kv_bytes if peers is None else peers.least(kv_bytes))
+    if peers is not None:
+        for index, one in enumerate(models):
+            gather_head(cast(Transformer, one.model), index, peers)  # encoders have been refused
     num_threads = torch.get_num_threads()
     loaded: list[Loaded] = []
     for one in models:
@@ -146,7 +149,6 @@ def load_models(load: Load, progress: Callable[[str, float], None], peers: Peers
         # Our own threads do the work; PyTorch's would spin beside them after each small op (16 rows: 8.7 ms a step instead of 13.4).
         torch.set_num_threads(1)
     if peers is not None:
-        # Encoders have been refused.
         loaded = [replace(one, runner=lead(cast(Runner, one.runner), index, peers)) for index, one in enumerate(loaded)]
         if rank:
             return loaded  # rank 0's warm-up is everybody's

@@ -1,8 +1,8 @@
 """Tensor parallelism: which part of a model a rank holds, and how the ranks' partial sums become one.
 
 Every rank has whole heads (query heads, and the K/V heads that they read) and a part of the feed-forward width; the products behind them
-are added over all ranks. Embedding, norms and the residual stream are on every rank, the head on rank 0 alone, which samples. No process
-is started here (`service/ranks.py` does). Called by the loader.
+are added over all ranks. Embedding, norms and the residual stream are on every rank. Of the head each has some ids; rank 0, which samples,
+gathers their logits. No process is started here (`service/ranks.py` does). Called by the loader, and by `follower` for what it is told.
 Source: Shoeybi et al. 2019 (Megatron-LM), section 3.
 """
 
@@ -13,7 +13,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import cache
@@ -22,6 +23,7 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,6 +31,7 @@ from kernels.compose import FineOps, compose
 from kernels.ops import LayerWeights, Ops, Weight
 from service.errors import StartupError
 from service.model.config import ModelConfig
+from service.model.transformer import Transformer
 from service.model.weights import WeightSource
 from service.runner.runner import Handle, Runner
 from service.scheduling.plan import Drawn, PromptReading, Slice, StepPlan
@@ -40,6 +43,10 @@ log = logging.getLogger("braid.parallel")
 TIMEOUT = timedelta(minutes=5)
 # In which whoever watches the ranks tells the cause of a failed step, where that is the end of one.
 _CAUSE_S = 1.0
+
+
+Tell = Callable[[int, tuple[Slice, ...], int], None]
+"""Has the other ranks `follow`: for the model of this index these slices, or, without any, so many rows of logits."""
 
 
 class Peers(Protocol):
@@ -60,8 +67,8 @@ class Peers(Protocol):
         """Rank 0's: the socket that listens there."""
 
     @property
-    def tell(self) -> Callable[[int, tuple[Slice, ...]], None] | None:
-        """Rank 0's: has the others compute slices for the model of this index."""
+    def tell(self) -> Tell | None:
+        """Rank 0's."""
 
     def least(self, value: int) -> int:
         """Of what all ranks say."""
@@ -146,7 +153,7 @@ class Share:
     size: int
 
     def config(self, name: str) -> ModelConfig:
-        """Of the share, as if it were a model. Only rank 0 has a head: those of the others have no rows.
+        """Of the share, as if it were a model, but with every id. Its head is not tied, for it has a part of the embedding's rows.
 
         Raises: StartupError where the model of this name can't be split so.
         """
@@ -162,7 +169,7 @@ class Share:
             num_heads=whole.num_heads // size,
             num_kv_heads=max(whole.num_kv_heads // size, 1),
             feed_forward_width=whole.feed_forward_width // size,
-            has_tied_head=whole.has_tied_head and self.rank == 0,
+            has_tied_head=False,
         )
 
     def span(self, name: str) -> tuple[int, int, int] | None:
@@ -182,8 +189,9 @@ class Share:
                 return 0, self.rank * wide, (self.rank + 1) * wide
             case "down":
                 return 1, self.rank * wide, (self.rank + 1) * wide
-            case "head" if self.rank:
-                return 0, 0, 0
+            case "head":
+                rows = -(-whole.vocab_size // size)  # of the last ranks fewer, maybe none
+                return 0, min(self.rank * rows, whole.vocab_size), min((self.rank + 1) * rows, whole.vocab_size)
         return None
 
 
@@ -211,14 +219,11 @@ def _can_split(config: ModelConfig, size: int) -> bool:
     return config.num_heads % size == 0 and has_whole_groups and config.feed_forward_width % size == 0
 
 
-# --- rank 0's runner ------------------------------------------------------------------------------------------------------------------
+# --- what rank 0 does, and what the others do with it ---------------------------------------------------------------------------------
 
 
 class Leader:
-    """Rank 0's runner: has the others compute what its own does. Only `forward` makes sums, so the rest is the runner's own.
-
-    A step that fails halfway leaves the ranks waiting for different sums, so it is the end of all of them.
-    """
+    """Rank 0's runner: has the others compute what its own does. `gather_head` has done so for what it samples and reads."""
 
     def __init__(self, runner: Runner, tell: Callable[[tuple[Slice, ...]], None], give_up: Callable[[str], None]) -> None:
         self.runner = runner
@@ -227,15 +232,10 @@ class Leader:
 
     def forward(self, plan: StepPlan) -> Handle:
         """As `Runner.forward`."""
-        try:
+        with _together(self._give_up):
             if plan.slices:
                 self._tell(plan.slices)
             return self.runner.forward(plan)
-        except Exception:
-            log.exception("step %d failed on rank 0", plan.step_id)
-            time.sleep(_CAUSE_S)
-            self._give_up("a step failed, and the ranks of a split model can't go on after that")
-            raise
 
     def sample(self, handle: Handle, masks: NDArray[np.int32] | None = None) -> list[Drawn]:
         return self.runner.sample(handle, masks)
@@ -250,4 +250,65 @@ class Leader:
 def lead(runner: Runner, model_index: int, peers: Peers) -> Runner | Leader:
     """The runner as its rank uses it."""
     tell = peers.tell
-    return runner if tell is None else Leader(runner, lambda slices: tell(model_index, slices), peers.give_up)
+    return runner if tell is None else Leader(runner, lambda slices: tell(model_index, slices, 0), peers.give_up)
+
+
+def gather_head(model: Transformer, model_index: int, peers: Peers) -> None:
+    """Mutates: rank 0's model, whose logits are from now on those of all ranks' heads."""
+    tell = peers.tell
+    if tell is None:
+        return
+    ops, head, rows = model.ops, model.head, -(-model.config.vocab_size // peers.size)
+
+    def linear(x: Tensor, weight: Weight) -> Tensor:
+        if weight is not head:
+            return ops.linear(x, weight)
+        with _together(peers.give_up):
+            tell(model_index, (), len(x))
+            dist.broadcast(_as_sent(x), 0)
+            part = _part_of_logits(ops.linear(x, head), rows)
+            parts = [torch.empty_like(part) for _ in range(peers.size)]
+            dist.gather(part, parts, 0)
+            return torch.cat(parts, dim=1)[:, : model.config.vocab_size]
+
+    fine = FineOps(**{field.name: getattr(ops, field.name) for field in fields(FineOps)})
+    model.ops = replace(ops, linear=linear, draw=compose(ops.name, replace(fine, linear=linear)).draw)
+
+
+def follow(runner: Runner, slices: tuple[Slice, ...], num_rows: int) -> None:
+    """What rank 0 has told this one: slices to compute, or a number of rows of its hidden states, whose logits it gathers.
+
+    Mutates: the K/V pool, at the slices' slots.
+    """
+    if slices:
+        runner.forward(StepPlan(0, slices, samples=()))
+        return
+    model = runner.model
+    with torch.inference_mode():
+        x = torch.empty((num_rows, model.config.width), dtype=model.dtype, device=runner.device)
+        sent = _as_sent(x)
+        dist.broadcast(sent, 0)
+        rows = -(-model.config.vocab_size // dist.get_world_size())
+        dist.gather(_part_of_logits(model.ops.linear(sent.to(x.dtype), model.head), rows), None, 0)
+
+
+def _part_of_logits(part: Tensor, rows: int) -> Tensor:
+    """[R, rows] of a rank's ids as they are sent, with zeros behind them where it has fewer."""
+    return _as_sent(F.pad(part, (0, rows - part.shape[1])))
+
+
+def _as_sent(x: Tensor) -> Tensor:
+    """gloo sends float32; all that a model computes fits into it exactly."""
+    return (x.float() if x.device.type == "cpu" else x).contiguous()
+
+
+@contextmanager
+def _together(give_up: Callable[[str], None]) -> Iterator[None]:
+    """Around what all ranks do at once: a failure leaves them waiting for different things, so it is the end of all of them."""
+    try:
+        yield
+    except Exception:
+        log.exception("a step failed on rank 0")
+        time.sleep(_CAUSE_S)
+        give_up("a step failed, and the ranks of a split model can't go on after that")
+        raise

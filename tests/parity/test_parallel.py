@@ -202,7 +202,7 @@ def test_over_http(tmp_path: Path) -> None:
         found.append(httpx.post(f"{url}/v1/images/generations", json=image, timeout=60).raise_for_status().json()["data"][0]["b64_json"])
         return found
 
-    arguments = [NANO, "--dtype", "float32", "--data-dir", "off", "--threads", "2"]
+    arguments = [NANO, "--dtype", "float32", "--data-dir", "off", "--threads", "1"]
     with serving("", arguments) as (url, _):
         want = ask(url)
     with serving("", [*arguments, "--tensor-parallel", "2"]) as (url, _):

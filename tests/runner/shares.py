@@ -111,12 +111,11 @@ def build_shares(config: ModelConfig, source: WeightSource, size: int, precision
 
 
 def run_together(models: Sequence[Transformer], cuts: Sequence[Sequence[int]]) -> Tensor:
-    """Logits float32 [T, V] of rank 0 for one sequence, step by step."""
+    """Logits float32 [T, V], put together from those of each rank's ids, for one sequence, step by step."""
 
-    def run(model: Transformer) -> list[Tensor]:
+    def run(model: Transformer) -> Tensor:
         steps = Steps(model)
-        return [steps.run([(0, cut)])[0] for cut in cuts]
+        return torch.cat([steps.run([(0, cut)])[0] for cut in cuts])
 
     with ThreadPoolExecutor(len(models)) as pool:
-        parts, *_ = pool.map(run, models)
-    return torch.cat(parts)
+        return torch.cat(list(pool.map(run, models)), dim=1)
