@@ -44,7 +44,6 @@ TIMEOUT = timedelta(minutes=5)
 # In which whoever watches the ranks tells the cause of a failed step, where that is the end of one.
 _CAUSE_S = 1.0
 
-
 Tell = Callable[[int, tuple[Slice, ...], int], None]
 """Has the other ranks `follow`: for the model of this index these slices, or, without any, so many rows of logits."""
 
@@ -125,7 +124,6 @@ def split_ops(ops: Ops, add_up: Callable[[Tensor], Tensor]) -> Ops:
 
     `out_mlp` is the composition of the back end's fine ops, for a fused one has no place for a sum.
     """
-    fine = FineOps(**{field.name: getattr(ops, field.name) for field in fields(FineOps)})
 
     @cache
     def composed(weights: LayerWeights) -> Callable[[Tensor, Tensor, LayerWeights], tuple[Tensor, Tensor]]:
@@ -133,12 +131,16 @@ def split_ops(ops: Ops, add_up: Callable[[Tensor], Tensor]) -> Ops:
             product = ops.linear(x, weight)
             return product if weight is weights.gate_up else add_up(product)
 
-        return compose(ops.name, replace(fine, linear=linear)).out_mlp
+        return compose(ops.name, replace(_fine(ops), linear=linear)).out_mlp
 
     def out_mlp(y: Tensor, residual: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
         return composed(weights)(y, residual, weights)
 
     return replace(ops, out_mlp=out_mlp)
+
+
+def _fine(ops: Ops) -> FineOps:
+    return FineOps(**{field.name: getattr(ops, field.name) for field in fields(FineOps)})
 
 
 # --- shares ---------------------------------------------------------------------------------------------------------------------------
@@ -190,8 +192,8 @@ class Share:
             case "down":
                 return 1, self.rank * wide, (self.rank + 1) * wide
             case "head":
-                rows = -(-whole.vocab_size // size)  # of the last ranks fewer, maybe none
-                return 0, min(self.rank * rows, whole.vocab_size), min((self.rank + 1) * rows, whole.vocab_size)
+                count = _ids_of_a_rank(whole.vocab_size, size)
+                return 0, min(self.rank * count, whole.vocab_size), min((self.rank + 1) * count, whole.vocab_size)
         return None
 
 
@@ -258,7 +260,7 @@ def gather_head(model: Transformer, model_index: int, peers: Peers) -> None:
     tell = peers.tell
     if tell is None:
         return
-    ops, head, rows = model.ops, model.head, -(-model.config.vocab_size // peers.size)
+    ops, head, vocab_size = model.ops, model.head, model.config.vocab_size
 
     def linear(x: Tensor, weight: Weight) -> Tensor:
         if weight is not head:
@@ -266,13 +268,12 @@ def gather_head(model: Transformer, model_index: int, peers: Peers) -> None:
         with _together(peers.give_up):
             tell(model_index, (), len(x))
             dist.broadcast(_as_sent(x), 0)
-            part = _part_of_logits(ops.linear(x, head), rows)
+            part = _as_sent(_filled(ops.linear(x, head), vocab_size, peers.size))
             parts = [torch.empty_like(part) for _ in range(peers.size)]
             dist.gather(part, parts, 0)
-            return torch.cat(parts, dim=1)[:, : model.config.vocab_size]
+            return torch.cat(parts, dim=1)[:, :vocab_size].contiguous()
 
-    fine = FineOps(**{field.name: getattr(ops, field.name) for field in fields(FineOps)})
-    model.ops = replace(ops, linear=linear, draw=compose(ops.name, replace(fine, linear=linear)).draw)
+    model.ops = replace(ops, linear=linear, draw=compose(ops.name, replace(_fine(ops), linear=linear)).draw)
 
 
 def follow(runner: Runner, slices: tuple[Slice, ...], num_rows: int) -> None:
@@ -288,13 +289,18 @@ def follow(runner: Runner, slices: tuple[Slice, ...], num_rows: int) -> None:
         x = torch.empty((num_rows, model.config.width), dtype=model.dtype, device=runner.device)
         sent = _as_sent(x)
         dist.broadcast(sent, 0)
-        rows = -(-model.config.vocab_size // dist.get_world_size())
-        dist.gather(_part_of_logits(model.ops.linear(sent.to(x.dtype), model.head), rows), None, 0)
+        part = _filled(model.ops.linear(sent.to(x.dtype), model.head), model.config.vocab_size, dist.get_world_size())
+        dist.gather(_as_sent(part), None, 0)
 
 
-def _part_of_logits(part: Tensor, rows: int) -> Tensor:
-    """[R, rows] of a rank's ids as they are sent, with zeros behind them where it has fewer."""
-    return _as_sent(F.pad(part, (0, rows - part.shape[1])))
+def _ids_of_a_rank(vocab_size: int, size: int) -> int:
+    """At most: the last ranks may have fewer, or none."""
+    return -(-vocab_size // size)
+
+
+def _filled(logits_RV: Tensor, vocab_size: int, size: int) -> Tensor:
+    """Of a rank's ids, with zeros behind them where it has fewer than the others."""
+    return F.pad(logits_RV, (0, _ids_of_a_rank(vocab_size, size) - logits_RV.shape[1]))
 
 
 def _as_sent(x: Tensor) -> Tensor:
