@@ -174,6 +174,39 @@ def test_a_killed_rank_ends_every_request(tmp_path: Path, number: signal.Signals
 
 
 @pytest.mark.long
+def test_the_death_of_the_engine_leaves_no_rank(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "it", "llama")
+
+    async def scenario() -> None:
+        async with engine(load_of(folder, 2)) as client:
+            stream = client.submit(generate("a", TOKENS[:5], model="it", max_tokens=90))
+            assert client._process is not None
+            client._process.kill()
+            assert (await collect(stream))[-1].finish == "error"
+
+    run(scenario())
+
+
+@pytest.mark.long
+def test_a_rank_that_stands_still_is_a_stall(tmp_path: Path) -> None:
+    """Nothing ends while it does; when it goes on, so does everything, with the same ids."""
+    folder = write_folder(tmp_path / "it", "llama")
+
+    async def scenario() -> None:
+        async with engine(load_of(folder, 2)) as client:
+            (want,) = [tokens(await collect(client.submit(generate("a", TOKENS[:5], model="it", max_tokens=40))))]
+            (follower,) = followers_of(client)
+            follower.suspend()
+            stream = client.submit(generate("b", TOKENS[:5], model="it", max_tokens=40))
+            await until(lambda: client.health().state == "stalled")
+            follower.resume()
+            assert tokens(await collect(stream)) == want
+            await until(lambda: client.health().state == "ready")
+
+    run(scenario())
+
+
+@pytest.mark.long
 def test_what_can_not_be_split_ends_the_start(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "it", "llama")
 

@@ -19,6 +19,7 @@ from service.errors import StartupError
 from service.model.config import ModelConfig, expected_shapes
 from service.model.transformer import Precision, Transformer, build_transformer
 from service.model.weights import FileTensor, WeightSource, open_weights
+from service.runner import parallel
 from service.runner.kv_cache import KVCache, partition_layers
 from service.runner.parallel import Leader, Share, ShareSource
 from service.runner.runner import Runner
@@ -170,6 +171,36 @@ def test_a_gguf_file_is_read_in_the_same_parts(tmp_path: Path) -> None:
     assert torch.equal(down, source.get("layers.0.down")[:, config.feed_forward_width // 2 :])
     assert down.untyped_storage().nbytes() == down.numel() * down.itemsize
     assert torch.equal(parts.get("final_norm"), source.get("final_norm"))
+
+
+class SomePeers:
+    rank, size, port, listen_fd, tell = 1, 4, 999, None, None
+
+    def least(self, value: int) -> int:
+        return value
+
+    def give_up(self, message: str) -> None:
+        raise AssertionError(message)
+
+
+def test_on_gpus_each_rank_has_its_own_and_nccl_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls alone: what they do needs two GPUs (`tests/parity/test_parallel.py`)."""
+    seen: dict[str, Any] = {}
+    environment = {"NCCL_SOCKET_IFNAME": "eth7"}
+    monkeypatch.setattr(parallel.os, "environ", environment)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.update(current=device))
+    monkeypatch.setattr(parallel.dist, "TCPStore", lambda *arguments, **keywords: ("store", *arguments[:4]))
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend, **keywords: seen.update(backend=backend, **keywords))
+    monkeypatch.setattr(parallel.atexit, "register", lambda work: None)
+    assert parallel.join(SomePeers(), torch.device("cuda")) == seen["current"] == seen["device_id"] == torch.device("cuda:1")
+    assert (seen["backend"], seen["rank"], seen["world_size"]) == ("nccl", 1, 4)
+    assert seen["store"] == ("store", "127.0.0.1", 999, 4, False)
+    assert environment["NCCL_SOCKET_IFNAME"] == "eth7"
+    assert environment["GLOO_SOCKET_IFNAME"].startswith("lo")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(StartupError, match="--tensor-parallel 4 needs as many GPUs, and torch finds 3"):
+        parallel.join(SomePeers(), torch.device("cuda"))
 
 
 def test_a_step_that_fails_on_rank_0_is_the_end_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
