@@ -81,6 +81,7 @@ class Arms:
         self.models = {
             "everything": Model(whole, blocks, shape),
             "layers not fused: a call for each kernel": Model(unfused(whole), blocks, shape),
+            "layers in calls of their own, three each": Model(replace(whole, stack=None), blocks, shape),
             "head not fused: all logits written": Model(replace(whole, draw=unfused(whole).draw), blocks, shape),
             "products by PyTorch, unpacked (float32)": Model(with_torch_products(whole), blocks, shape),
             "attention by PyTorch, sequence by sequence": Model(replace(whole, attend=REFERENCE_FINE_OPS.attend), blocks, shape),

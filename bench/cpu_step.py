@@ -108,11 +108,7 @@ class Model:
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor, batch: PagedBatch, sampled: torch.Tensor) -> torch.Tensor:
         x = self.ops.embed(ids, self.table, torch.float32)
-        residual = None
-        for layer, kv in zip(self.layers, self.kvs(batch), strict=True):
-            q, residual = self.ops.qkv(x, residual, layer, positions, kv)
-            x, residual = self.ops.out_mlp(self.ops.attend(q, kv, layer.spec.attention), residual, layer)
-        assert residual is not None
+        x, residual = self.ops.layers(x, self.layers, positions, self.kvs(batch))
         return self.ops.rms_norm(x[sampled], residual[sampled], self.norm, 1e-5)[0]
 
 

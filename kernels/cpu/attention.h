@@ -1,10 +1,9 @@
 // Paged attention over all sequences of a step: online softmax over tiles of 64 keys, float32 sums, grouped heads share a tile.
 // Tiles and splits lie at absolute positions and every query walks through them in the same order, so a query's result depends
 // neither on how its prompt was cut nor on its neighbours, and decode is the same code as prefill. Included by isa_*.cpp.
-// One file of more than 350 lines, because all of it is one loop nest: tile, split, item, merge, and the fetching ahead between them.
 // Source: Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022 (tiles); Dao et al. 2023 (splits).
 #pragma once
-#include "tiles.h"
+#include "whole.h"
 
 namespace {
 
@@ -52,6 +51,13 @@ void attend_split(const AttentionCall& call, const Item& item, const Item* next,
             const int64_t first = next->first_split * kSplit;
             list_tile<T>(call, *next, other, first, least(kTile, other.last + 1 - first), ahead);
         }
+#if defined(BRAID_AVX512)
+        if constexpr (sizeof(T) == 1) {
+            attend_whole(call, item, sight, rows, base, count, desk, ahead);
+            ahead.flush();
+            continue;
+        }
+#endif
         if (is_direct(call, item, sight, base, count)) {
             attend_direct<T>(call, item, sight, rows, base, count, desk, ahead);
             ahead.flush();
@@ -76,6 +82,10 @@ void attend_item(const AttentionCall& call, const Item& item, const Item* next, 
     const int64_t stride = call.num_heads * width, from = start * stride + item.head * group * width;
     for (int64_t row = 0; row < rows; ++row)
         std::memcpy(desk.q + row * width, call.q + from + row / group * stride + row % group * width, static_cast<size_t>(width) * 4);
+#if defined(BRAID_AVX512)
+    if constexpr (sizeof(T) == 1)
+        for (int64_t row = 0; row < rows; ++row) split_query(Whole{call, desk}, row);
+#endif
     clear(desk.total, desk.total_maxima, desk.total_weights, rows, width);
     for (int64_t split = item.first_split; split < item.last_split; ++split) {
         attend_split<T>(call, item, next, sight, rows, split, desk);

@@ -25,7 +25,7 @@ struct Matrix {
 // One decoder layer. A null pointer is an absent part; the matrices are empty (data null) when the weights are dense.
 struct Layer {
     Matrix qkv, out, gate_up, down;
-    const float *attention_norm, *mlp_norm, *qkv_bias, *q_norm, *k_norm, *rotary;
+    const float *attention_norm, *mlp_norm, *qkv_bias, *q_norm, *k_norm, *rotary, *out_norm, *down_norm;
     int64_t num_heads, num_kv_heads, head_width, width, gelu;
     float eps;
 };
@@ -142,6 +142,6 @@ struct Context {
         : table(operations), pool(num_threads, spin_us), of_thread(static_cast<size_t>(pool.size())) {}
     const Table* table;
     Pool pool;
-    Scratch bytes, scales, product, hidden, items, partial, contests;
+    Scratch bytes, scales, product, hidden, items, partial, contests, queries, answers;
     std::vector<Scratch> of_thread;
 };

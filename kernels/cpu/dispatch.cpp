@@ -102,11 +102,24 @@ BRAID_API int braid_qkv(Context* c, const Layer* layer, const KV* kv, const Batc
     return guarded(num_tokens, [&] { c->table->qkv(*c, *layer, *kv, *batch, x, residual, has_residual != 0, positions, q, num_tokens); });
 }
 
-BRAID_API int braid_attend(Context* c, const KV* kv, const Batch* batch, float scale, float softcap, int64_t window, int64_t sink,
-                           int64_t columns, int64_t row_radius, int64_t column_radius, const float* q, float* y, int64_t num_heads,
+BRAID_API int braid_attend(Context* c, const KV* kv, const Batch* batch, const Spec* spec, const float* q, float* y, int64_t num_heads,
                            int64_t num_tokens) {
-    const Spec spec{scale, softcap, window, sink, Near{columns, row_radius, column_radius}};
-    return guarded(num_tokens, [&] { c->table->attend(*c, *kv, *batch, spec, q, y, num_heads, num_tokens); });
+    return guarded(num_tokens, [&] { c->table->attend(*c, *kv, *batch, *spec, q, y, num_heads, num_tokens); });
+}
+
+// Every layer in turn. x: what comes in, and out of the last one; residual: only written.
+BRAID_API int braid_layers(Context* c, int64_t num_layers, const Layer* const* layers, const Spec* specs, const KV* const* pools,
+                           const Batch* const* batches, float* x, float* residual, const int64_t* positions, int64_t num_tokens) {
+    return guarded(num_tokens, [&] {
+        const auto size = static_cast<size_t>(num_tokens * layers[0]->num_heads * layers[0]->head_width) * sizeof(float);
+        auto* q = static_cast<float*>(c->queries.reserve(size));
+        auto* y = static_cast<float*>(c->answers.reserve(size));
+        for (int64_t at = 0; at < num_layers; ++at) {
+            c->table->qkv(*c, *layers[at], *pools[at], *batches[at], x, residual, at > 0, positions, q, num_tokens);
+            c->table->attend(*c, *pools[at], *batches[at], specs[at], q, y, layers[at]->num_heads, num_tokens);
+            c->table->out_mlp(*c, *layers[at], y, residual, x, num_tokens);
+        }
+    });
 }
 
 BRAID_API int braid_out_mlp(Context* c, const Layer* layer, const float* y, float* residual, float* x, int64_t num_tokens) {

@@ -62,6 +62,7 @@ void out_mlp(Context& context, const Layer& layer, const float* y, float* residu
     const Activations a = reserve_activations(context, num_tokens, layer.gate_up);
     parallel_bands(context, a, [&](int64_t row) {
         const int64_t at = row * layer.width;
+        if (layer.out_norm != nullptr) norm_row(sum + at, layer.out_norm, layer.eps, sum + at, layer.width);
         add_norm_quantize(sum + at, residual + at, layer.mlp_norm, layer.eps, sum + at, a, row);
     });
     float* hidden = reserve_floats(context.hidden, num_tokens * layer.down.in);
@@ -70,6 +71,11 @@ void out_mlp(Context& context, const Layer& layer, const float* y, float* residu
     else
         product(context, a, layer.gate_up, GatedStore<false>{layer.gate_up.out / 2, hidden});
     linear(context, layer.down, hidden, x, num_tokens);
+    if (layer.down_norm == nullptr) return;
+    parallel_rows(context, num_tokens, layer.width, [&](int64_t row) {
+        float* of_row = x + row * layer.width;
+        norm_row(of_row, layer.down_norm, layer.eps, of_row, layer.width);
+    });
 }
 
 void embed(Context& context, const Matrix& table, const int64_t* ids, float* out, int64_t num_tokens) {

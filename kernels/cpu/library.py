@@ -24,7 +24,7 @@ class Matrix(ctypes.Structure):
 class Layer(ctypes.Structure):
     _fields_ = (
         *((name, Matrix) for name in ("qkv", "out", "gate_up", "down")),
-        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "qkv_bias", "q_norm", "k_norm", "rotary")),
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "qkv_bias", "q_norm", "k_norm", "rotary", "out_norm", "down_norm")),
         *((name, c_int64) for name in ("num_heads", "num_kv_heads", "head_width", "width", "gelu")),
         ("eps", c_float),
     )
@@ -50,6 +50,13 @@ class Batch(ctypes.Structure):
     )
 
 
+class Spec(ctypes.Structure):
+    _fields_ = (
+        *((name, c_float) for name in ("scale", "softcap")),
+        *((name, c_int64) for name in ("window", "sink", "columns", "row_radius", "column_radius")),
+    )
+
+
 class Draw(ctypes.Structure):
     _fields_ = tuple((name, c_void_p) for name in ("temperature", "top_p", "min_p", "top_k", "seeds", "positions", "mask"))
 
@@ -57,7 +64,8 @@ class Draw(ctypes.Structure):
 _P, _N = c_void_p, c_int64
 _ARGUMENTS = {
     "braid_qkv": (_P, _P, _P, _P, _P, _P, c_int32, _P, _P, _N),
-    "braid_attend": (_P, _P, _P, c_float, c_float, _N, _N, _N, _N, _N, _P, _P, _N, _N),
+    "braid_attend": (_P, _P, _P, _P, _P, _P, _N, _N),
+    "braid_layers": (_P, _N, _P, _P, _P, _P, _P, _P, _P, _N),
     "braid_out_mlp": (_P, _P, _P, _P, _P, _N),
     "braid_linear": (_P, _P, _P, _P, _N),
     "braid_embed": (_P, _P, _P, _P, _N),

@@ -9,14 +9,15 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
-from ctypes import addressof
+from collections.abc import Sequence
+from ctypes import addressof, c_void_p
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kernels.compose import FineOps, compose
-from kernels.cpu.library import KV, Batch, Draw, Layer, Matrix, load
+from kernels.cpu.library import KV, Batch, Draw, Layer, Matrix, Spec, load
 from kernels.cpu.packed import PackedStrips, linear_floats, pack_floats, pack_groups, pack_strips
 from kernels.linear import reference as plain_linear
 from kernels.ops import (
@@ -30,6 +31,7 @@ from kernels.ops import (
     PagedKV,
     Sampled,
     SampleRows,
+    Stack,
     Weight,
 )
 from kernels.reference_ops import REFERENCE_FINE_OPS, reference_ops
@@ -40,7 +42,7 @@ SPIN_US = 50
 # Between two operations of a step lie a few microseconds of Python, between two steps some hundred: spinning covers the former.
 _LANES = 16
 """Head width and feed-forward width must be multiples of this for the compiled attention and the fused feed-forward block."""
-_MOST_KEPT = 1024
+_MOST_POOLS, _MOST_BATCHES = 1024, 32
 _UNSEEN = 2**63 - 1
 _NEEDS_LOGITS = 3
 
@@ -59,7 +61,8 @@ def cpu_ops(isa: str | None = None, num_threads: int | None = None, *, spin_us: 
     native = _Native(library, name, num_threads or torch.get_num_threads(), spin_us)
     fine = FineOps(native.attend, native.linear, native.embed, native.rms_norm, native.kv_write, native.gated, native.sample, native.pack)
     native.composed = compose("cpu", fine)
-    return replace(native.composed, qkv=native.qkv, out_mlp=native.out_mlp, draw=native.draw)
+    stack = Stack((native.qkv, native.attend, native.out_mlp), native.layers)
+    return replace(native.composed, qkv=native.qkv, out_mlp=native.out_mlp, draw=native.draw, stack=stack)
 
 
 def _pack_without_library(weight: Weight) -> Weight:
@@ -99,8 +102,9 @@ class _Native:
         weakref.finalize(self, library.braid_destroy, self._context)
         self.composed = reference_ops()
         self._layers: dict[int, tuple[int, bool, tuple[LayerWeights, Layer]]] = {}
+        self._stacks: dict[tuple[int, int], tuple[ctypes.Array[c_void_p], ctypes.Array[Spec]]] = {}
         self._pools: dict[int, tuple[Tensor, Tensor, KV | None]] = {}
-        self._batch: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Batch] | None = None
+        self._batches: dict[tuple[int, int], tuple[tuple[Tensor | None, ...], Batch]] = {}  # one for each table of a step
 
     # --- coarse -------------------------------------------------------------------------------------------------------------------
 
@@ -131,6 +135,22 @@ class _Native:
         self._check(self._library.braid_out_mlp(self._context, layer, y.data_ptr(), residual.data_ptr(), x.data_ptr(), len(y)))
         return x, residual
 
+    def layers(self, x: Tensor, weights: Sequence[LayerWeights], positions: Tensor, kv: Sequence[PagedKV]) -> tuple[Tensor, Tensor] | None:
+        stack = self._stack(weights)
+        self._trim()
+        places = [place for place in map(self._addresses, kv) if place is not None]
+        if stack is None or len(places) < len(kv) or not _is_native(x):
+            return None
+        x, positions = x.contiguous().clone(), positions.contiguous()
+        residual = torch.empty_like(x)
+        pools, batches = (Pointers(*addresses) for Pointers in (c_void_p * len(places),) for addresses in zip(*places, strict=True))
+        self._check(
+            self._library.braid_layers(
+                self._context, len(places), *stack, pools, batches, x.data_ptr(), residual.data_ptr(), positions.data_ptr(), len(x)
+            )
+        )
+        return x, residual
+
     def draw(self, x: Tensor, head: Weight, rows: SampleRows) -> Sampled:
         strips = _strips(head)
         if strips is None or rows.counts is not None or rows.logprobs or not _is_native(x):
@@ -154,12 +174,10 @@ class _Native:
         q = q.contiguous()
         num_tokens, num_heads, width = q.shape
         y = q.new_empty((num_tokens, num_heads * width))
-        near = spec.neighbourhood
-        radii = (0, 0, 0) if near is None else (near.columns, near.row_radius, near.column_radius)
+        struct = _spec_struct(spec)
         self._check(
             self._library.braid_attend(
-                self._context, *places, spec.scale, spec.softcap, _UNSEEN if spec.window is None else spec.window, spec.sink,
-                *radii, q.data_ptr(), y.data_ptr(), num_heads, num_tokens,
+                self._context, *places, addressof(struct), q.data_ptr(), y.data_ptr(), num_heads, num_tokens,
             )
         )  # fmt: skip
         return y
@@ -258,27 +276,42 @@ class _Native:
             known = self._layers[id(weights)] = (addressof(struct), is_fused, (weights, struct))
         return known[0], known[1]
 
+    def _stack(self, weights: Sequence[LayerWeights]) -> tuple[ctypes.Array[c_void_p], ctypes.Array[Spec]] | None:
+        """Addresses of all layers' structs, and their attention; None where some layer can't be fused."""
+        key = (id(weights[0]), len(weights))
+        known = self._stacks.get(key)
+        if known is None:
+            layers = [self._layer(one) for one in weights]
+            if not all(is_fused and one.spec.head_width % _LANES == 0 for one, (_, is_fused) in zip(weights, layers, strict=True)):
+                return None
+            addresses = (c_void_p * len(layers))(*(address for address, _ in layers))
+            known = self._stacks[key] = addresses, (Spec * len(layers))(*(_spec_struct(one.spec.attention) for one in weights))
+        return known
+
     def _places(self, kv: PagedKV) -> tuple[int, int] | None:
         """Addresses of the structs of the pool and of the step's batch; None for a pool that the kernels can't read."""
+        self._trim()
+        return self._addresses(kv)
+
+    def _trim(self) -> None:
+        """Forgets structs of the past. Never between an address and its use."""
+        for kept, most in ((self._pools, _MOST_POOLS), (self._batches, _MOST_BATCHES)):
+            if len(kept) >= most:
+                kept.clear()
+
+    def _addresses(self, kv: PagedKV) -> tuple[int, int] | None:
         pool = self._pools.get(id(kv.keys))
         if pool is None or pool[1] is not kv.values:
-            if len(self._pools) >= _MOST_KEPT:
-                self._pools.clear()
             pool = self._pools[id(kv.keys)] = (kv.keys, kv.values, _pool_struct(kv))
-        struct = pool[2]
-        if struct is None:
+        if pool[2] is None:
             return None
-        batch, new = self._batch, kv.batch
-        if (
-            batch is None
-            or batch[0] is not new.slots
-            or batch[1] is not new.block_table
-            or batch[2] is not new.query_start
-            or batch[3] is not new.context_len
-            or batch[4] is not new.grid_start
-        ):
-            batch = self._batch = (new.slots, new.block_table, new.query_start, new.context_len, new.grid_start, _batch_struct(new))
-        return addressof(struct), addressof(batch[5])
+        new = kv.batch
+        tensors = (new.slots, new.block_table, new.query_start, new.context_len, new.grid_start)
+        key = (id(new.slots), id(new.block_table))
+        batch = self._batches.get(key)
+        if batch is None or any(known is not given for known, given in zip(batch[0], tensors, strict=True)):
+            batch = self._batches[key] = (tensors, _batch_struct(new))
+        return addressof(pool[2]), addressof(batch[1])
 
 
 class _Rows:
@@ -294,7 +327,16 @@ class _Rows:
 
 def _layer_struct(weights: LayerWeights, matrices: list[Matrix]) -> Layer:
     spec = weights.spec
-    vectors = (weights.attention_norm, weights.mlp_norm, weights.qkv_bias, weights.q_norm, weights.k_norm, weights.rotary)
+    vectors = (
+        weights.attention_norm,
+        weights.mlp_norm,
+        weights.qkv_bias,
+        weights.q_norm,
+        weights.k_norm,
+        weights.rotary,
+        weights.out_norm,
+        weights.down_norm,
+    )
     for vector in vectors:
         if vector is not None and not vector.is_contiguous():
             raise ValueError("norms, biases and the rotary table must be contiguous")
@@ -307,6 +349,12 @@ def _layer_struct(weights: LayerWeights, matrices: list[Matrix]) -> Layer:
         spec.norm_eps,
     )
     return Layer(*matrices, *map(_pointer, vectors), *numbers)
+
+
+def _spec_struct(spec: AttentionSpec) -> Spec:
+    near = spec.neighbourhood
+    radii = (0, 0, 0) if near is None else (near.columns, near.row_radius, near.column_radius)
+    return Spec(spec.scale, spec.softcap, _UNSEEN if spec.window is None else spec.window, spec.sink, *radii)
 
 
 def _pool_struct(kv: PagedKV) -> KV | None:

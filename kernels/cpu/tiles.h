@@ -1,6 +1,6 @@
 // One tile of paged attention, 64 keys of one sequence and head: where they lie, scores, softmax, sums of values. Two ways give the
 // same bits: over a copy in the thread's own memory (any number of queries), and straight from the pool (one query, keys as columns).
-// Included by attention.h, which puts tiles together.
+// Included by attention.h, which puts tiles together. More than 350 lines, because all of it is one loop nest and the fetching ahead in it.
 #pragma once
 #include "lanes.h"
 
@@ -38,9 +38,11 @@ struct Desk {
     float *key_scales, *value_scales;  // [64], of int8 alone
     float *q, *keys, *values, *scores, *sums, *total;  // [R, H], [H, 64], [64, H], [R, 64], [R, H], [R, H]
     float *maxima, *weights, *total_maxima, *total_weights;
+    float *factors, *shares;  // of rows in whole numbers: what a score's count is worth, and a weight's
+    int32_t* excess;          // what a row's sums are too large by
     static int64_t num_lines(int64_t width) { return 2 * kTile * (ceil_div(width * 4, 64) + 1); }
     static size_t bytes(int64_t rows, int64_t width) {
-        const int64_t floats = 3 * rows * width + 2 * kTile * (width + 1) + rows * kTile + 4 * rows;
+        const int64_t floats = 3 * rows * width + 2 * kTile * (width + 1) + rows * kTile + 7 * rows;
         return static_cast<size_t>(floats) * sizeof(float) + static_cast<size_t>(num_lines(width)) * sizeof(void*);
     }
     Desk(void* memory, int64_t rows, int64_t width) {
@@ -51,6 +53,7 @@ struct Desk {
         key_scales = take(kTile), value_scales = take(kTile);
         q = take(rows * width), sums = take(rows * width), total = take(rows * width);
         maxima = take(rows), weights = take(rows), total_maxima = take(rows), total_weights = take(rows);
+        factors = take(rows), shares = take(rows), excess = reinterpret_cast<int32_t*>(take(rows));
     }
 };
 
@@ -260,12 +263,20 @@ void load_tile(const AttentionCall& call, const Item& item, const Sight& sight, 
         for (int64_t h = 0; h < width; h += W) store(desk.values + i * width + h, values[i] != nullptr ? load_number(values[i] + h) : V{});
 }
 
-INLINE V capped(V score, const Spec& spec) {
-    const V s = score * splat(spec.scale);
+INLINE V softcapped(V s, const Spec& spec) {
     if (spec.softcap == 0.0f) return s;
     // tanh(z) = 1 - 2 / (e^2z + 1)
     const V power = exponential(s * splat(2.0f / spec.softcap));
     return splat(spec.softcap) * (splat(1.0f) - splat(2.0f) / (power + splat(1.0f)));
+}
+
+// A row's sums and weights so far, against a new maximum.
+INLINE void rescale(const Desk& desk, int64_t row, float now, int64_t width) {
+    const float factor = exponential_of(desk.maxima[row] - now);
+    desk.weights[row] *= factor;
+    float* sums = desk.sums + row * width;
+    for (int64_t h = 0; h < width; h += W) store(sums + h, load(sums + h) * splat(factor));
+    desk.maxima[row] = now;
 }
 
 // Scores of one row become weights against the running maximum; sums so far are scaled to a new maximum. columns: a multiple of W.
@@ -277,7 +288,7 @@ INLINE void soften(const AttentionCall& call, const Sight& sight, int64_t positi
     const V hidden = splat(kNothing);
     V top = hidden;
     for (int64_t j = 0; j < columns; j += W) {
-        V s = capped(load(scores + j), call.spec);
+        V s = softcapped(load(scores + j) * splat(call.spec.scale), call.spec);
         if (!is_open) {
             const VI key = lane_index() + static_cast<int32_t>(base + j), last = VI{} + static_cast<int32_t>(position);
             const VI is_near = last - key < VI{} + static_cast<int32_t>(least(sight.window, INT32_MAX)), is_sink = key < VI{} + static_cast<int32_t>(sight.sink);
@@ -298,13 +309,7 @@ INLINE void soften(const AttentionCall& call, const Sight& sight, int64_t positi
         store(scores + j, p);
         weight += p;
     }
-    if (now != before) {
-        const float factor = exponential_of(before - now);
-        desk.weights[row] *= factor;
-        float* sums = desk.sums + row * call.width();
-        for (int64_t h = 0; h < call.width(); h += W) store(sums + h, load(sums + h) * splat(factor));
-        desk.maxima[row] = now;
-    }
+    if (now != before) rescale(desk, row, now, call.width());
     desk.weights[row] += sum_lanes(weight);
 }
 

@@ -33,6 +33,7 @@ _DEFAULTS = (
     ("repetition_penalty", "penalty_repeat", 0.01, 100.0),
     ("guidance_scale", "guidance_scale", 0.0, 20.0),
 )
+_USUAL_CONTEXT = {"gemma3_text": 131_072}  # of kinds of models whose published configs leave it out
 CAPTION_QUESTIONS = ("What is this?", "Describe the picture.")
 """How a model is asked for a picture's caption, unless its generation_config.json says otherwise."""
 
@@ -219,6 +220,7 @@ def _codec_from_folder(folder: Path, name: str) -> Codec:
     eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
     tokenizer = tokenizer_from_json(read_json(folder / "tokenizer.json"), tokenizer_config, eos_ids)
     source = _template_source(folder, tokenizer_config)
+    usual = _USUAL_CONTEXT.get(str(text_config.get("model_type")))
     roles = ("bos_token", "eos_token", "unk_token", "pad_token")
     texts = {role: token_text(tokenizer_config[role]) for role in roles if tokenizer_config.get(role)}
     return Codec(
@@ -226,7 +228,7 @@ def _codec_from_folder(folder: Path, name: str) -> Codec:
         tokenizer,
         ChatTemplate(source, texts) if source else None,
         _sampling_defaults(generation, "generation_config.json"),
-        _context(text_config.get("max_position_embeddings"), "max_position_embeddings"),
+        _context(text_config.get("max_position_embeddings", usual), "max_position_embeddings"),
         _pictures(config),
         _caption_questions(generation),
     )

@@ -85,7 +85,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     else:
         raise StartupError(f"the GGUF file's tokenizer is of kind {model!r}; supported are 'gpt2' (byte-level BPE) and 'llama'")
     own = [t for t, kind in zip(tokens, types, strict=True) if kind == TokenType.USER_DEFINED and t]
-    library.add_tokens([AddedToken(text, normalized=False) for text in own])
+    # SentencePiece looks for them behind normalisation, where a space and its sign are one. A prefixed space would get into them.
+    is_normalized = model == "llama" and not metadata.get("tokenizer.ggml.add_space_prefix", True)
+    library.add_tokens([AddedToken(text, normalized=is_normalized) for text in own])
     pieces = _pieces(tokens, special, own, is_byte_level)
     return Tokenizer(pieces, special, _ends_from_gguf(metadata, special, len(tokens), adds_bos), library, library)
 

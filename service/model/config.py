@@ -38,7 +38,9 @@ class LayerAttention:
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """layers holds one `LayerAttention` per decoder layer, so a hybrid local/global model is data. scale None: 1 / sqrt(head_width).
-    pictures: which ids are codes; such a model adds a row's and a column's vector to the embedding of every code."""
+    pictures: which ids are codes; such a model adds a row's and a column's vector to the embedding of every code. has_post_norms: also what
+    attention and the feed-forward block give is normed. embedding_scale: factor on embeddings, but not on the head they may be tied to.
+    norm_offset: what the checkpoint leaves out of its norm weights."""
 
     vocab_size: int
     width: int
@@ -53,6 +55,9 @@ class ModelConfig:
     has_tied_head: bool = False
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
+    has_post_norms: bool = False
+    embedding_scale: float = 1.0
+    norm_offset: float = 0.0
     scale: float | None = None
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
@@ -85,6 +90,7 @@ class ModelConfig:
         per_layer = self.width * (heads + self.num_heads * self.head_width + 3 * self.feed_forward_width + 2)
         per_layer += heads if self.has_qkv_bias else 0
         per_layer += 2 * self.head_width if self.has_qk_norm else 0
+        per_layer += 2 * self.width if self.has_post_norms else 0
         tables = 1 if self.has_tied_head else 2
         grid = self.width * (self.pictures.rows + self.pictures.columns) if self.pictures else 0
         return len(self.layers) * per_layer + tables * self.vocab_size * self.width + self.width + grid
@@ -109,6 +115,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         layer |= {"q_bias": (queries,), "k_bias": (keys,), "v_bias": (keys,)}
     if config.has_qk_norm:
         layer |= {"q_norm": (config.head_width,), "k_norm": (config.head_width,)}
+    if config.has_post_norms:
+        layer |= {"out_norm": (width,), "down_norm": (width,)}
     shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocab_size, width)}
     for index in range(len(config.layers)):
         shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}

@@ -2,6 +2,7 @@
 and a table of names; there is no class and no file per family.
 
 Reads metadata only (GGUF header, config.json), never weights, and needs no torch. Called by the runner's loader and by `braid plan`.
+Long, because the same families come in two kinds of file that say the same in other words.
 """
 
 from __future__ import annotations
@@ -59,7 +60,20 @@ GGUF_NAMES = {
     "layers.{}.up": "blk.{}.ffn_up.weight",
     "layers.{}.down": "blk.{}.ffn_down.weight",
 }
-GGUF_FAMILIES = ("llama", "qwen2", "qwen3")  # Mistral models call themselves llama
+HF_POST_NORM_NAMES = {
+    "layers.{}.out_norm": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.{}.mlp_norm": "model.layers.{}.pre_feedforward_layernorm.weight",
+    "layers.{}.down_norm": "model.layers.{}.post_feedforward_layernorm.weight",
+}
+"""Of a model that norms also behind attention and feed-forward block: one of the usual names means another norm there."""
+GGUF_POST_NORM_NAMES = {
+    "layers.{}.out_norm": "blk.{}.post_attention_norm.weight",
+    "layers.{}.down_norm": "blk.{}.post_ffw_norm.weight",
+}
+HF_TEXT_PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
+"""What stands before the names of a text model inside a larger one, and what is usual."""
+HF_BESIDE_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")  # Mistral models call themselves llama
 GGUF_INTERLEAVED = ("llama",)
 """Families whose query and key rows GGUF stores in the order that a rotary embedding of neighbouring pairs wants."""
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
@@ -165,8 +179,10 @@ def _read_folder(path: Path) -> ModelConfig:
         return _braid_config(values, eos_ids)
     architectures = values.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    if architecture in GEMMA_3:
+        return _gemma_config(values, eos_ids)
     if architecture not in HF_FAMILIES:
-        raise WeightsError(f"the model's architecture is {architecture!r}; supported are {', '.join(HF_FAMILIES)} and {BRAID}")
+        raise WeightsError(f"the model's architecture is {architecture!r}; supported are {', '.join((*HF_FAMILIES, *GEMMA_3))} and {BRAID}")
     return _hf_config(values, HF_FAMILIES[architecture], eos_ids)
 
 
@@ -234,6 +250,77 @@ def _hf_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             original_max_position=whole(rope, "original_max_position_embeddings"),
         )
     raise WeightsError(f"the model's rotary scaling is of kind {kind!r}; supported are linear and llama3")
+
+
+# --- Gemma 3: norms on both sides, local layers with a rotary base of their own ---------------------------------------------------
+
+GEMMA_3 = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
+_GEMMA_3_PATTERN = 6  # every so manieth layer sees everything
+_GEMMA_3_LOCAL_BASE, _GEMMA_3_BASE = 10_000.0, 1_000_000.0
+_GEMMA_3_USUAL: dict[str, Any] = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+"""What published configs leave out. Source: Gemma3TextConfig of transformers."""
+
+
+def _gemma_config(values: Mapping[str, Any], eos_ids: tuple[int, ...]) -> ModelConfig:
+    """Of a text model, or of the text model inside one that also reads pictures."""
+    given = values.get("text_config", values)
+    if not isinstance(given, dict):
+        raise WeightsError("the model's config has a text_config that is not an object")
+    text = _GEMMA_3_USUAL | {key: value for key, value in given.items() if value is not None}
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if text.get(key):
+            raise WeightsError(f"the model's config has {key} = {text[key]!r}, which is not supported")
+    text["hidden_act"] = text["hidden_activation"]
+    whole_rope, local_rope = _gemma_rotary(text)
+    plain = _hf_config(text | whole_rope, (_no_windows, False, True), eos_ids or _ids(text["eos_token_id"]))
+    base, scaling = _hf_rope(local_rope)
+    local = LayerAttention(whole(text, "sliding_window"), rope_base=base, rope_scaling=scaling)
+    every = whole(text, "sliding_window_pattern", whole(text, "_sliding_window_pattern", _GEMMA_3_PATTERN))
+    text.setdefault("layer_types", _layer_types(len(plain.layers), every))
+    windows = _windows_of_types(text, len(plain.layers), 0)
+    return replace(
+        plain,
+        layers=tuple(layer if window is None else local for layer, window in zip(plain.layers, windows, strict=True)),
+        scale=real(text, "query_pre_attn_scalar") ** -0.5,
+        has_post_norms=True,
+        embedding_scale=math.sqrt(plain.width),
+        norm_offset=1.0,
+    )
+
+
+def _layer_types(num_layers: int, every: int) -> list[str]:
+    if every < 1:
+        raise WeightsError(f"the model's config has a pattern of {every} layers; it must be at least 1")
+    return ["sliding_attention" if (index + 1) % every else "full_attention" for index in range(num_layers)]
+
+
+def _gemma_rotary(text: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the layers that see everything, and the local ones, turn by, each as `_hf_rope` reads it: newer configs name both in
+    rope_parameters, older ones have the local base beside the other."""
+    both = text.get("rope_parameters") or {}
+    kinds = both if isinstance(both, dict) else {"full_attention": both}
+    whole_kind, local_kind = (kinds.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
+    scaling = text.get("rope_scaling") or {}
+    if not (isinstance(whole_kind, dict) and isinstance(local_kind, dict) and isinstance(scaling, dict)):
+        raise WeightsError("the model's config has rotary parameters that are not an object for each kind of layer")
+    bases = (real(text, "rope_theta", _GEMMA_3_BASE), real(text, "rope_local_base_freq", _GEMMA_3_LOCAL_BASE))
+    return {"rope_parameters": scaling | whole_kind, "rope_theta": bases[0]}, {"rope_parameters": local_kind, "rope_theta": bases[1]}
 
 
 # --- Braid's own family: text and pictures in one stream, local and global layers ------------------------------------------------
@@ -343,6 +430,12 @@ def read_gguf_config(gguf: GGUFFile) -> ModelConfig:
     base = real(values, "rope.freq_base", 10_000.0)
     window = whole(values, "attention.sliding_window", 0) or None
     attention = LayerAttention(window, rope_base=base, rope_scaling=_gguf_scaling(gguf, values, head_width, base))
+    layers = (attention,) * _num_layers(values, "block_count")
+    scale = real(values, "attention.scale") if values.get("attention.scale") else None
+    if is_gemma := family == "gemma3":
+        layers = _gemma_layers(values, attention, len(layers))
+        if len(layers) == _GEMMA_3_27B_LAYERS:
+            scale = math.sqrt(num_heads / width)
     bos = _ids(gguf.metadata.get("tokenizer.ggml.bos_token_id"))
     eos = [gguf.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     table = gguf.tensors.get(GGUF_NAMES["embedding"])
@@ -353,16 +446,33 @@ def read_gguf_config(gguf: GGUFFile) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=whole(values, "attention.head_count_kv", num_heads),
         head_width=head_width,
-        layers=(attention,) * _num_layers(values, "block_count"),
+        layers=layers,
         max_context=whole(values, "context_length"),
+        activation="gelu_tanh" if is_gemma else "silu",
         norm_eps=real(values, "attention.layer_norm_rms_epsilon"),
         has_tied_head=GGUF_NAMES["head"] not in gguf.tensors,
         has_qkv_bias="blk.0.attn_q.bias" in gguf.tensors,
         has_qk_norm="blk.0.attn_q_norm.weight" in gguf.tensors,
-        scale=real(values, "attention.scale") if values.get("attention.scale") else None,
+        scale=scale,
+        has_post_norms=is_gemma,
+        embedding_scale=math.sqrt(width) if is_gemma else 1.0,
         eos_ids=_ids([each for each in eos if each is not None]),
         bos_id=bos[0] if bos else None,
     )
+
+
+_GEMMA_3_27B_LAYERS = 62  # the one size whose queries are scaled by its width, which no GGUF file says. Source: llama.cpp, llama-model.cpp
+
+
+def _gemma_layers(values: Mapping[str, Any], attention: LayerAttention, num_layers: int) -> tuple[LayerAttention, ...]:
+    """Local and global layers; the latter see everything, and they alone are scaled."""
+    pattern = values.get("attention.sliding_window_pattern", _GEMMA_3_PATTERN)
+    kinds = ["sliding_attention" if each else "full_attention" for each in pattern] if isinstance(pattern, list) else None
+    if kinds is None:
+        kinds = _layer_types(num_layers, whole({"attention.sliding_window_pattern": pattern}, "attention.sliding_window_pattern"))
+    windows = _windows_of_types({"sliding_window": attention.window, "layer_types": kinds}, num_layers, 0)
+    local_base = real(values, "rope.freq_base_swa", _GEMMA_3_LOCAL_BASE)
+    return tuple(replace(attention, window=None) if window is None else LayerAttention(window, rope_base=local_base) for window in windows)
 
 
 def _gguf_scaling(gguf: GGUFFile, values: Mapping[str, Any], head_width: int, base: float) -> RopeScaling | None:

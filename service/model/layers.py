@@ -12,7 +12,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from kernels.ops import LayerWeights, Ops, PagedKV
+from kernels.ops import LayerWeights
 from service.model.config import LayerAttention, RopeScaling
 
 
@@ -40,19 +40,12 @@ def rotary_table(head_width: int, attention: LayerAttention, num_positions: int,
 
 
 class DecoderLayer(nn.Module):
-    """Three coarse ops over one layer's weights. Dense weights are also its parameters, so that an optimiser finds them."""
+    """One layer's weights, which `Ops.layers` works on. The dense ones are also parameters, so that an optimiser finds them."""
 
-    def __init__(self, weights: LayerWeights, ops: Ops) -> None:
+    def __init__(self, weights: LayerWeights) -> None:
         super().__init__()
         self.weights = weights
-        self.ops = ops
         for field in fields(weights):
             value = getattr(weights, field.name)
             if isinstance(value, nn.Parameter):
                 self.register_parameter(field.name, value)
-
-    def forward(self, x_TD: Tensor, residual_TD: Tensor | None, positions_T: Tensor, kv: PagedKV) -> tuple[Tensor, Tensor]:
-        """(output to be added at the next norm [T, D], residual [T, D]). Mutates: kv's keys and values at this step's slots."""
-        q, residual_TD = self.ops.qkv(x_TD, residual_TD, self.weights, positions_T, kv)
-        y = self.ops.attend(q, kv, self.weights.spec.attention)
-        return self.ops.out_mlp(y, residual_TD, self.weights)

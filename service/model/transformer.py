@@ -55,7 +55,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.ops = ops
-        self.layers = nn.ModuleList(DecoderLayer(weights, ops) for weights in layers)
+        self.layers = nn.ModuleList(DecoderLayer(weights) for weights in layers)
+        self.weights = tuple(layers)
         self.final_norm = final_norm
         self.basis = basis
         self.embedding, self.head = tables
@@ -70,8 +71,7 @@ class Transformer(nn.Module):
     @property
     def read_bytes(self) -> int:
         """Bytes of weights that a decode step reads: every matrix once; of the embedding only some rows, unless it is the head too."""
-        weights: list[LayerWeights] = [cast(DecoderLayer, layer).weights for layer in self.layers]
-        matrices = [matrix for layer in weights for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        matrices = [matrix for layer in self.weights for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         return sum(map(_bytes_of, [*matrices, self.head]))
 
     @property
@@ -85,11 +85,15 @@ class Transformer(nn.Module):
 
         Mutates: the keys and values of every layer, at this step's slots.
         """
-        x = self._with_places(self.ops.embed(ids_T, self.embedding, self.dtype), positions_T, kv[0].batch.grid_start)
-        residual: Tensor | None = None
-        for layer, layer_kv in zip(self.layers, kv, strict=True):
-            x, residual = layer(x, residual, positions_T, layer_kv)
-        return x, cast(Tensor, residual)  # a config has at least one layer
+        x = self._with_places(self._embedded(ids_T), positions_T, kv[0].batch.grid_start)
+        return self.ops.layers(x, self.weights, positions_T, kv)
+
+    def _embedded(self, ids_T: Tensor) -> Tensor:
+        x_TD = self.ops.embed(ids_T, self.embedding, self.dtype)
+        if self.config.embedding_scale == 1.0:
+            return x_TD
+        # In the activations' own dtype, as these models were trained: 25.25 and not 25.298 in bfloat16.
+        return x_TD * x_TD.new_full((), self.config.embedding_scale)
 
     def _with_places(self, x_TD: Tensor, positions_T: Tensor, grid_start_T: Tensor | None) -> Tensor:
         """Adds to every code's embedding the vectors of its row and its column."""
@@ -139,20 +143,28 @@ def layer_spec(config: ModelConfig, attention: LayerAttention) -> LayerSpec:
 class Precision:
     """dtype: of activations and dense weights. weights int8: matrices are rotated and quantised per output row, all but the embedding.
     int4: as numbers in groups, those of a GGUF file that has all of them so as they are. Others are rotated and get 4 bits, but 8 in q, k,
-    v and `down`, whose loss is felt most: SmolLM2's bits per byte rise by 2.7 % (docs/models.md), with 4 bits in all by 7."""
+    v and `down`, whose loss is felt most: SmolLM2's bits per byte rise by 2.7 % (docs/models.md), with 4 bits in all by 7.
+    With norms behind attention and feed-forward block nothing can be rotated; there int8 too means numbers in groups (see _Builder)."""
 
     dtype: torch.dtype
     weights: Literal["dense", "int8", "int4"] = "dense"
 
 
 class _Builder:
-    """Reads one model's weights tensor by tensor, so that the whole dense model is never in memory beside the packed one."""
+    """Reads one model's weights tensor by tensor, so that the whole dense model is never in memory beside the packed one.
+
+    Between a post norm's weights and the residual stream there is no matrix that a rotation could be folded into. Scales for every 32
+    numbers keep outliers from costing the others precision too: Gemma 3 270M diverges from float32 by 0.003 nats in groups of 8 bits, by
+    0.030 with a scale a row. A GPU has no product in groups yet, so there it is the latter."""
 
     def __init__(self, config: ModelConfig, source: TensorSource, ops: Ops, precision: Precision, device: torch.device | str) -> None:
         self.config = config
-        has_groups = precision.weights == "int4" and isinstance(source, WeightSource) and source.layers_have_groups(config)
-        self.groups = cast(WeightSource, source) if has_groups else None
-        self.source = source if precision.weights == "dense" or self.groups is not None else RotatedSource(source, config)
+        is_file = isinstance(source, WeightSource)
+        has_groups = precision.weights == "int4" and is_file and cast(WeightSource, source).layers_have_groups(config)
+        is_plain = precision.weights == "dense" or has_groups or config.has_post_norms
+        self.is_grouped = has_groups or (is_plain and precision.weights != "dense" and torch.device(device).type == "cpu")
+        self.groups = cast(WeightSource, source) if self.is_grouped and is_file else None
+        self.source = source if is_plain else RotatedSource(source, config)
         self.ops = ops
         self.precision = precision
         self.device = device
@@ -171,15 +183,17 @@ class _Builder:
         if self.precision.weights == "dense":
             return self.ops.pack(dense.to(device=self.device, dtype=self.precision.dtype).contiguous())
         dense = dense.to(device=self.device, dtype=torch.float32)
-        if self.precision.weights == "int4" and dense.shape[1] % GROUP == 0:
-            return self.ops.pack(quantize_grouped(dense, bits))
+        if (self.precision.weights == "int4" or self.is_grouped) and dense.shape[1] % GROUP == 0:
+            return self.ops.pack(quantize_grouped(dense, bits if self.precision.weights == "int4" else 8))
         return self.ops.pack(quantize_int8(dense))
 
     def tables(self) -> tuple[Weight, Weight]:
         """Embedding and head. A step reads only some rows of the embedding, so beside rotated weights it stays dense, in bfloat16. Of a
         head the file's numbers are kept or 8 bits: it decides between ids that are close."""
-        if self.precision.weights != "dense" and self.groups is None:
-            return self.source.get("embedding").to(device=self.device, dtype=torch.bfloat16), self.matrix("head", bits=8)
+        if self.precision.weights != "dense" and not self.is_grouped:
+            is_one = self.config.has_tied_head and not isinstance(self.source, RotatedSource)
+            table = self.source.get("embedding").to(device=self.device, dtype=torch.bfloat16)
+            return table, self.matrix("embedding" if is_one else "head", bits=8)
         embedding = self.matrix("embedding", bits=8)
         return embedding, embedding if self.config.has_tied_head else self.matrix("head", bits=8)
 
@@ -204,6 +218,8 @@ class _Builder:
             qkv_bias=torch.cat([self.vector(at + name) for name in ("q_bias", "k_bias", "v_bias")]) if config.has_qkv_bias else None,
             q_norm=self.vector(at + "q_norm") if config.has_qk_norm else None,
             k_norm=self.vector(at + "k_norm") if config.has_qk_norm else None,
+            out_norm=self.vector(at + "out_norm") if config.has_post_norms else None,
+            down_norm=self.vector(at + "down_norm") if config.has_post_norms else None,
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,16 @@ from service.checkpoint import GGUFTensor, find_checkpoint, open_gguf, read_json
 from service.errors import WeightsError
 from service.model.config import ModelConfig, expected_shapes
 from service.model.encoder_config import ENCODER_IGNORED, ENCODER_NAMES, ENCODER_PREFIX, EncoderConfig, encoder_shapes
-from service.model.families import GGUF_INTERLEAVED, GGUF_NAMES, GGUF_ROPE_FACTORS, HF_NAMES
+from service.model.families import (
+    GGUF_INTERLEAVED,
+    GGUF_NAMES,
+    GGUF_POST_NORM_NAMES,
+    GGUF_ROPE_FACTORS,
+    HF_BESIDE_TEXT,
+    HF_NAMES,
+    HF_POST_NORM_NAMES,
+    HF_TEXT_PREFIXES,
+)
 
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
 GROUPED_TYPES = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
@@ -92,9 +101,30 @@ def open_weights(path: Path, config: ModelConfig) -> WeightSource:
     """
     checkpoint = find_checkpoint(path)
     shapes = expected_shapes(config)
-    if checkpoint.kind == "folder":
-        return _match(_safetensors(checkpoint.path), HF_NAMES, shapes, SAFETENSORS_TYPES)
-    return _match(_gguf(checkpoint.path, config), GGUF_NAMES, shapes, GGUF_TYPES)
+    if checkpoint.kind == "gguf":
+        names = GGUF_NAMES | (GGUF_POST_NORM_NAMES if config.has_post_norms else {})
+        return _match(_gguf(checkpoint.path, config), names, shapes, GGUF_TYPES)
+    found = _safetensors(checkpoint.path)
+    if not config.has_post_norms:
+        return _match(found, HF_NAMES, shapes, SAFETENSORS_TYPES)
+    source = _match(_of_text(found), HF_NAMES | HF_POST_NORM_NAMES, shapes, SAFETENSORS_TYPES)
+    return WeightSource(
+        {name: _offset(tensor, config.norm_offset) if "norm" in name else tensor for name, tensor in source.tensors.items()}
+    )
+
+
+def _of_text(found: Mapping[str, FileTensor]) -> dict[str, FileTensor]:
+    """The text model's tensors out of those of a model that also reads pictures."""
+    kept = {}
+    for name, tensor in found.items():
+        if not name.startswith(HF_BESIDE_TEXT):
+            prefix = next((each for each in HF_TEXT_PREFIXES if name.startswith(each)), "")
+            kept[HF_TEXT_PREFIXES.get(prefix, "") + name.removeprefix(prefix)] = tensor
+    return kept
+
+
+def _offset(tensor: FileTensor, offset: float) -> FileTensor:
+    return replace(tensor, read=lambda: tensor.read().float() + offset)
 
 
 def open_encoder_weights(path: Path, config: EncoderConfig) -> WeightSource:

@@ -145,6 +145,25 @@ def test_half_a_surrogate_pair_is_refused() -> None:
             BYTE_LEVEL.encode("a\ud800b", allow_special=allow)
 
 
+def test_own_tokens_of_spaces_are_found_where_text_has_spaces_or_their_sign() -> None:
+    """As Gemma has them: runs of spaces, stored as such, in a vocabulary that prefixes none."""
+    plain = sentencepiece_metadata()
+    metadata = sentencepiece_metadata(
+        **{
+            "tokenizer.ggml.tokens": [*plain["tokenizer.ggml.tokens"], "  ", "   ", "\n\n"],
+            "tokenizer.ggml.scores": [*plain["tokenizer.ggml.scores"], -1000.0, -1000.0, -1000.0],
+            "tokenizer.ggml.token_type": [*plain["tokenizer.ggml.token_type"], 4, 4, 4],
+            "tokenizer.ggml.add_space_prefix": False,
+        }
+    )
+    gemma = tokenizer_from_gguf(metadata)
+    ids = {text: index for index, text in enumerate(metadata["tokenizer.ggml.tokens"])}
+    assert gemma.encode("hello  hello") == [ids["hello"], ids["  "], ids["hello"]]
+    assert gemma.encode("   he\n\nhello h") == [ids["   "], ids["he"], ids["\n\n"], ids["hello"], ids["\u2581h"]]
+    assert gemma.encode("he \u2581 h") == [ids["he"], ids["   "], ids["h"]], "SentencePiece knows no difference"
+    assert gemma.decode(gemma.encode("  hello\n\n   h")) == "  hello\n\n   h"
+
+
 def test_sentencepiece_ids_equal_those_of_the_equivalent_library_tokenizer() -> None:
     legacy = llama2_library("legacy")
     for text in ["hello", "hello hello", " hello", "he ll", "é", "x hello\nhe", "hhell"]:

@@ -64,6 +64,8 @@ def random_layer(
         qkv_bias=normal(out) if has_bias else None,
         q_norm=1 + normal(head_width) / 4 if has_norms else None,
         k_norm=1 + normal(head_width) / 4 if has_norms else None,
+        out_norm=1 + normal(width) / 4 if has_norms else None,
+        down_norm=1 + normal(width) / 4 if has_norms else None,
     )
 
 

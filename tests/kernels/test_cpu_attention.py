@@ -54,7 +54,8 @@ def test_ragged_batches(
     batch, positions = paged_batch([(99, 1), (0, 1), (600, 1), (0, 70), (130, 9), (300, 2)], block_size, num_blocks, generator)
     kv = random_kv(batch, (num_blocks, num_kv_heads, block_size, width), dtype, generator)
     q = torch.randn(len(positions), num_heads, width, generator=generator)
-    torch.testing.assert_close(ops.attend(q, kv, spec), REFERENCE.attend(q, kv, spec), rtol=1e-4, atol=5e-6)
+    atol = 1e-4 if dtype is torch.int8 else 5e-6  # beside int8, queries and weights may be rounded to 1 / 32,639 of a row's largest
+    torch.testing.assert_close(ops.attend(q, kv, spec), REFERENCE.attend(q, kv, spec), rtol=1e-4, atol=atol)
 
 
 def test_hidden_blocks_are_not_read(ops: Ops, generator: torch.Generator) -> None:

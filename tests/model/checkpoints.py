@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import quantize
 
 from service.model.config import LayerAttention, ModelConfig, expected_shapes
-from service.model.families import GGUF_NAMES
+from service.model.families import GGUF_NAMES, GGUF_POST_NORM_NAMES
 
 TINY = ModelConfig(
     vocab_size=96,
@@ -40,7 +40,7 @@ def gguf_name(name: str) -> str:
     if not name.startswith("layers."):
         return GGUF_NAMES[name]
     _, index, part = name.split(".")
-    return GGUF_NAMES["layers.{}." + part].format(index)
+    return (GGUF_NAMES | GGUF_POST_NORM_NAMES)["layers.{}." + part].format(index)
 
 
 def interleave(rows: np.ndarray, num_heads: int) -> np.ndarray:

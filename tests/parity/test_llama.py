@@ -42,6 +42,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 9},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {},
+    "gemma3": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 24,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 2.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    },
 }
 TOKENS = [(7 * i * i + 3 * i + 1) % 131 for i in range(53)]
 OTHER = [(5 * i * i + 11 * i + 2) % 131 for i in range(37)]
@@ -50,9 +59,11 @@ OTHER = [(5 * i * i + 11 * i + 2) % 131 for i in range(37)]
 def build_reference(family: str) -> Any:
     import transformers
 
-    name = {"llama3_scaled": "Llama", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    names = {"llama3_scaled": "Llama", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3"}
+    name = names[family]
     torch.manual_seed(7)
-    config = getattr(transformers, f"{name}Config")(**SIZES, **FAMILIES[family], attn_implementation="eager")
+    kind = f"{name}TextConfig" if name == "Gemma3" else f"{name}Config"
+    config = getattr(transformers, kind)(**SIZES, **FAMILIES[family], attn_implementation="eager")
     model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():  # the default initialisation is so small that wrong attention would not show

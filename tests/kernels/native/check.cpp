@@ -280,6 +280,7 @@ void check_layer(const Machine& m, Finding& f, Random random, int64_t bits, bool
         down(random, width, wide, bits);
     const Floats attention_norm = random.normals(width, 0.25f, 1.0f), mlp_norm = random.normals(width, 0.25f, 1.0f),
                  bias = random.normals(product_size);
+    const Floats out_norm = random.normals(width, 0.25f, 1.0f), down_norm = random.normals(width, 0.25f, 1.0f);
     const Floats q_norm = random.normals(heads.width, 0.25f, 1.0f), k_norm = random.normals(heads.width, 0.25f, 1.0f),
                  rotary = rotary_table(heads.width);
     const Layer layer{qkv.matrix(),
@@ -292,6 +293,8 @@ void check_layer(const Machine& m, Finding& f, Random random, int64_t bits, bool
                       has_more ? q_norm.data() : nullptr,
                       has_more ? k_norm.data() : nullptr,
                       rotary.data(),
+                      has_more ? out_norm.data() : nullptr,
+                      has_more ? down_norm.data() : nullptr,
                       heads.num,
                       heads.num_kv,
                       heads.width,
@@ -337,8 +340,11 @@ void check_layer(const Machine& m, Finding& f, Random random, int64_t bits, bool
         both.insert(both.end(), total.begin(), total.end());
         return both;
     });
-    const auto [normed, sums] = split(rms_norm(m.one(), f, linear(m.one(), f, out, y), &residual, mlp_norm, 1e-5f));
-    Floats expected = linear(m.one(), f, down, gated(m.one(), f, linear(m.one(), f, gate_up, normed), wide, has_more));
+    const auto after = [&](const Floats& numbers, const Floats& norm) {
+        return has_more ? split(rms_norm(m.one(), f, numbers, nullptr, norm, 1e-5f)).first : numbers;
+    };
+    const auto [normed, sums] = split(rms_norm(m.one(), f, after(linear(m.one(), f, out, y), out_norm), &residual, mlp_norm, 1e-5f));
+    Floats expected = after(linear(m.one(), f, down, gated(m.one(), f, linear(m.one(), f, gate_up, normed), wide, has_more)), down_norm);
     expected.insert(expected.end(), sums.begin(), sums.end());
     f.expect(found == expected, "out_mlp differs from its parts");
 }

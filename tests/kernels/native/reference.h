@@ -94,6 +94,7 @@ inline bool is_seen(const Spec& spec, int64_t query, int64_t key, int64_t grid_s
 }
 
 // Scores with errors of some 2^-20 of the products' size, and values of at most some units: 1e-5 is twice the largest error seen.
+// Beside int8, queries and weights may be rounded to 1 / 32,639 of a row's largest: some 5e-5 of a score, and of what it weighs.
 inline Expected attention_of(const Paged& pool, const Step& step, const std::vector<Slice>& slices, const Spec& spec, const Floats& q,
                              int64_t num_heads) {
     Expected result;
@@ -117,7 +118,7 @@ inline Expected attention_of(const Paged& pool, const Step& step, const std::vec
                     weight += p;
                     for (int64_t h = 0; h < pool.width; ++h) sums[static_cast<size_t>(h)] += p * pool.get(1, slot, of_kv, h);
                 }
-                for (const double sum : sums) result.values.push_back(sum / weight), result.allowed.push_back(1e-5);
+                for (const double sum : sums) result.values.push_back(sum / weight), result.allowed.push_back(pool.bits == 8 ? 1e-4 : 1e-5);
             }
     return result;
 }
