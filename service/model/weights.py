@@ -124,7 +124,7 @@ def _of_text(found: Mapping[str, FileTensor]) -> dict[str, FileTensor]:
 
 
 def _offset(tensor: FileTensor, offset: float) -> FileTensor:
-    return replace(tensor, read=lambda: tensor.read().float() + offset)
+    return replace(tensor, read=lambda: tensor.read().float() + offset, read_part=None)
 
 
 def open_encoder_weights(path: Path, config: EncoderConfig) -> WeightSource:

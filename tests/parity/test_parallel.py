@@ -115,7 +115,7 @@ def test_two_processes_answer_as_one(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("size", [2, 4])
 def test_several_models_answer_as_in_one_process(tmp_path: Path, size: int) -> None:
-    """With two K/V heads or eight, with biases, with norms of queries and keys; at once, so that steps of all of them alternate."""
+    """With two K/V heads or eight, with biases, with norms of many kinds; at once, so that steps of all of them alternate."""
     for family in FILES:
         write_folder(tmp_path / family, family)
     check_ids(tmp_path, size)

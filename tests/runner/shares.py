@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels.ops import select_ops
 from service.model.config import LayerAttention, ModelConfig
+from service.model.families import HF_NAMES, HF_POST_NORM_NAMES, read_config
 from service.model.transformer import Precision, Transformer, build_transformer
-from service.model.weights import WeightSource
+from service.model.weights import WeightSource, open_weights
 from service.runner.parallel import Share, ShareSource, split_ops
 from tests.parity import braid
 from tests.parity.steps import Steps
@@ -37,42 +39,61 @@ CONFIGS: dict[str, ModelConfig] = {
     "llama": LLAMA,
     "qwen2": replace(LLAMA, has_qkv_bias=True, has_tied_head=True),
     "qwen3": replace(LLAMA, has_qk_norm=True, num_kv_heads=8),
+    "gemma3": replace(
+        LLAMA, has_qk_norm=True, has_post_norms=True, has_tied_head=True, embedding_scale=8.0, norm_offset=1.0, activation="gelu_tanh"
+    ),
     "braid": replace(braid.CONFIG, num_heads=8),
 }
 TOKENS = [(7 * i * i + 3 * i + 1) % 131 for i in range(53)]
 STREAMS = {name: braid.STREAM if name == "braid" else TOKENS for name in CONFIGS}
-# What an HF config calls a family of these; layers alike, for such a file has one window at most.
-FILES: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
-    "llama": (replace(LLAMA, layers=(LayerAttention(),) * 2), {"architectures": ["LlamaForCausalLM"]}),
-    "qwen2": (
-        replace(CONFIGS["qwen2"], layers=(LayerAttention(),) * 2),
-        {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
-    ),
-    "qwen3": (replace(CONFIGS["qwen3"], layers=(LayerAttention(),) * 2), {"architectures": ["Qwen3ForCausalLM"]}),
+# What the config.json of a family says beside the sizes.
+FILES: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "num_key_value_heads": 8},
+    "gemma3": {"architectures": ["Gemma3ForCausalLM"], "query_pre_attn_scalar": 16, "sliding_window": 9, "sliding_window_pattern": 2},
+}
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "hidden_act": "silu",
+    "eos_token_id": 2,
+    "bos_token_id": 1,
 }
 
 
 def write_folder(folder: Path, family: str) -> Path:
     """A random model of a family of `FILES`."""
-    config, values = FILES[family]
-    braid.write_folder(folder, braid.random_weights(config), braid.CONFIG)
-    sizes = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.feed_forward_width,
-        "num_hidden_layers": len(config.layers),
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_width,
-        "max_position_embeddings": config.max_context,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.layers[0].rope_base,
-        "hidden_act": "silu",
-        "eos_token_id": 2,
-        "bos_token_id": 1,
-    }
-    (folder / "config.json").write_text(json.dumps(sizes | values))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(SIZES | FILES[family]))
+    (folder / "model.safetensors").touch()
+    write_weights(folder, read_config(folder))
     return folder
+
+
+def write_weights(folder: Path, config: ModelConfig) -> None:
+    names = HF_NAMES | (HF_POST_NORM_NAMES if config.has_post_norms else {})
+
+    def file_name(name: str) -> str:
+        layer, _, part = name.rpartition(".")
+        return names[f"layers.{{}}.{part}"].format(layer.removeprefix("layers.")) if layer else names[name]
+
+    save_file({file_name(name): tensor for name, tensor in braid.random_weights(config).items()}, folder / "model.safetensors")
+
+
+def source_of(config: ModelConfig, folder: Path) -> WeightSource:
+    """Random weights for a config, from a file."""
+    (folder / "config.json").write_text("{}")
+    write_weights(folder, config)
+    return open_weights(folder, config)
 
 
 class Sums:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.ops import select_ops
 from service.errors import StartupError
-from service.model.config import ModelConfig, expected_shapes
+from service.model.config import expected_shapes
 from service.model.transformer import Precision, Transformer, build_transformer
 from service.model.weights import FileTensor, WeightSource, open_weights
 from service.runner import parallel
@@ -25,15 +25,10 @@ from service.runner.parallel import Leader, Share, ShareSource
 from service.runner.runner import Runner
 from service.scheduling.plan import Slice, StepPlan
 from tests.model import checkpoints
-from tests.parity import braid
-from tests.runner.shares import CONFIGS, LLAMA, STREAMS, build_shares, build_whole, run_together
+from tests.runner.shares import CONFIGS, LLAMA, STREAMS, build_shares, build_whole, run_together, source_of
 
 FLOAT = Precision(torch.float32)
 INT8 = Precision(torch.float32, "int8")
-
-
-def source_of(config: ModelConfig, folder: Path) -> WeightSource:
-    return open_weights(braid.write_folder(folder, braid.random_weights(config), braid.CONFIG), config)
 
 
 def cuts_of(tokens: list[int]) -> list[list[int]]:
@@ -59,16 +54,19 @@ def test_over_the_plain_back_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_int8_shares_lose_no_more_than_the_whole_in_int8(tmp_path: Path, size: int) -> None:
-    """A row of `out` or `down`, and a row of what they multiply, has a scale for each rank's part of it."""
-    source, cuts = source_of(LLAMA, tmp_path), cuts_of(STREAMS["llama"])
-    exact = run_together([build_whole(LLAMA, source, FLOAT)], cuts)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_int8_shares_lose_no_more_than_the_whole_in_int8(tmp_path: Path, name: str, size: int) -> None:
+    """A row of `out` or `down`, and a row of what they multiply, has a scale for each rank's part of it; with post norms they are held in
+    groups of 32 where a part is so many columns wide."""
+    config = CONFIGS[name]
+    source, cuts = source_of(config, tmp_path), cuts_of(STREAMS[name])
+    exact = run_together([build_whole(config, source, FLOAT)], cuts)
 
     def error(models: list[Transformer]) -> float:
         return float((run_together(models, cuts) - exact).square().mean().sqrt())
 
-    whole = error([build_whole(LLAMA, source, INT8)])
-    assert error(build_shares(LLAMA, source, size, INT8)) <= 1.1 * whole
+    whole = error([build_whole(config, source, INT8)])
+    assert error(build_shares(config, source, size, INT8)) <= 1.1 * whole
     assert 0 < whole < 0.2 * float(exact.std())
 
 
