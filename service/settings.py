@@ -49,6 +49,7 @@ class Settings:
     max_sequences: int = 64
     prefix_cache: bool = True
     draft_model: str = ""
+    tensor_parallel: int = 1
     threads: int = 0
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     api_key_file: str = ""
@@ -280,6 +281,12 @@ _OPTIONS = (
         metavar="MODEL",
         show_default="none",
         help="A small model with the same tokens that guesses ahead for the first MODEL; answers stay the same.",
+    ),
+    _option(
+        "--tensor-parallel",
+        "tensor_parallel",
+        type=_number(1, 64),
+        help="Processes that share the matrices and the K/V of each model; on GPUs one each.",
     ),
     _option("--threads", "threads", type=_number(0, 1024), show_default="one per core", help="CPU threads of the engine."),
     _option(

@@ -1,21 +1,20 @@
 """Root of the engine process: `python -m service.worker --fd N`, where N is its end of a socket pair.
 
-Reads top to bottom: mailbox, load, lanes, engine, run. Its settings are the first message. Nothing but the engine client starts it,
+Reads top to bottom: mailbox, ranks, load, lanes, engine, run. Its settings are the first message. Nothing but the engine client starts it,
 and it never outlives the process that did.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import logging
 import os
-import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from service.engine.drafting import Drafting, make_tables
@@ -25,12 +24,13 @@ from service.engine.messages import Failed, Load, ModelInfo, Progress, Ready
 from service.engine.pace import BeatThread
 from service.engine.prompt_pace import PromptPace
 from service.errors import StartupError
+from service.memory import give_memory_back
+from service.ranks import Ranks, bind_life_to_parent
 from service.scheduling.plan import KVGroup
 from service.scheduling.scheduler import Scheduler
 
 log = logging.getLogger("braid.worker")
 
-_PR_SET_PDEATHSIG = 1
 _FLUSH_S = 5.0
 # The client counts what is in flight and refuses there; a second limit here could only refuse what was admitted.
 _NO_LIMIT = 2**62
@@ -76,9 +76,14 @@ def main(arguments: Sequence[str] | None = None, load_models: LoadModels | None 
     load = messages[0]
     logging.getLogger().setLevel(load.log_level.upper())
 
+    ranks: Ranks | None = None
     gc.disable()  # what is imported and loaded stays; walking it again and again cost 0.15 s of torch's 1.3
     try:
-        loaded = (load_models or load_checkpoints)(load, lambda phase, fraction: mailbox.send(Progress(phase, fraction)))
+        if load.tensor_parallel > 1:
+            ranks = Ranks(load, on_lost=partial(end_at_once, mailbox))
+        loaded = (load_models or partial(load_checkpoints, ranks=ranks))(
+            load, lambda phase, fraction: mailbox.send(Progress(phase, fraction))
+        )
         lanes = [build_lane(one, load) for one in loaded]
     except StartupError as error:
         return give_up(mailbox, error.message)
@@ -97,23 +102,19 @@ def main(arguments: Sequence[str] | None = None, load_models: LoadModels | None 
         engine.run()
     except BrokenEngineError as error:
         return give_up(mailbox, error.message)
+    finally:
+        if ranks is not None:
+            ranks.close()
     return 0
 
 
-def bind_life_to_parent() -> None:
-    """Dies with the parent, however that ends, and leaves the answer to Ctrl-C and SIGTERM to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-def load_checkpoints(load: Load, progress: Callable[[str, float], None]) -> Sequence[Loaded]:
-    """The real thing. Imported here, late: it brings torch, which takes seconds and may be broken, and both are worth a message."""
+def load_checkpoints(load: Load, progress: Callable[[str, float], None], ranks: Ranks | None = None) -> Sequence[Loaded]:
+    """The real thing, of which ranks hold a share each. Imported here, late: it brings torch, which takes seconds and may be broken, and
+    both are worth a message."""
     progress("starting", 0.0)
     from service.runner.load import load_models
 
-    return load_models(load, progress)
+    return load_models(load, progress, ranks)
 
 
 def build_lane(loaded: Loaded, load: Load) -> Lane:
@@ -148,19 +149,18 @@ def build_drafting(draft: Loaded, load: Load) -> Drafting:
     )
 
 
-def give_memory_back() -> None:
-    """What loading needed beside the weights goes back to the system: 300 MB of 800 for SmolLM2 in int8, in 40 ms."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
-    if trim is not None:
-        trim(0)
-
-
 def give_up(mailbox: Mailbox, message: str) -> int:
     """Says why on stderr and up the mailbox. Returns the exit status."""
     log.error("%s", message)
     mailbox.send(Failed(message))
     mailbox.flush(_FLUSH_S)
     return 1
+
+
+def end_at_once(mailbox: Mailbox, message: str) -> None:
+    """For a rank's end: the loop may be stuck in a sum that will never come, so nothing waits for it."""
+    give_up(mailbox, message)
+    os._exit(1)
 
 
 if __name__ == "__main__":

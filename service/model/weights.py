@@ -48,12 +48,13 @@ _ROWS_AS_ONE = 16
 @dataclass(frozen=True, slots=True)
 class FileTensor:
     """One tensor as its file describes it; read gives its contents, dense. read_grouped: as the numbers in the file, where they are of
-    `GROUPED_TYPES`."""
+    `GROUPED_TYPES`. read_part: dimension (0 or 1), start and end to that part of it, where a file can be read in parts."""
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], Tensor]
     read_grouped: Callable[[], GroupedWeight] | None = None
+    read_part: Callable[[int, int, int], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,14 @@ class WeightSource:
         if name not in self.tensors:
             raise WeightsError(f"the checkpoint has no {name}")
         return self.tensors[name].read()
+
+    def get_part(self, name: str, dim: int, start: int, end: int) -> Tensor:
+        """Rows (dim 0) or columns (dim 1) start ... end - 1 of a tensor, in memory of their own. A file that can't be read in parts is read
+        whole for it. Raises: WeightsError for an unknown name."""
+        read_part = self.tensors[name].read_part if name in self.tensors else None
+        if read_part is not None:
+            return read_part(dim, start, end)
+        return self.get(name).narrow(dim, start, end - start).clone(memory_format=torch.contiguous_format)
 
     def bits_of(self, name: str) -> int:
         """Of each number, where the file has them in groups; else 0."""
@@ -115,7 +124,7 @@ def _of_text(found: Mapping[str, FileTensor]) -> dict[str, FileTensor]:
 
 
 def _offset(tensor: FileTensor, offset: float) -> FileTensor:
-    return replace(tensor, read=lambda: tensor.read().float() + offset)
+    return replace(tensor, read=lambda: tensor.read().float() + offset, read_part=None)
 
 
 def open_encoder_weights(path: Path, config: EncoderConfig) -> WeightSource:
@@ -277,5 +286,9 @@ def _safetensor(file: Any, name: str) -> FileTensor:
         tensor: Tensor = file.get_tensor(name)
         return tensor.clone()  # else it is the mapped file itself, which somebody may change
 
+    def read_part(dim: int, start: int, end: int) -> Tensor:
+        part: Tensor = piece[start:end] if dim == 0 else piece[:, start:end]
+        return part.clone(memory_format=torch.contiguous_format)
+
     piece = file.get_slice(name)
-    return FileTensor(tuple(piece.get_shape()), str(piece.get_dtype()), read)
+    return FileTensor(tuple(piece.get_shape()), str(piece.get_dtype()), read, read_part=read_part)

@@ -1,6 +1,7 @@
 """From a `Load` message to runners: back end, config, weights, memory budget, K/V pool, warm-up, as one straight line per model.
 
 Called once by `service/worker.py`. Numbers derived here (blocks, dtype) are returned in `ModelInfo`, never written back.
+More than 350 lines, because the line passes the special kinds in turn: draft models, encoders, painters, shares of a split model.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -22,12 +24,14 @@ from service.model.encoder import Encoder, build_encoder
 from service.model.encoder_config import EncoderConfig, read_encoder_config
 from service.model.families import read_config
 from service.model.prepared import Shelf, open_shelf
+from service.model.rotation import TensorSource
 from service.model.transformer import Precision, Transformer, build_transformer
 from service.model.vq_files import FOLDER, read_image_tokenizer
 from service.model.weights import open_encoder_weights, open_weights
 from service.runner.encoder import EncoderRunner
 from service.runner.image_tokenizer import Painter
 from service.runner.kv_cache import KVCache, KVLayout, partition_layers
+from service.runner.parallel import Leader, Peers, Share, ShareSource, add_up, gather_head, join, lead, split_ops
 from service.runner.runner import Runner
 from service.scheduling.plan import KVGroup, Slice, StepPlan
 
@@ -47,7 +51,7 @@ class Loaded:
     """A model that can run: what the engine makes a lane of. draft: another, which guesses ids for it."""
 
     info: ModelInfo
-    runner: Runner | EncoderRunner
+    runner: Runner | EncoderRunner | Leader
     groups: tuple[KVGroup, ...]
     painter: Painter | None = None
     draft: Loaded | None = None
@@ -106,12 +110,16 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Loaded]:
-    """Raises: StartupError or WeightsError with a message fit for people."""
-    if load.threads:
-        torch.set_num_threads(load.threads)
+def load_models(load: Load, progress: Callable[[str, float], None], peers: Peers | None = None) -> list[Loaded]:
+    """peers: the ranks that share each model, None for this process alone. Raises: StartupError or WeightsError with a message fit for
+    people."""
+    if load.threads or peers is not None:
+        torch.set_num_threads(max((load.threads or torch.get_num_threads()) // load.tensor_parallel, 1))
     device = choose_device(load.device)
     ops = select_ops("cpu" if device.type == "cpu" else "triton")
+    rank = 0
+    if peers is not None:
+        rank, device, ops = peers.rank, join(peers, device), split_ops(ops, add_up)
     models: list[_Read] = []
     sources = _sources(load)
     for source in sources:
@@ -120,13 +128,18 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
         def report(fraction: float, before: int = before) -> None:
             progress("weights", (before + fraction) / len(sources))
 
-        models.append(_load_model(source, load, ops, device, report))
+        models.append(_load_model(source, load, ops, device, report, rank))
     if load.draft is not None:
         _check_draft(models[0], models[-1])
-    painters = {one.source.name: painter for one in models if (painter := _load_painter(one.source, one.model, device)) is not None}
+    painting = models if rank == 0 else []
+    painters = {one.source.name: painter for one in painting if (painter := _load_painter(one.source, one.model, device)) is not None}
     held_bytes = sum(one.model.held_bytes for one in models) + sum(painter.held_bytes for painter in painters.values())
     mapped_bytes = sum(one.model.held_bytes for one in models if one.shelf is not None and one.shelf.is_filled)
-    budgets = _kv_budgets(models, load, _kv_budget(load, device, held_bytes, mapped_bytes))
+    kv_bytes = _kv_budget(load, device, held_bytes, mapped_bytes)
+    budgets = _kv_budgets(models, load, kv_bytes if peers is None else peers.least(kv_bytes))
+    if peers is not None:
+        for index, one in enumerate(models):
+            gather_head(cast(Transformer, one.model), index, peers)  # encoders have been refused
     num_threads = torch.get_num_threads()
     loaded: list[Loaded] = []
     for one in models:
@@ -139,6 +152,10 @@ def load_models(load: Load, progress: Callable[[str, float], None]) -> list[Load
     if any(isinstance(one.model, Transformer) and _has_own_products(one.storage, device) for one in models):
         # Our own threads do the work; PyTorch's would spin beside them after each small op (16 rows: 8.7 ms a step instead of 13.4).
         torch.set_num_threads(1)
+    if peers is not None:
+        loaded = [replace(one, runner=lead(cast(Runner, one.runner), index, peers)) for index, one in enumerate(loaded)]
+        if rank:
+            return loaded  # rank 0's warm-up is everybody's
     for number, equipped in enumerate(loaded):
         progress("warm_up", number / len(loaded))
         _warm_up(equipped, load, device)
@@ -181,22 +198,27 @@ class _Read:
     shelf: Shelf | None = None
 
 
-def _load_model(source: ModelSource, load: Load, ops: Ops, device: torch.device, progress: Callable[[float], None]) -> _Read:
+def _load_model(source: ModelSource, load: Load, ops: Ops, device: torch.device, progress: Callable[[float], None], rank: int) -> _Read:
     path = Path(source.path)
     if (encoder := read_encoder_config(path)) is not None:
+        if load.tensor_parallel > 1:
+            raise StartupError(f"{source.name} is an encoder, which --tensor-parallel can't split; serve it by itself")
         storage = choose_encoder_storage(load.dtype)
         weights = open_encoder_weights(path, encoder)
         return _Read(source, build_encoder(encoder, weights, dtype=storage.precision.dtype, device=device, progress=progress), storage)
     config = read_config(path)
     storage = choose_storage(load.dtype, device, load.kv_dtype)
     shelf = None
-    if load.max_prepared_bytes and _has_own_products(storage, device):
+    if load.max_prepared_bytes and load.tensor_parallel == 1 and _has_own_products(storage, device):
         shelf = open_shelf(path, config, repr(storage.precision), Path(load.prepared_folder), load.max_prepared_bytes)
     if load.max_context:
         # Of several models, one with a shorter context keeps its own; of one, it is a mistake.
         is_alone = len(load.models) == 1 and source.name != _DRAFT_NAME
         config = config.with_max_context(load.max_context if is_alone else min(load.max_context, config.max_context))
-    tensors = open_weights(path, config) if shelf is None else shelf
+    tensors: TensorSource | Shelf = open_weights(path, config) if shelf is None else shelf
+    if load.tensor_parallel > 1:
+        share = Share(config, rank, load.tensor_parallel)
+        config, tensors = share.config(source.name), ShareSource(open_weights(path, config), share)
     model = build_transformer(config, tensors, ops, precision=storage.precision, device=device, progress=progress)
     return _Read(source, model, storage, shelf)
 
@@ -238,16 +260,18 @@ def _kv_budgets(models: Sequence[_Read], load: Load, kv_bytes: int) -> dict[str,
 
 def _kv_budget(load: Load, device: torch.device, weight_bytes: int, mapped_bytes: int) -> int:
     if load.memory_bytes:
-        left = load.memory_bytes - weight_bytes
+        share_bytes = load.memory_bytes // load.tensor_parallel
+        left = share_bytes - weight_bytes
         if left <= 0:
+            given = "--memory of" if load.tensor_parallel == 1 else f"each of {load.tensor_parallel} equal parts of --memory,"
             raise StartupError(
-                f"--memory of {load.memory_bytes / 2**20:.0f} MiB does not hold the weights ({weight_bytes / 2**20:.0f} MiB); give more"
+                f"{given} {share_bytes / 2**20:.0f} MiB does not hold the weights ({weight_bytes / 2**20:.0f} MiB); give more"
             )
         return left
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * 0.85)
-    return min(available_bytes(mapped_bytes) // 2, MOST_KV_BYTES_CPU)
+    return min(available_bytes(mapped_bytes) // 2, MOST_KV_BYTES_CPU) // load.tensor_parallel
 
 
 def _equip(source: ModelSource, model: Transformer, load: Load, storage: Storage, kv_bytes: int, painter: Painter | None) -> Loaded:
@@ -268,7 +292,8 @@ def _equip(source: ModelSource, model: Transformer, load: Load, storage: Storage
         vector_width=config.width,
         pictures=config.pictures,
         picture_pixels=painter.pixels_per_code if painter is not None else 0,
-        usual_draft_len=DRAFT_LEN_CPU if _has_own_products(storage, device) else 0,
+        # Of more than two ranks' sums the order depends on the size of the step.
+        usual_draft_len=DRAFT_LEN_CPU if _has_own_products(storage, device) and load.tensor_parallel == 1 else 0,
     )
     return Loaded(info, Runner(model, cache, num_groups=len(layout.groups), device=device), layout.groups, painter)
 
