@@ -26,7 +26,7 @@ from service.model.families import read_config
 from service.model.prepared import SUFFIX, Shelf, open_shelf
 from service.model.transformer import Precision, Transformer, build_transformer
 from tests.model.checkpoints import TINY, random_tensors, write_gguf
-from tests.model.test_gemma3 import CONFIG, write_folder
+from tests.model.test_gemma import CONFIG, write_folder
 from tests.parity.steps import Steps
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason="needs the compiled CPU kernels")
