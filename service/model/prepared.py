@@ -92,7 +92,7 @@ class Shelf:
                 return
             if self._find_place() != self._place:
                 raise OSError("the checkpoint has changed since")
-            _keep(self._place, made)
+            _keep(self._place, dict(sorted(made.items())))  # layers are made side by side: the file depends on no race of theirs
         except Exception as error:
             log.info("prepared weights are not kept for the next start: %s", error)
 
