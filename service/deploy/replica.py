@@ -61,6 +61,11 @@ class Replica:
     def end(self) -> None:
         self._child.end()
 
+    async def close(self) -> None:
+        """Its connections; the server goes on."""
+        if self._client is not None:
+            await self._client.aclose()
+
     def _http(self) -> httpx.AsyncClient:
         """Made where it is used: a client belongs to one event loop. Answers take as long as they take."""
         if self._client is None:
