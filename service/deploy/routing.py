@@ -10,7 +10,7 @@ import hashlib
 import math
 from bisect import bisect
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from service.deploy.affinity import Affinity
 
@@ -22,13 +22,13 @@ class Ring:
     """Places of replicas on a circle of 64-bit numbers. A replica that comes or goes moves only keys of its own."""
 
     def __init__(self, replicas: Iterable[str] = ()) -> None:
-        self._names = tuple(sorted(set(replicas)))
+        self._names = frozenset(replicas)
         places = sorted((_place(f"{name}/{point}"), name) for name in self._names for point in range(_POINTS))
         self._places = [place for place, _ in places]
         self._owners = [name for _, name in places]
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> frozenset[str]:
         return self._names
 
     def walk(self, key: int) -> Iterator[str]:
@@ -42,6 +42,38 @@ class Ring:
                 yield name
             if len(seen) == len(self._names):
                 return
+
+
+class Loads:
+    """Requests of each replica as one router knows them: its own, exactly, and those of other routers as far as it was told.
+
+    A router that knows its own alone sends what others send, too, to replicas that are at their limit: with 16 of them the simulation's
+    99th percentile is ten times that of one.
+    """
+
+    def __init__(self) -> None:
+        self._own: dict[str, set[str]] = {}
+        self._others: dict[str, int] = {}
+
+    def sent(self, name: str, request_id: str) -> None:
+        self._own.setdefault(name, set()).add(request_id)
+
+    def ended(self, name: str, request_id: str) -> None:
+        self._own.get(name, set()).discard(request_id)
+
+    def told(self, name: str, total: int) -> None:
+        """The replica's own count, which holds until it tells another."""
+        self._others[name] = max(total - len(self._own.get(name, ())), 0)
+
+    def of(self, name: str) -> int:
+        return len(self._own.get(name, ())) + self._others.get(name, 0)
+
+    def keep(self, names: Collection[str]) -> None:
+        """Forgets replicas that are gone."""
+        for name in [name for name in self._own if name not in names]:
+            del self._own[name]
+        for name in [name for name in self._others if name not in names]:
+            del self._others[name]
 
 
 class Routing:
@@ -72,8 +104,11 @@ class Routing:
         if not affinity.keys and not affinity.owner:
             return ""
         limit = self.limit(loads)
-        free = {name for name, load in loads.items() if load < limit and name not in full}
-        return self._knowing(affinity.keys, free, loads) or self._next(affinity, free, loads)
+
+        def is_free(name: str) -> bool:
+            return loads.get(name, limit) < limit and name not in full
+
+        return self._knowing(affinity.keys, is_free, loads) or self._next(affinity, is_free, loads)
 
     def record(self, affinity: Affinity, replica: str) -> None:
         """The replica has read that prompt. Mutates: what is remembered."""
@@ -84,21 +119,21 @@ class Routing:
         while len(self._holders) > self._num_remembered:
             self._holders.popitem(last=False)
 
-    def _knowing(self, keys: tuple[int, ...], free: Collection[str], loads: Mapping[str, int]) -> str:
+    def _knowing(self, keys: tuple[int, ...], is_free: Callable[[str], bool], loads: Mapping[str, int]) -> str:
         """The least loaded of those that know the longest beginning."""
         for key in reversed(keys):
-            holders = [name for name in self._holders.get(key, ()) if name in free]
+            holders = [name for name in self._holders.get(key, ()) if is_free(name)]
             if holders:
                 return min(holders, key=loads.__getitem__)
         return ""
 
-    def _next(self, affinity: Affinity, free: Collection[str], loads: Mapping[str, int]) -> str:
+    def _next(self, affinity: Affinity, is_free: Callable[[str], bool], loads: Mapping[str, int]) -> str:
         """The first on the ring with room. Where the beginning is new, its shortest part decides, so that others with the same beginning
         come to the same replica whichever router they meet; else the tenant."""
-        if self._ring.names != tuple(sorted(loads)):
+        if self._ring.names != loads.keys():
             self._ring = Ring(loads)
         place = affinity.keys[0] if affinity.keys else affinity.owner
-        return next((name for name in self._ring.walk(place) if name in free), "")
+        return next((name for name in self._ring.walk(place) if is_free(name)), "")
 
 
 def _place(text: str) -> int:
