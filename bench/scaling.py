@@ -15,7 +15,6 @@ import math
 import random
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ RATES = (0.1, 0.3)  # conversations a second and replica, of four turns each
 SYSTEMS = 10  # system messages a replica
 GOAL_TTFT_S = 2.0
 LOOK_S = 5.0  # between two decisions on the number of replicas
+NUM_ASKED = 4  # replicas, at most
 Choice = Callable[[Fleet, Ask], str]
 
 
@@ -59,15 +59,16 @@ def two_choices(rng: random.Random) -> Choice:
 
 
 class Routed:
-    """Braid's own routing. gates: routers that share nothing, each of which gets its part of the requests. remembers: whether they learn who
-    has read what, or hash alone decides. tell_s: replicas tell every gate how many requests they have so often, and the gate that sends
-    them one at once; 0: never, so that a gate knows its own alone."""
+    """Braid's own routing. gates: routers that share nothing, each of which gets its part of the requests. remembers: whether they learn
+    who has read what, or hash alone decides. tell_s: replicas tell every gate how many requests they have so often; 0: never, so that a gate
+    knows its own alone. asks: a gate asks the replica that it prefers before it sends."""
 
-    def __init__(self, gates: int, remembers: bool, rng: random.Random, tell_s: float = 5.0) -> None:
+    def __init__(self, gates: int, remembers: bool, rng: random.Random, tell_s: float = 5.0, asks: bool = False) -> None:
         self.gates = [(Routing(), Loads()) for _ in range(gates)]
         self._remembers = remembers
         self._rng = rng
         self._tell_s = tell_s
+        self._asks = asks
         self._told_at = 0.0
         self._sent: dict[int, Loads] = {}
 
@@ -75,12 +76,16 @@ class Routed:
         if self._tell_s and fleet.now >= self._told_at + self._tell_s:
             self._tell(fleet)
         routing, known = self._rng.choice(self.gates)
-        loads = {name: known.of(name) for name in fleet.replicas}
-        name = routing.prefer(ask.affinity, loads) or self._rng.choice(tuple(loads))
+        known.keep(fleet.replicas.keys())
+        loads = known.by_name
+        for _ in range(NUM_ASKED if self._asks else 1):
+            name = routing.prefer(ask.affinity, loads) or self._rng.choice(tuple(loads))
+            if self._asks:
+                known.told(name, fleet.replicas[name].num_in_flight)
+                if loads[name] < routing.limit(loads):
+                    break
         if self._remembers:
             routing.record(ask.affinity, name)
-        if self._tell_s:
-            known.told(name, fleet.replicas[name].num_in_flight)
         known.sent(name, str(id(ask)))
         self._sent[id(ask)] = known
         return name
@@ -91,7 +96,6 @@ class Routed:
     def _tell(self, fleet: Fleet) -> None:
         self._told_at = fleet.now
         for _, known in self.gates:
-            known.keep(fleet.replicas.keys())
             for name, replica in fleet.replicas.items():
                 known.told(name, replica.num_in_flight)
 
@@ -102,8 +106,9 @@ def choices(seed: int) -> dict[str, Choice]:
         "least loaded of two": two_choices(random.Random(seed)),
         "hash, bounded": Routed(1, False, random.Random(seed)),
         "prefix-aware": Routed(1, True, random.Random(seed)),
-        "prefix-aware, 16 gates": Routed(16, True, random.Random(seed)),
-        "the same, gates blind": Routed(16, True, random.Random(seed), tell_s=0.0),
+        "16 gates that ask": Routed(16, True, random.Random(seed), asks=True),
+        "16 gates that are told": Routed(16, True, random.Random(seed)),
+        "16 blind gates": Routed(16, True, random.Random(seed), tell_s=0.0),
     }
 
 
@@ -202,12 +207,13 @@ def day(now: float, length_s: float, peak: float) -> float:
 
 
 def scale(machine: Machine, length_s: float, peak: float, high: int) -> list[dict[str, Any]]:
-    goal = Goal(requests=8.0, low=2, high=high, calm_s=180.0)
+    goal = Goal(requests=4.0, low=2, high=high, calm_s=180.0)
     plans: list[tuple[str, Goal, float]] = [
-        ("as many as the peak needs", dataclasses.replace(goal, low=high), machine.start_s),
-        ("scaled, start as measured", goal, machine.start_s),
-        ("scaled, start in 60 s", goal, 60.0),
-        ("scaled, no calm", dataclasses.replace(goal, calm_s=LOOK_S), machine.start_s),
+        ("as many as there can be", dataclasses.replace(goal, low=high), machine.start_s),
+        ("4 requests each", goal, machine.start_s),
+        ("8 requests each", dataclasses.replace(goal, requests=8.0), machine.start_s),
+        ("4 each, start in 60 s", goal, 60.0),
+        ("4 each, no calm", dataclasses.replace(goal, calm_s=LOOK_S), machine.start_s),
     ]
     rows = []
     for name, wanted, start_s in plans:
@@ -266,7 +272,7 @@ def main(sizes: tuple[int, ...], rates: tuple[float, ...], quick: bool, json_pat
         for rate in rates
         for size in sizes
         if size <= 100 or not quick
-        for row in compare(machine, size, rate, warm_s=120 * part, measured_s=240 * part)
+        for row in compare(machine, size, rate, warm_s=60 * part, measured_s=120 * part)
     ]
     scaling = scale(machine, length_s=3600 * part, peak=4.0, high=20)
     if json_path is not None:

@@ -88,7 +88,7 @@ def serve(**values: Any) -> None:
 @click.option("--gpus", type=click.FloatRange(0), default=0.0, show_default=True, show_envvar=True, help="GPUs of each replica.")
 @click.option("--host", default="127.0.0.1", show_default=True, show_envvar=True, help="Address that every node listens on.")
 @click.option("--port", type=click.IntRange(1, 65_535), default=8000, show_default=True, show_envvar=True, help="Port of every node.")
-@click.option("--goal-requests", type=click.FloatRange(1), default=32.0, show_default=True, help="Requests a replica, for their number.")
+@click.option("--goal-requests", type=click.FloatRange(1), default=16.0, show_default=True, help="Requests a replica, for their number.")
 @click.option("--max-requests", type=click.IntRange(1), default=96, show_default=True, help="Requests that a replica takes at once.")
 @click.option("--max-queue", type=click.IntRange(1), default=1024, show_default=True, help="Requests that wait at a gate; more get 429.")
 @click.option("--gates", type=click.IntRange(1), default=1, show_default=True, help="Processes that requests pass on their way.")

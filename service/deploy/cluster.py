@@ -50,7 +50,7 @@ class ServedReplica:
 
     def record_routing_stats(self) -> dict[str, float]:
         use = self._replica.use
-        return {"kv_use": use.kv, "running": use.running, "waiting": use.waiting}
+        return {"kv_use": use.kv}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         return self.record_routing_stats()
@@ -149,7 +149,11 @@ def application(plan: Plan) -> Any:
                 "policy_kwargs": {"requests": plan.goal_requests, "calm_s": plan.calm_s},
             },
         },
-        request_router_config={"request_router_class": "service.deploy.router:PrefixRouter", "request_routing_stats_period_s": _HEALTH_S},
+        request_router_config={
+            "request_router_class": "service.deploy.router:PrefixRouter",
+            "request_router_kwargs": {"has_peers": plan.gates > 1},
+            "request_routing_stats_period_s": _HEALTH_S,
+        },
         health_check_period_s=_HEALTH_S,
         health_check_timeout_s=4 * _HEALTH_S,
         graceful_shutdown_timeout_s=60.0,

@@ -33,7 +33,7 @@ class Plan:
     high: int = 1
     cpus: float = 1.0
     gpus: float = 0.0
-    goal_requests: float = 32.0
+    goal_requests: float = 16.0
     max_requests: int = 96
     max_queue: int = 1024
     gates: int = 1

@@ -15,7 +15,7 @@ _PAST = "braid_past"
 class ScalingPolicy:
     """Keywords come from the config: `policy_kwargs`. Ray's own delays are set to 0 there, since `decide` has its own."""
 
-    def __init__(self, requests: float = 32.0, kv_use: float = 0.8, calm_s: float = 300.0) -> None:
+    def __init__(self, requests: float = 16.0, kv_use: float = 0.8, calm_s: float = 300.0) -> None:
         self._requests = requests
         self._kv_use = kv_use
         self._calm_s = calm_s

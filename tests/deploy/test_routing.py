@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.deploy.affinity import Affinity
-from service.deploy.routing import Ring, Routing
+from service.deploy.routing import Loads, Ring, Routing
 
 names = st.lists(st.integers(0, 500).map("r{}".format), min_size=1, max_size=24, unique=True)
 keys = st.integers(0, 2**64 - 1)
@@ -124,3 +124,29 @@ def test_memory_is_bounded_and_the_oldest_go_first() -> None:
 def test_a_bound_that_prefers_nobody_is_refused() -> None:
     with pytest.raises(ValueError, match="more than 1"):
         Routing(bound=1.0)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5), st.sampled_from(["sent", "ended"])), max_size=60))
+def test_a_router_that_is_told_nothing_knows_its_own(steps: list[tuple[str, int, str]]) -> None:
+    loads, open_requests = Loads(), set[tuple[str, int]]()
+    loads.keep("abc")
+    for name, number, step in steps:
+        getattr(loads, step)(name, str(number))
+        (open_requests.add if step == "sent" else open_requests.discard)((name, number))
+        assert loads.by_name == {each: sum(each == owner for owner, _ in open_requests) for each in "abc"}
+
+
+def test_what_replicas_tell_counts_from_then_on() -> None:
+    loads = Loads()
+    loads.keep("ab")
+    loads.sent("a", "1")
+    loads.told("a", 5)
+    loads.sent("a", "2")
+    loads.ended("a", "1")
+    assert loads.by_name == {"a": 5, "b": 0}
+    loads.told("a", 0)  # told before our request had arrived there
+    assert loads.by_name["a"] == 1
+    loads.keep("b")
+    loads.ended("a", "2")
+    loads.told("a", 9)
+    assert loads.by_name == {"b": 0}
