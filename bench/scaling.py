@@ -60,8 +60,8 @@ def two_choices(rng: random.Random) -> Choice:
 
 class Routed:
     """Braid's own routing. gates: routers that share nothing, each of which gets its part of the requests. remembers: whether they learn
-    who has read what, or hash alone decides. tell_s: replicas tell every gate how many requests they have so often; 0: never, so that a gate
-    knows its own alone. asks: a gate asks the replica that it prefers before it sends."""
+    who has read what, or hash alone decides. tell_s: so often replicas tell every gate how many requests they have; 0: never, so that a
+    gate knows its own alone. asks: a gate asks the replica that it prefers before it sends."""
 
     def __init__(self, gates: int, remembers: bool, rng: random.Random, tell_s: float = 5.0, asks: bool = False) -> None:
         self.gates = [(Routing(), Loads()) for _ in range(gates)]

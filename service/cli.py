@@ -80,23 +80,30 @@ def serve(**values: Any) -> None:
     sys.exit(run(settings, models, draft))
 
 
+def _deploy_option(*names: str, **more: Any) -> Any:
+    return click.option(*names, show_envvar=True, **{"show_default": True, **more})
+
+
 @main.command(context_settings=_CONTEXT, short_help="Serve on many machines, with Ray Serve.")
 @click.argument("flags", metavar="[-- FLAGS OF BRAID SERVE]", nargs=-1, type=click.UNPROCESSED)
-@click.option("--model", "models", multiple=True, help="A model that every replica serves; repeatable.  [default: those of braid serve]")
-@click.option("--replicas", default="1", show_default=True, show_envvar=True, help="How many, or MIN:MAX to let load decide.")
-@click.option("--cpus", type=click.FloatRange(0.1), default=1.0, show_default=True, show_envvar=True, help="Cores of each replica.")
-@click.option("--gpus", type=click.FloatRange(0), default=0.0, show_default=True, show_envvar=True, help="GPUs of each replica.")
-@click.option("--host", default="127.0.0.1", show_default=True, show_envvar=True, help="Address that every node listens on.")
-@click.option("--port", type=click.IntRange(1, 65_535), default=8000, show_default=True, show_envvar=True, help="Port of every node.")
-@click.option("--goal-requests", type=click.FloatRange(1), default=16.0, show_default=True, help="Requests a replica, for their number.")
-@click.option("--max-requests", type=click.IntRange(1), default=96, show_default=True, help="Requests that a replica takes at once.")
-@click.option("--max-queue", type=click.IntRange(1), default=1024, show_default=True, help="Requests that wait at a gate; more get 429.")
-@click.option("--gates", type=click.IntRange(1), default=1, show_default=True, help="Processes that requests pass on their way.")
-@click.option("--calm", "calm_s", type=click.FloatRange(0), default=300.0, show_default=True, help="Seconds before replicas are ended.")
-@click.option("--name", default="braid", show_default=True, help="Of the application.")
-@click.option("--address", default="auto", show_default=True, show_envvar=True, help="Of the Ray cluster; local starts one here.")
-@click.option(
-    "--write", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path), help="Write what `serve deploy` reads, run nothing."
+@_deploy_option("--model", "models", multiple=True, show_default="those of braid serve", help="A model of every replica; repeatable.")
+@_deploy_option("--replicas", default="1", help="How many, or MIN:MAX to let the load decide.")
+@_deploy_option("--cpus", type=click.FloatRange(0.1), default=1.0, help="Cores of each replica.")
+@_deploy_option("--gpus", type=click.FloatRange(0), default=0.0, help="GPUs of each replica.")
+@_deploy_option("--host", default="127.0.0.1", help="Address that every node listens on.")
+@_deploy_option("--port", type=click.IntRange(1, 65_535), default=8000, help="Port that every node listens on.")
+@_deploy_option("--goal-requests", type=click.FloatRange(1), default=16.0, help="In flight in each replica; decides on their number.")
+@_deploy_option("--max-requests", type=click.IntRange(1), default=96, help="Most requests that a replica takes at once; more wait.")
+@_deploy_option("--max-queue", type=click.IntRange(1), default=1024, help="Most requests that wait at a gate; more get 429.")
+@_deploy_option("--gates", type=click.IntRange(1), default=1, help="Processes that requests pass on their way to a replica.")
+@_deploy_option("--calm", "calm_s", type=click.FloatRange(0), default=300.0, help="Seconds for which fewer must do before one is ended.")
+@_deploy_option("--name", default="braid", help="Of the application.")
+@_deploy_option("--address", default="auto", help="Of the Ray cluster; auto finds this machine's, local starts one.")
+@_deploy_option(
+    "--write",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    show_default="none",
+    help="Write the file that `serve deploy` reads, run nothing.",
 )
 def deploy(flags: tuple[str, ...], models: tuple[str, ...], replicas: str, address: str, write: Path | None, **values: Any) -> None:
     """Run replicas of a server on a Ray cluster behind one address, until a signal ends them.

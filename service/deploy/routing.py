@@ -10,7 +10,7 @@ import hashlib
 import math
 from bisect import bisect
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 
 from service.deploy.affinity import Affinity
 
@@ -72,9 +72,11 @@ class Loads:
         if name in self.by_name:
             self.by_name[name] = max(total, len(self._own.get(name, ())))
 
-    def keep(self, names: Collection[str]) -> None:
+    def keep(self, names: Set[str]) -> None:
         """These are the replicas that there are from now on."""
-        for name in self.by_name.keys() - set(names):
+        if self.by_name.keys() == names:
+            return
+        for name in self.by_name.keys() - names:
             del self.by_name[name]
             self._own.pop(name, None)
         for name in names:

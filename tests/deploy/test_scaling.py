@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.deploy.policy import ScalingPolicy
@@ -15,6 +15,7 @@ GOAL = Goal(requests=10, low=1, high=100, calm_s=60)
 loads = st.builds(Load, st.integers(0, 100), st.floats(0, 5000), st.floats(0, 1))
 
 
+@settings(deadline=None)
 @given(loads, st.integers(0, 5), st.integers(5, 100))
 def test_the_bounds_hold(load: Load, low: int, high: int) -> None:
     goal = Goal(requests=10, low=low, high=high)
@@ -22,6 +23,7 @@ def test_the_bounds_hold(load: Load, low: int, high: int) -> None:
     assert low <= decide(load, goal, ((0.0, 9999),), 1.0)[0] <= high
 
 
+@settings(deadline=None)
 @given(loads)
 def test_it_is_enough(load: Load) -> None:
     """Within the tolerance, and where the bounds allow."""
@@ -50,6 +52,7 @@ def test_more_at_once_fewer_after_the_calm() -> None:
     assert seen == [1, 40, 40, 40, 40, 3, 3]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.1, 40), st.floats(0, 3000)), min_size=1, max_size=40))
 def test_what_is_wanted_is_the_most_that_was_needed_lately(steps: list[tuple[float, float]]) -> None:
     past: Past = ()
