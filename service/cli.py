@@ -10,7 +10,7 @@ import dataclasses
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +80,7 @@ def serve(**values: Any) -> None:
     sys.exit(run(settings, models, draft))
 
 
-def _deploy_option(*names: str, **more: Any) -> Any:
+def _deploy_option(*names: str, **more: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return click.option(*names, show_envvar=True, **{"show_default": True, **more})
 
 

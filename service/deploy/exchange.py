@@ -11,6 +11,8 @@ from typing import Protocol
 
 from service.deploy.affinity import Affinity
 
+REPLICA_FIELD = "x-braid-replica"
+"""Of an answer: who gave it. Of a request: who has to."""
 Fields = tuple[tuple[bytes, bytes], ...]
 # They concern one connection, not the message (RFC 9110, section 7.6.1); lengths are told anew by whoever sends.
 _HOP = frozenset(
@@ -28,6 +30,11 @@ class Forwarded:
     fields: Fields
     body: bytes
     affinity: Affinity = field(default_factory=Affinity)
+
+    @property
+    def only(self) -> str:
+        """The one replica that the client wants an answer from, "" for any."""
+        return next((value.decode("latin-1") for name, value in self.fields if name == REPLICA_FIELD.encode()), "")
 
 
 @dataclass(frozen=True, slots=True)

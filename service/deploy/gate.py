@@ -19,12 +19,11 @@ from starlette.responses import Response, StreamingResponse
 from service.api.errors import error_response
 from service.api.messages_error import is_messages_path, messages_error
 from service.deploy.affinity import kept_name, made_names, read_affinity
-from service.deploy.exchange import Forwarded, Head, Link, LostError, Parts, Taken, end_to_end
+from service.deploy.exchange import REPLICA_FIELD, Forwarded, Head, Link, LostError, Parts, Taken, end_to_end
 from service.errors import BodyTooLargeError, BraidError, UnavailableError
 
 log = logging.getLogger("braid.gate")
 
-REPLICA_FIELD = "x-braid-replica"
 _NUM_KEPT = 100_000
 # What these leave behind is nobody's business but the client's that gets the answer.
 _REPEATABLE = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/embeddings", "/v1/rerank", "/v1/classify", "/v1/images/")
@@ -60,7 +59,7 @@ class Gate:
         try:
             return await self._exchange(path, asked)
         except LostError:
-            if not _may_repeat(request.method, path):
+            if asked.only or not _may_repeat(request.method, path):
                 raise UnavailableError(_GONE, retry_after_s=1.0) from None
         log.warning("a replica was lost before it answered; %s %s goes to another", request.method, path)
         try:

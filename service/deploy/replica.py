@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 import httpx
 
 from service.deploy.child import Child, Figure, Use, read_figures, use_of
-from service.deploy.exchange import Forwarded, Head, Part, Taken, end_to_end
+from service.deploy.exchange import REPLICA_FIELD, Forwarded, Head, Part, Taken, end_to_end
 from service.errors import NotFoundError
 
 _PROBE_S = 5.0
@@ -32,9 +32,9 @@ class Replica:
         """Yields who has taken it, the head, and the body as it comes. Closing the generator ends the request in the server.
         Raises: httpx.HTTPError where the server is gone."""
         yield Taken(self.name)
-        if request.affinity.replica not in ("", self.name):
+        if request.only not in ("", self.name):
             yield Head(404, ((b"content-type", b"application/json"),))
-            error = NotFoundError(f"There is no replica {request.affinity.replica[:64]!r}.", param="x-braid-replica")
+            error = NotFoundError(f"There is no replica {request.only[:64]!r}.", param=REPLICA_FIELD)
             yield json.dumps(error.body()).encode()
             return
         async with self._http().stream(

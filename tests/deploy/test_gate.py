@@ -128,10 +128,15 @@ def test_a_stream_that_ends_is_left_alone() -> None:
 @pytest.mark.parametrize("lost", [[LostError()], [Taken("r1"), LostError()], [Taken("r1"), JSON, b'{"a"', LostError()]])
 def test_a_request_goes_to_another_replica_while_nothing_was_sent(lost: list[Step]) -> None:
     replicas = Replicas(lost, [Taken("r2"), JSON, b"{}"])
-    answer = run(replicas, "POST", "/v1/chat/completions", {"messages": []}, {"x-braid-replica": "r1"})
-    assert (answer.status_code, answer.headers["x-braid-replica"]) == (200, "r2")
-    assert [seen.affinity.replica for seen in replicas.seen] == ["r1", ""]
+    answer = run(replicas, "POST", "/v1/chat/completions", {"messages": []})
+    assert (answer.status_code, answer.headers["x-braid-replica"], len(replicas.seen)) == (200, "r2", 2)
     assert replicas.given[0].is_cancelled
+
+
+def test_what_one_replica_is_asked_goes_to_no_other() -> None:
+    replicas = Replicas([Taken("r1"), LostError()], [Taken("r2"), JSON, b"{}"])
+    answer = run(replicas, "GET", "/metrics", headers={"x-braid-replica": "r1"})
+    assert (answer.status_code, [seen.affinity.replica for seen in replicas.seen]) == (503, ["r1"])
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/files", "/v1/batches", "/v1/videos"])

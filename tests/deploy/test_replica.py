@@ -64,10 +64,17 @@ def test_a_request_is_forwarded_byte_for_byte(child: Child) -> None:
 
 
 def test_somebody_elses_request_is_refused(child: Child) -> None:
-    _, head, body = asyncio.run(answer(child, Forwarded("GET", "/x", (), b"", Affinity(replica="gone"))))
+    _, head, body = asyncio.run(answer(child, Forwarded("GET", "/x", ((b"x-braid-replica", b"gone"),), b"")))
     assert isinstance(head, Head)
     assert isinstance(body, bytes)
     assert (head.status, b"gone" in body) == (404, True)
+
+
+def test_a_replica_that_is_only_preferred_need_not_be_this_one(child: Child) -> None:
+    """The one that kept something is gone: this one's server says that it knows no such thing."""
+    _, head, *_ = asyncio.run(answer(child, Forwarded("GET", "/was-left", (), b"", Affinity(replica="gone"))))
+    assert isinstance(head, Head)
+    assert head.status == 200
 
 
 def test_closing_an_answer_ends_it_in_the_server(child: Child) -> None:
