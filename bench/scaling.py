@@ -237,12 +237,12 @@ def plot(routing: list[dict[str, Any]], scaling: list[dict[str, Any]], path: Pat
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     rate = max(row["rate"] for row in routing)
-    for index, (key, label) in enumerate((("hit_share", "share of prompt tokens in the cache"), ("ttft_p99_s", "TTFT p99, s"))):
+    for index, (key, label) in enumerate((("hit_share", "prompt tokens cached"), ("ttft_p99_s", "TTFT p99, s"))):
         axes = figure.add_subplot(1, 3, index + 1)
         for name in dict.fromkeys(row["routing"] for row in routing):
             rows = [row for row in routing if row["routing"] == name and row["rate"] == rate]
             axes.plot([row["replicas"] for row in rows], [row[key] for row in rows], marker=".", label=name)
-        axes.set(xlabel="replicas", title=f"{label}; {rate:g} conversations/s each", xscale="log")
+        axes.set(xlabel="replicas", title=f"{label}, at {rate:g} conversations/s each", xscale="log")
         axes.title.set_fontsize(9)
         if key != "hit_share":
             axes.set_yscale("log")

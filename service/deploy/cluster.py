@@ -50,7 +50,7 @@ class ServedReplica:
 
     def record_routing_stats(self) -> dict[str, float]:
         use = self._replica.use
-        return {"kv_use": use.kv}
+        return {"kv_use": use.kv, "requests": use.running + use.waiting, "look": self._replica.num_looks}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         return self.record_routing_stats()

@@ -24,6 +24,7 @@ class Replica:
     def __init__(self, name: str, child: Child, publish: Publish) -> None:
         self.name = name
         self.use = Use()
+        self.num_looks = 0
         self._child = child
         self._publish = publish
         self._client: httpx.AsyncClient | None = None
@@ -56,6 +57,7 @@ class Replica:
         if page.status_code == 200:  # with API keys it is refused: then only Ray's own counts are known
             figures = list(read_figures(page.text))
             self.use = use_of(figures)
+            self.num_looks += 1
             self._publish(figures)
 
     def end(self) -> None:

@@ -31,6 +31,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # ray is not installed
         self._routing = Routing()
         self._loads = Loads()
         self._has_peers = has_peers
+        self._looks: dict[str, float] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -45,9 +46,18 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # ray is not installed
         if preferred and preferred == affinity.replica:
             return [[by_name[preferred]]]
         if self._has_peers:
+            self._hear(by_name)
             preferred = await self._asked(preferred, affinity, by_name, full)
         first = [[by_name[preferred]]] if preferred in by_name else []
         return [*first, random.sample(candidate_replicas, min(_NUM_CHOICES, len(candidate_replicas)))]
+
+    def _hear(self, by_name: dict[str, RunningReplica]) -> None:
+        """What replicas told since the last time, of all that they have."""
+        for name, each in by_name.items():
+            stats = each.routing_stats or {}
+            if (look := stats.get("look", 0.0)) != self._looks.get(name, 0.0):
+                self._looks[name] = look
+                self._loads.told(name, int(stats["requests"]))
 
     async def _asked(self, preferred: str, affinity: Affinity, by_name: dict[str, RunningReplica], full: set[str]) -> str:
         """The first of some that are preferred, one after another, which says itself that it is not overloaded."""
