@@ -7,9 +7,11 @@ Imported by Ray on the nodes and, late, by `cli`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
+import httpx
 import ray
 from ray import serve
 from ray.exceptions import RayError
@@ -37,9 +39,10 @@ class ServedReplica:
     def __init__(self, arguments: list[str], start_s: float) -> None:
         name = serve.get_replica_context().replica_id.unique_id
         child = Child(arguments, f"--replica={name}", start_s)
-        # A replica without its server would draw requests, for it has so little to do.
-        child.on_end(lambda: os._exit(1))
-        self._replica = Replica(name, child, Gauges())
+        self._is_ending = False
+        child.on_end(self._leave)
+        keys = re.split(r"[\s,]+", os.environ.get("BRAID_API_KEYS", "").strip(" ,\t\n"))
+        self._replica = Replica(name, child, Gauges(), keys[0])
 
     async def forward(self, request: Forwarded) -> AsyncIterator[Part]:
         async for part in self._replica.forward(request):
@@ -55,7 +58,13 @@ class ServedReplica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         return self.record_routing_stats()
 
+    def _leave(self) -> None:
+        """A replica without its server would draw requests, for it has so little to do: Ray replaces a process that ends at once."""
+        if not self._is_ending:
+            os._exit(1)
+
     def __del__(self) -> None:
+        self._is_ending = True
         if replica := getattr(self, "_replica", None):
             replica.end()
 
@@ -104,7 +113,7 @@ class HandleParts:
         except BackPressureError:
             self._has_ended = True
             raise OverloadedError("Too many requests are waiting.", retry_after_s=2.0) from None
-        except (RayError, RayServeException) as error:
+        except (RayError, RayServeException, httpx.HTTPError) as error:  # the last: what a replica's own client met
             self._has_ended = True
             raise LostError(type(error).__name__) from error
         return part

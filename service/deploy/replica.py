@@ -19,14 +19,16 @@ Publish = Callable[[Iterable[Figure]], None]
 
 
 class Replica:
-    """name: unique among replicas, ever. publish: gets the server's figures whenever it was looked at."""
+    """name: unique among replicas, ever. publish: gets the server's figures whenever it was looked at. key: one of the server's, where it
+    has keys; without it the figures stay unknown."""
 
-    def __init__(self, name: str, child: Child, publish: Publish) -> None:
+    def __init__(self, name: str, child: Child, publish: Publish, key: str = "") -> None:
         self.name = name
         self.use = Use()
         self.num_looks = 0
         self._child = child
         self._publish = publish
+        self._fields = {"authorization": f"Bearer {key}"} if key else {}
         self._client: httpx.AsyncClient | None = None
 
     async def forward(self, request: Forwarded) -> AsyncIterator[Part]:
@@ -49,12 +51,12 @@ class Replica:
         """Reads the server's health and figures. Raises: RuntimeError where it is not well: dead, stuck or still loading."""
         try:
             health = await self._http().get(f"{self._child.url}/health", timeout=_PROBE_S)
-            page = await self._http().get(f"{self._child.url}/metrics", timeout=_PROBE_S)
+            page = await self._http().get(f"{self._child.url}/metrics", headers=self._fields, timeout=_PROBE_S)
         except httpx.HTTPError as error:
             raise RuntimeError(f"the server of replica {self.name} does not answer: {type(error).__name__}") from None
         if health.status_code != 200:
             raise RuntimeError(f"the server of replica {self.name} is not well: {health.text[:200]}")
-        if page.status_code == 200:  # with API keys it is refused: then only Ray's own counts are known
+        if page.status_code == 200:
             figures = list(read_figures(page.text))
             self.use = use_of(figures)
             self.num_looks += 1

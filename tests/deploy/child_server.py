@@ -33,7 +33,7 @@ class Answers(BaseHTTPRequestHandler):
         if self.path == "/endless":
             self.endless()
         elif self.path == "/metrics":
-            self.tell(200, METRICS)
+            self.tell(401 if KIND == "locked" and self.headers["authorization"] != "Bearer the-key" else 200, METRICS)
         elif self.path == "/was-left":
             self.tell(200, b"yes" if left.is_set() else b"no")
         else:

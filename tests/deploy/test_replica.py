@@ -100,6 +100,22 @@ def test_figures_are_published_and_health_is_told(child: Child) -> None:
     assert not any("bucket" in figure.name for figure in published)
 
 
+@pytest.mark.parametrize(("key", "running"), [("the-key", 3.0), ("", 0.0), ("another", 0.0)])
+def test_a_server_with_keys_tells_its_figures_to_one_of_them(key: str, running: float) -> None:
+    child = Child(["locked"], "--replica=r1", 20.0, COMMAND)
+
+    async def go() -> float:
+        replica = Replica("r1", child, lambda figures: None, key)
+        await replica.look()
+        await replica.close()
+        return replica.use.running
+
+    try:
+        assert asyncio.run(go()) == running
+    finally:
+        child.end()
+
+
 def test_a_server_that_is_gone_is_not_well(child: Child) -> None:
     ended = threading.Event()
     child.on_end(ended.set)
