@@ -33,6 +33,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e ".[test]"
 	@touch $@
 
+# Ray alone is larger than all other tests need together, and one file of the long ones needs it.
+$(VENV)/.installed-ray: $(VENV)/.installed-test
+	$(PIP) -e ".[test,ray]"
+	@touch $@
+
 serve: $(VENV)/.installed ## install if need be, fetch the default model, serve it
 	$(BIN)/braid serve --host $(HOST) --port $(PORT) $(ARGS)
 
@@ -45,7 +50,7 @@ lint: $(VENV)/.installed-test ## ruff, mypy, import contracts
 test: lint ## what CI runs; says at the end what it left out
 	$(BIN)/python -m pytest -q -m "not long and not gpu" $(ARGS)
 
-test-long: $(VENV)/.installed-test ## the tests that `make test` leaves out
+test-long: $(VENV)/.installed-ray ## the tests that `make test` leaves out
 	$(BIN)/python -m pytest -q -m "long and not gpu" $(ARGS)
 
 bench: $(VENV)/.installed ## start a server, load it over HTTP, report

@@ -1,15 +1,19 @@
-"""The console script `braid`: serve, pull, models, chat, plan, bench. Reads what a person typed, calls one function, prints what came back.
+"""The console script `braid`: serve, deploy, pull, models, chat, plan, bench. Reads what a person typed, calls one function, prints what
+came back.
 
 Start-up is quick: each command imports what it needs, and only `plan` ever loads torch. Installed by pyproject as `service.cli:main`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +21,9 @@ from service.catalog import CATALOG, Progress, Resolved, is_cached, resolve
 from service.catalog import verify as verify_file
 from service.errors import StartupError
 from service.settings import DEFAULT_MODEL, DEFAULT_MODELS, ENVIRONMENT_PREFIX, Size, format_bytes, make_settings, serve_options
+
+if TYPE_CHECKING:
+    from service.deploy.plan import Plan
 
 _CONTEXT: dict[str, Any] = {
     "auto_envvar_prefix": ENVIRONMENT_PREFIX,
@@ -71,6 +78,94 @@ def serve(**values: Any) -> None:
     from service.__main__ import main as run
 
     sys.exit(run(settings, models, draft))
+
+
+def _deploy_option(*names: str, **more: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option(*names, show_envvar=True, **{"show_default": True, **more})
+
+
+@main.command(context_settings=_CONTEXT, short_help="Serve on many machines, with Ray Serve.")
+@click.argument("flags", metavar="[-- FLAGS OF BRAID SERVE]", nargs=-1, type=click.UNPROCESSED)
+@_deploy_option("--model", "models", multiple=True, show_default="those of braid serve", help="A model of every replica; repeatable.")
+@_deploy_option("--replicas", default="1", help="How many, or MIN:MAX to let the load decide.")
+@_deploy_option("--cpus", type=click.FloatRange(0.1), default=1.0, help="Cores of each replica.")
+@_deploy_option("--gpus", type=click.FloatRange(0), default=0.0, help="GPUs of each replica.")
+@_deploy_option("--host", default="127.0.0.1", help="Address that every node listens on.")
+@_deploy_option("--port", type=click.IntRange(1, 65_535), default=8000, help="Port that every node listens on.")
+@_deploy_option("--goal-requests", type=click.FloatRange(1), default=16.0, help="In flight in each replica; decides on their number.")
+@_deploy_option("--max-requests", type=click.IntRange(1), default=96, help="Most requests that a replica takes at once; more wait.")
+@_deploy_option("--max-queue", type=click.IntRange(1), default=1024, help="Most requests that wait at a gate; more get 429.")
+@_deploy_option("--gates", type=click.IntRange(1), default=1, help="Processes that requests pass on their way to a replica.")
+@_deploy_option("--calm", "calm_s", type=click.FloatRange(0), default=300.0, help="Seconds for which fewer must do before one is ended.")
+@_deploy_option("--name", default="braid", help="Of the application.")
+@_deploy_option("--address", default="auto", help="Of the Ray cluster; auto finds this machine's, local starts one.")
+@_deploy_option(
+    "--write",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    show_default="none",
+    help="Write the file that `serve deploy` reads, run nothing.",
+)
+def deploy(flags: tuple[str, ...], models: tuple[str, ...], replicas: str, address: str, write: Path | None, **values: Any) -> None:
+    """Run replicas of a server on a Ray cluster behind one address, until a signal ends them.
+
+    Requests that begin alike go to the same replica while it is not overloaded. What stands after -- is passed on to `braid serve` in
+    every replica. Needs braid[ray] on every node.
+    """
+    from service.deploy.plan import Plan, read_replicas, serve_arguments, serve_config
+
+    low, high = read_replicas(replicas)
+    plan = Plan(serve=(), low=low, high=high, **values)
+    arguments = serve_arguments(models, flags, plan)
+    serve.make_context("serve", list(arguments))  # a flag that no replica would take is told here
+    plan = dataclasses.replace(plan, serve=arguments)
+    if write is not None:
+        import yaml
+
+        text = yaml.safe_dump(serve_config(plan), sort_keys=False)
+        if str(write) == "-":
+            click.echo(text, nl=False)
+        else:
+            write.write_text(text, encoding="utf-8")
+        return
+    _run_on_ray(plan, address)
+
+
+def _run_on_ray(plan: Plan, address: str) -> None:
+    try:
+        from service.deploy import cluster
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "ray":
+            raise
+        raise StartupError("braid deploy needs Ray Serve: pip install 'braid[ray]', here and on every node") from None
+    with _signals_as_event() as ended:
+        cluster.connect(address)
+        try:
+            cluster.start(plan)
+            click.echo(f"{plan.low} to {plan.high} replicas at http://{plan.host}:{plan.port}/v1", err=True)
+            ended.wait()
+        finally:
+            cluster.stop()
+
+
+@contextmanager
+def _signals_as_event() -> Iterator[threading.Event]:
+    """Set by the first SIGINT or SIGTERM; the second ends the program as usual."""
+    ended = threading.Event()
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+
+    def on_signal(number: int, frame: object) -> None:
+        ended.set()
+        for kind, usual in before.items():
+            signal.signal(kind, usual)
+
+    for kind in kinds:
+        signal.signal(kind, on_signal)
+    try:
+        yield ended
+    finally:
+        for kind, usual in before.items():
+            signal.signal(kind, usual)
 
 
 @main.command("pull", context_settings=_CONTEXT, short_help="Fetch models into the cache.")

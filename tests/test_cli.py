@@ -38,6 +38,8 @@ FLAGS = {
         --no-strict --metrics-prefix
         --drain-timeout --stall-exit --tensor-parallel --max-queue-requests --max-queue-tokens --max-body --max-image --max-image-pixels
         --media-host --allow-origin --data-dir --max-file --max-data --batch-requests --max-prepared --log-level""",
+    "deploy": """--model --replicas --cpus --gpus --host --port --goal-requests --max-requests --max-queue --gates --calm --name --address
+        --write""",
     "pull": "--verify",
     "models": "",
     "chat": "--base-url --model --system --api-key --temperature --max-tokens",
