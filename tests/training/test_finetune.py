@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,13 @@ def codec(gguf_path: Path) -> Codec:
 
 def learner_of(path: Path, num_classes: int | None = 3, **adaptation: Any) -> Learner:
     return Learner(path, Adaptation(**{"rank": 2, **adaptation}), num_classes, seed=0)
+
+
+def test_gemma_is_not_taught(tmp_path: Path) -> None:
+    config = replace(checkpoints.TINY, has_post_norms=True)
+    path = checkpoints.write_gguf(tmp_path / "gemma.gguf", config, checkpoints.random_tensors(config), family="gemma2")
+    with pytest.raises(StartupError, match=r"gemma.gguf can't be taught: Gemma's families are served alone"):
+        Learner(path, Adaptation(rank=2), 3, seed=0)
 
 
 def examples_of(*texts: tuple[int, ...]) -> list[Example]:

@@ -42,8 +42,8 @@ class Learner:
     def __init__(self, path: Path, adaptation: Adaptation, num_classes: int | None, seed: int, device: torch.device | str = "cpu") -> None:
         """Raises: WeightsError, StartupError for a checkpoint that can't be taught, or more frozen layers than there are."""
         config = read_config(path)
-        if config.has_post_norms or config.norm_offset:
-            raise StartupError(f"{path.name} can't be taught: the norms of Gemma are for serving alone so far")
+        if config.has_post_norms or config.embedding_scale != 1.0:  # an export would have to write its norms as they were stored
+            raise StartupError(f"{path.name} can't be taught: Gemma's families are served alone so far")
         if adaptation.frozen_layers > len(config.layers):
             raise StartupError(f"{adaptation.frozen_layers} layers can't be frozen: the model has {len(config.layers)}")
         self.path, self.adaptation = path, adaptation
