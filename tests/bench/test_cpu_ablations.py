@@ -21,7 +21,7 @@ def test_every_arm_is_timed_in_every_workload(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out.json").read_text())["workloads"]
     assert set(found) == {work.name for work in WORKLOADS}
     for arms in found.values():
-        assert len(arms) == 10
+        assert len(arms) == 11
         assert arms["everything"]["ratio"] == 1
         assert all(row["ratio"] > 0 and row["milliseconds"] for row in arms.values())
 
@@ -31,7 +31,7 @@ def test_arms_that_change_no_arithmetic_draw_the_same_ids() -> None:
     arms = Arms(TINY, 2)
     weights = arms.models["everything"]
     same = [name for name in arms.models if name.startswith(("layers", "head", "one thread", "threads", "keys as rows"))]
-    assert len(same) == 5
+    assert len(same) == 6
     for name in same:
         model = arms.models[name]
         model.layers, model.table, model.norm = weights.layers, weights.table, weights.norm

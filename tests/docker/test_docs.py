@@ -54,7 +54,9 @@ def test_defaults_in_the_table_are_the_defaults() -> None:
     assert len(shown) > 8
     for variable, default in shown.items():
         value = getattr(Settings(), variable.lower())
-        usual = {"20MiB": 20 * 2**20, "32MiB": 32 * 2**20, "200MiB": 200 * 2**20, "4GiB": 4 * 2**30}.get(default, default)
+        usual = {"20MiB": 20 * 2**20, "32MiB": 32 * 2**20, "200MiB": 200 * 2**20, "4GiB": 4 * 2**30, "8GiB": 8 * 2**30}.get(
+            default, default
+        )
         assert str(usual) in (
             str(value),
             f"{value:g}" if isinstance(value, float) else value[0] if isinstance(value, tuple) else str(value),

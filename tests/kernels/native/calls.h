@@ -9,8 +9,7 @@ void braid_destroy(Context*);
 const char* braid_isa(const Context*);
 int braid_qkv(Context*, const Layer*, const KV*, const Batch*, const float* x, float* residual, int32_t has_residual,
               const int64_t* positions, float* q, int64_t num_tokens);
-int braid_attend(Context*, const KV*, const Batch*, float scale, float softcap, int64_t window, int64_t sink, int64_t columns,
-                 int64_t row_radius, int64_t column_radius, const float* q, float* y, int64_t num_heads, int64_t num_tokens);
+int braid_attend(Context*, const KV*, const Batch*, const Spec*, const float* q, float* y, int64_t num_heads, int64_t num_tokens);
 int braid_out_mlp(Context*, const Layer*, const float* y, float* residual, float* x, int64_t num_tokens);
 int braid_linear(Context*, const Matrix*, const float* x, float* out, int64_t num_rows);
 int braid_draw(Context*, const Matrix* head, const float* x, const Draw*, int64_t* ids, int64_t num_rows);
@@ -67,8 +66,7 @@ Floats attend(Context* c, Finding& f, const Paged& pool, const Step& step, const
     Output<float> y(static_cast<int64_t>(q.size()));
     const KV kv = pool.kv();
     const Batch batch = step.batch(spec.near.columns > 0);
-    const int status = braid_attend(c, &kv, &batch, spec.scale, spec.softcap, spec.window, spec.sink, spec.near.columns,
-                                    spec.near.row_radius, spec.near.column_radius, q.data(), y.data(), num_heads, step.num_tokens());
+    const int status = braid_attend(c, &kv, &batch, &spec, q.data(), y.data(), num_heads, step.num_tokens());
     return y.taken(f, status);
 }
 
