@@ -107,7 +107,7 @@ BRAID_API int braid_attend(Context* c, const KV* kv, const Batch* batch, const S
     return guarded(num_tokens, [&] { c->table->attend(*c, *kv, *batch, *spec, q, y, num_heads, num_tokens); });
 }
 
-// Every layer in turn. x: what comes in, and out of the last one; residual: only written.
+// Every layer in turn, all of one shape. x: what comes in, and out of the last one; residual: only written.
 BRAID_API int braid_layers(Context* c, int64_t num_layers, const Layer* const* layers, const Spec* specs, const KV* const* pools,
                            const Batch* const* batches, float* x, float* residual, const int64_t* positions, int64_t num_tokens) {
     return guarded(num_tokens, [&] {

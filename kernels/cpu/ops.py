@@ -42,7 +42,7 @@ SPIN_US = 50
 # Between two operations of a step lie a few microseconds of Python, between two steps some hundred: spinning covers the former.
 _LANES = 16
 """Head width and feed-forward width must be multiples of this for the compiled attention and the fused feed-forward block."""
-_MOST_POOLS, _MOST_BATCHES = 1024, 32
+_MOST_POOLS = 1024
 _UNSEEN = 2**63 - 1
 _NEEDS_LOGITS = 3
 
@@ -102,9 +102,10 @@ class _Native:
         weakref.finalize(self, library.braid_destroy, self._context)
         self.composed = reference_ops()
         self._layers: dict[int, tuple[int, bool, tuple[LayerWeights, Layer]]] = {}
-        self._stacks: dict[tuple[int, int], tuple[ctypes.Array[c_void_p], ctypes.Array[Spec]]] = {}
-        self._pools: dict[int, tuple[Tensor, Tensor, KV | None]] = {}
-        self._batches: dict[tuple[int, int], tuple[tuple[Tensor | None, ...], Batch]] = {}  # one for each table of a step
+        self._stacks: dict[tuple[int, ...], tuple[ctypes.Array[c_void_p], ctypes.Array[Spec]]] = {}
+        self._pools: dict[tuple[int, ...], tuple[tuple[Tensor | None, ...], KV | None]] = {}
+        self._batches: dict[tuple[int, ...], tuple[tuple[Tensor | None, ...], Batch]] = {}  # of one step, one for each table
+        self._query_start: Tensor | None = None  # of that step
 
     # --- coarse -------------------------------------------------------------------------------------------------------------------
 
@@ -136,8 +137,10 @@ class _Native:
         return x, residual
 
     def layers(self, x: Tensor, weights: Sequence[LayerWeights], positions: Tensor, kv: Sequence[PagedKV]) -> tuple[Tensor, Tensor] | None:
+        if not weights or len(weights) != len(kv):
+            raise ValueError(f"{len(weights)} layers and {len(kv)} pools: there must be one for each, and at least one")
         stack = self._stack(weights)
-        self._trim()
+        self._trim(kv[0])
         places = [place for place in map(self._addresses, kv) if place is not None]
         if stack is None or len(places) < len(kv) or not _is_native(x):
             return None
@@ -278,11 +281,12 @@ class _Native:
 
     def _stack(self, weights: Sequence[LayerWeights]) -> tuple[ctypes.Array[c_void_p], ctypes.Array[Spec]] | None:
         """Addresses of all layers' structs, and their attention; None where some layer can't be fused."""
-        key = (id(weights[0]), len(weights))
+        key = tuple(map(id, weights))
         known = self._stacks.get(key)
         if known is None:
             layers = [self._layer(one) for one in weights]
-            if not all(is_fused and one.spec.head_width % _LANES == 0 for one, (_, is_fused) in zip(weights, layers, strict=True)):
+            shapes = {(one.spec.num_heads, one.spec.head_width, len(one.attention_norm)) for one in weights}
+            if len(shapes) > 1 or weights[0].spec.head_width % _LANES or not all(is_fused for _, is_fused in layers):
                 return None
             addresses = (c_void_p * len(layers))(*(address for address, _ in layers))
             known = self._stacks[key] = addresses, (Spec * len(layers))(*(_spec_struct(one.spec.attention) for one in weights))
@@ -290,28 +294,38 @@ class _Native:
 
     def _places(self, kv: PagedKV) -> tuple[int, int] | None:
         """Addresses of the structs of the pool and of the step's batch; None for a pool that the kernels can't read."""
-        self._trim()
+        self._trim(kv)
         return self._addresses(kv)
 
-    def _trim(self) -> None:
-        """Forgets structs of the past. Never between an address and its use."""
-        for kept, most in ((self._pools, _MOST_POOLS), (self._batches, _MOST_BATCHES)):
-            if len(kept) >= most:
-                kept.clear()
+    def _trim(self, kv: PagedKV) -> None:
+        """Forgets structs of the past before those of a step are asked for: none that is kept is ever replaced, so an address holds."""
+        if len(self._pools) >= _MOST_POOLS:
+            self._pools.clear()
+        if kv.batch.query_start is not self._query_start:
+            self._query_start = kv.batch.query_start
+            self._batches.clear()
 
     def _addresses(self, kv: PagedKV) -> tuple[int, int] | None:
-        pool = self._pools.get(id(kv.keys))
-        if pool is None or pool[1] is not kv.values:
-            pool = self._pools[id(kv.keys)] = (kv.keys, kv.values, _pool_struct(kv))
-        if pool[2] is None:
+        ours = (kv.keys, kv.values, kv.key_scales, kv.value_scales)
+        pool = self._pools.get(_key_of(ours))
+        if pool is None:
+            pool = self._pools[_key_of(ours)] = (ours, _pool_struct(kv))
+        if pool[1] is None:
             return None
-        new = kv.batch
-        tensors = (new.slots, new.block_table, new.query_start, new.context_len, new.grid_start)
-        key = (id(new.slots), id(new.block_table))
-        batch = self._batches.get(key)
-        if batch is None or any(known is not given for known, given in zip(batch[0], tensors, strict=True)):
-            batch = self._batches[key] = (tensors, _batch_struct(new))
-        return addressof(pool[2]), addressof(batch[1])
+        tensors = _tensors_of(kv.batch)
+        batch = self._batches.get(_key_of(tensors))
+        if batch is None:
+            batch = self._batches[_key_of(tensors)] = (tensors, _batch_struct(kv.batch))
+        return addressof(pool[1]), addressof(batch[1])
+
+
+def _tensors_of(batch: PagedBatch) -> tuple[Tensor | None, ...]:
+    return (batch.slots, batch.block_table, batch.query_start, batch.context_len, batch.grid_start)
+
+
+def _key_of(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+    """Identities, which stay theirs as long as whoever uses them for a key keeps the tensors."""
+    return tuple(map(id, tensors))
 
 
 class _Rows:

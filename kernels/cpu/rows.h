@@ -50,8 +50,9 @@ INLINE Activations reserve_activations(Context& context, int64_t num_rows, const
 // each other.
 template <class Body>
 void parallel_bands(Context& context, const Activations& a, Body&& body) {
-    parallel(context, a.num_bands(), [&](int64_t band, int) {
-        for (int64_t row = band * a.rows; row < least(a.num_rows, (band + 1) * a.rows); ++row) body(row);
+    const int64_t rows = a.num_bands() < context.pool.size() ? most(1, 8192 / a.width) : a.rows;  // of few rows in wide models, some
+    parallel(context, ceil_div(a.num_rows, rows), [&](int64_t tile, int) {
+        for (int64_t row = tile * rows; row < least(a.num_rows, (tile + 1) * rows); ++row) body(row);
     });
 }
 

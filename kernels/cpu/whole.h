@@ -1,7 +1,7 @@
 // A tile of paged attention over int8 keys and values in whole numbers, for AVX-512 VNNI: queries and softmax weights become 16 bits with
 // a scale for each row, every sum is exact, and a number of 16 bits is multiplied as two of 8 (high and low byte). The other instruction
-// sets multiply as many floats in the same time, so they keep to tiles.h. Rounding to 16 bits adds less than a hundredth of what storing
-// keys and values in 8 does. Included by attention.h.
+// sets multiply as many floats in the same time, so they keep to tiles.h. Rounding to 16 bits adds little to what storing keys
+// and values in 8 does. Included by attention.h.
 #pragma once
 #include "rows.h"
 #include "tiles.h"
@@ -47,15 +47,15 @@ INLINE void split_query(const Whole& whole, int64_t row) {
     const float most_of_it = static_cast<float>(least(127 * 256 + 127, INT32_MAX / (128 * width)));
     const float amax = largest(x, width), factor = amax > 1e-30f ? amax / most_of_it : 1.0f, inverse = 1.0f / factor;
     const __m256i sign_of_low = _mm256_set1_epi64x(static_cast<int64_t>(0x8080808000000000));
-    VI total{};
+    VU total{};
     for (int64_t h = 0; h < width; h += W) {  // in place: behind what has been read
         const VI number = round_to_int(load(x + h) * splat(inverse));
-        total += number;
-        const __m256i quads = _mm256_xor_si256(split_quads(number + 128), sign_of_low);
+        total += reinterpret_cast<VU>(number);
+        const __m256i quads = _mm256_xor_si256(split_quads(reinterpret_cast<VI>(reinterpret_cast<VU>(number) + 128u)), sign_of_low);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole.q(row) + 2 * h), quads);
     }
     whole.desk.factors[row] = factor * whole.call.spec.scale;
-    whole.desk.excess[row] = 128 * _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(total));
+    whole.desk.excess[row] = static_cast<int32_t>(128u * static_cast<uint32_t>(_mm512_reduce_add_epi32(reinterpret_cast<__m512i>(total))));
 }
 
 // A group of 16 keys that lie as columns in one block, and its values. Places that no query sees may hold anything: whole numbers spoil
@@ -115,7 +115,8 @@ INLINE __m512i quad_at(const uint8_t* p) {
 }
 
 // What sums of high and of low bytes are together.
-INLINE VI joined(const int32_t (&sums)[2][16]) { return (load_int(sums[0]) << 8) + load_int(sums[1]); }
+// Unsigned, because before the excess is taken off they may pass 2^31.
+INLINE VU joined(const int32_t (&sums)[2][16]) { return (reinterpret_cast<VU>(load_int(sums[0])) << 8) + reinterpret_cast<VU>(load_int(sums[1])); }
 
 // sums[r][j] = rows of bytes a [R][depth][high, low][4] times quads b [depth][columns][4], C * 16 columns of them. kIsKeys: b is the
 // unsigned factor, else a. Never inlined, and high and low sums leave it apart: else GCC 12 keeps them on the stack (2.5 x as slow).
@@ -153,7 +154,7 @@ void score_whole(const Whole& whole, int64_t row, int64_t num_groups, Ahead& ahe
         multiply_whole<R, decltype(c)::value, true>(reinterpret_cast<const uint8_t*>(whole.q(row)), 4 * width, whole.keys() + group * 64, kTile, width / 4, ahead.take(width / 2), sums);
         for (int r = 0; r < R; ++r)
             for (int j = 0; j < decltype(c)::value; ++j) {
-                const VI exact = joined(sums[r][j]) - whole.desk.excess[row + r];
+                const VU exact = joined(sums[r][j]) - static_cast<uint32_t>(whole.desk.excess[row + r]);
                 std::memcpy(whole.desk.scores + (row + r) * kTile + (group + j) * W, &exact, sizeof exact);
             }
     };
@@ -173,7 +174,7 @@ void add_whole(const Whole& whole, int64_t row, int64_t num_quads, Ahead& ahead)
         for (int r = 0; r < R; ++r)
             for (int j = 0; j < decltype(c)::value; ++j) {
                 float* to = whole.desk.sums + (row + r) * width + h + j * W;
-                store(to, fma(to_float(joined(sums[r][j])), splat(whole.desk.shares[row + r]), load(to)));
+                store(to, fma(to_float(reinterpret_cast<VI>(joined(sums[r][j]))), splat(whole.desk.shares[row + r]), load(to)));
             }
     };
     int64_t h = 0;

@@ -39,13 +39,35 @@ def inputs(ops: Ops, dtype: torch.dtype) -> tuple[list[LayerWeights], list[Paged
 def test_one_call_gives_the_bits_of_many(ops: Ops, dtype: torch.dtype) -> None:
     layers, pools, positions, x = inputs(ops, dtype)
     before, apart = x.clone(), [copied(kv) for kv in pools]
+    assert ops.stack is not None
+    assert ops.stack.run(x, layers, positions, [copied(kv) for kv in pools]) is not None
     found = ops.layers(x, layers, positions, pools)
     expected = replace(ops, stack=None).layers(x, layers, positions, apart)
     assert torch.equal(x, before)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert all(torch.equal(a.keys[1:], b.keys[1:]) and torch.equal(a.values[1:], b.values[1:]) for a, b in zip(pools, apart, strict=True))
-    with_first = ops.layers(x, layers[:2], positions, apart[:2])  # another model with the same first layer
-    assert not torch.equal(with_first[0], found[0])
+
+
+def test_models_that_share_layers_are_told_apart(ops: Ops) -> None:
+    layers, pools, positions, x = inputs(ops, torch.float32)
+    for chosen in ([0, 1], [0], [0, 2], [0, 1]):
+        some = [layers[at] for at in chosen]
+        found = ops.layers(x, some, positions, [copied(pools[at]) for at in chosen])
+        expected = replace(ops, stack=None).layers(x, some, positions, [copied(pools[at]) for at in chosen])
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match="2 layers and 1 pools"):
+        ops.layers(x, layers[:2], positions, pools[:1])
+
+
+def test_pools_that_share_all_but_one_tensor_are_told_apart(ops: Ops) -> None:
+    layers, pools, positions, x = inputs(ops, torch.int8)
+    first = pools[0]
+    batches = [first.batch, replace(first.batch, context_len=first.batch.context_len.clone())]
+    assert first.key_scales is not None
+    others = [first, replace(first, batch=batches[1], key_scales=first.key_scales * 2)]
+    found = ops.layers(x, layers[:2], positions, [copied(kv) for kv in others])
+    expected = replace(ops, stack=None).layers(x, layers[:2], positions, [copied(kv) for kv in others])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_replaced_operation_is_not_passed_over(ops: Ops) -> None:
