@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from kernels.compose import FineOps, compose
-from kernels.cpu.library import KV, Batch, Draw, Layer, Matrix, Spec, load
-from kernels.cpu.packed import PackedStrips, linear_floats, pack_floats, pack_groups, pack_strips
+from kernels.cpu.library import KV, Batch, Layer, Matrix, Spec, load
+from kernels.cpu.packed import linear_floats, pack_floats, pack_groups, pack_strips
+from kernels.cpu.structs import DrawRows, batch_struct, key_of, layer_struct, pointer, pool_struct, spec_struct, strips_of, tensors_of
 from kernels.linear import reference as plain_linear
 from kernels.ops import (
     Activation,
@@ -27,7 +28,6 @@ from kernels.ops import (
     Int8Weight,
     LayerWeights,
     Ops,
-    PagedBatch,
     PagedKV,
     Sampled,
     SampleRows,
@@ -43,7 +43,6 @@ SPIN_US = 50
 _LANES = 16
 """Head width and feed-forward width must be multiples of this for the compiled attention and the fused feed-forward block."""
 _MOST_POOLS = 1024
-_UNSEEN = 2**63 - 1
 _NEEDS_LOGITS = 3
 
 
@@ -75,14 +74,6 @@ def _linear_without_library(x: Tensor, weight: Weight) -> Tensor:
     if isinstance(weight, Int8Weight) and isinstance(weight.packed, tuple):
         return linear_floats(x, weight, weight.packed)
     return plain_linear.linear(x, weight)
-
-
-def _strips(weight: Weight) -> PackedStrips | None:
-    return weight.packed if not isinstance(weight, Tensor) and isinstance(weight.packed, PackedStrips) else None
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 def _is_native(x: Tensor) -> bool:
@@ -155,10 +146,10 @@ class _Native:
         return x, residual
 
     def draw(self, x: Tensor, head: Weight, rows: SampleRows) -> Sampled:
-        strips = _strips(head)
+        strips = strips_of(head)
         if strips is None or rows.counts is not None or rows.logprobs or not _is_native(x):
             return self.composed.draw(x, head, rows)
-        x, draw = x.contiguous(), _Rows(rows, rows.mask)
+        x, draw = x.contiguous(), DrawRows(rows, rows.mask)
         ids = torch.empty(len(x), dtype=torch.int64)
         status = self._library.braid_draw(
             self._context, addressof(strips.matrix), x.data_ptr(), addressof(draw.struct), ids.data_ptr(), len(x)
@@ -177,7 +168,7 @@ class _Native:
         q = q.contiguous()
         num_tokens, num_heads, width = q.shape
         y = q.new_empty((num_tokens, num_heads * width))
-        struct = _spec_struct(spec)
+        struct = spec_struct(spec)
         self._check(
             self._library.braid_attend(
                 self._context, *places, addressof(struct), q.data_ptr(), y.data_ptr(), num_heads, num_tokens,
@@ -186,7 +177,7 @@ class _Native:
         return y
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
-        strips = _strips(weight)
+        strips = strips_of(weight)
         if strips is None:
             return plain_linear.linear(x, weight)
         rows = x.float().contiguous()
@@ -195,7 +186,7 @@ class _Native:
         return out.to(x.dtype)
 
     def embed(self, ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
-        strips = _strips(weight)
+        strips = strips_of(weight)
         if strips is None:
             return plain_linear.embed(ids, weight, dtype)
         ids = ids.contiguous()
@@ -216,7 +207,7 @@ class _Native:
         width = x.shape[-1]
         self._check(
             self._library.braid_rms_norm(
-                self._context, x.data_ptr(), _pointer(residual), weight.data_ptr(), eps, normed.data_ptr(), total.data_ptr(),
+                self._context, x.data_ptr(), pointer(residual), weight.data_ptr(), eps, normed.data_ptr(), total.data_ptr(),
                 x.numel() // width, width,
             )
         )  # fmt: skip
@@ -248,7 +239,7 @@ class _Native:
 
     def sample(self, logits: Tensor, rows: SampleRows) -> Sampled:
         scores = (penalised(logits, rows) if rows.counts is not None else logits.float()).contiguous()
-        draw = _Rows(rows, rows.mask if rows.counts is None else None)
+        draw = DrawRows(rows, rows.mask if rows.counts is None else None)
         ids = torch.empty(len(scores), dtype=torch.int64)
         self._check(
             self._library.braid_sample(
@@ -272,10 +263,10 @@ class _Native:
         """The address of the layer's struct, kept as long as this back end, and whether its products can be fused."""
         known = self._layers.get(id(weights))
         if known is None:
-            strips = [_strips(weight) for weight in (weights.qkv, weights.out, weights.gate_up, weights.down)]
+            strips = [strips_of(weight) for weight in (weights.qkv, weights.out, weights.gate_up, weights.down)]
             matrices = [one.matrix for one in strips if one is not None]
             is_fused = len(matrices) == 4 and matrices[3].in_features % _LANES == 0 and weights.attention_norm.dtype is torch.float32
-            struct = _layer_struct(weights, matrices if is_fused else [Matrix()] * 4)
+            struct = layer_struct(weights, matrices if is_fused else [Matrix()] * 4)
             known = self._layers[id(weights)] = (addressof(struct), is_fused, (weights, struct))
         return known[0], known[1]
 
@@ -289,7 +280,7 @@ class _Native:
             if len(shapes) > 1 or weights[0].spec.head_width % _LANES or not all(is_fused for _, is_fused in layers):
                 return None
             addresses = (c_void_p * len(layers))(*(address for address, _ in layers))
-            known = self._stacks[key] = addresses, (Spec * len(layers))(*(_spec_struct(one.spec.attention) for one in weights))
+            known = self._stacks[key] = addresses, (Spec * len(layers))(*(spec_struct(one.spec.attention) for one in weights))
         return known
 
     def _places(self, kv: PagedKV) -> tuple[int, int] | None:
@@ -307,87 +298,13 @@ class _Native:
 
     def _addresses(self, kv: PagedKV) -> tuple[int, int] | None:
         ours = (kv.keys, kv.values, kv.key_scales, kv.value_scales)
-        pool = self._pools.get(_key_of(ours))
+        pool = self._pools.get(key_of(ours))
         if pool is None:
-            pool = self._pools[_key_of(ours)] = (ours, _pool_struct(kv))
+            pool = self._pools[key_of(ours)] = (ours, pool_struct(kv))
         if pool[1] is None:
             return None
-        tensors = _tensors_of(kv.batch)
-        batch = self._batches.get(_key_of(tensors))
+        tensors = tensors_of(kv.batch)
+        batch = self._batches.get(key_of(tensors))
         if batch is None:
-            batch = self._batches[_key_of(tensors)] = (tensors, _batch_struct(kv.batch))
+            batch = self._batches[key_of(tensors)] = (tensors, batch_struct(kv.batch))
         return addressof(pool[1]), addressof(batch[1])
-
-
-def _tensors_of(batch: PagedBatch) -> tuple[Tensor | None, ...]:
-    return (batch.slots, batch.block_table, batch.query_start, batch.context_len, batch.grid_start)
-
-
-def _key_of(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
-    """Identities, which stay theirs as long as whoever uses them for a key keeps the tensors."""
-    return tuple(map(id, tensors))
-
-
-class _Rows:
-    """The struct of a call's parameters, and the tensors that it points into."""
-
-    def __init__(self, rows: SampleRows, mask: Tensor | None) -> None:
-        floats = [x.float().contiguous() for x in (rows.temperature, rows.top_p, rows.min_p)]
-        ints = [rows.top_k.int().contiguous(), rows.seeds.contiguous(), rows.positions.contiguous()]
-        self.mask = None if mask is None else mask.int().contiguous()
-        self.tensors = floats + ints
-        self.struct = Draw(*(x.data_ptr() for x in self.tensors), _pointer(self.mask))
-
-
-def _layer_struct(weights: LayerWeights, matrices: list[Matrix]) -> Layer:
-    spec = weights.spec
-    vectors = (
-        weights.attention_norm,
-        weights.mlp_norm,
-        weights.qkv_bias,
-        weights.q_norm,
-        weights.k_norm,
-        weights.rotary,
-        weights.out_norm,
-        weights.down_norm,
-    )
-    for vector in vectors:
-        if vector is not None and not vector.is_contiguous():
-            raise ValueError("norms, biases and the rotary table must be contiguous")
-    numbers = (
-        spec.num_heads,
-        spec.num_kv_heads,
-        spec.head_width,
-        len(weights.attention_norm),
-        spec.activation == "gelu_tanh",
-        spec.norm_eps,
-    )
-    return Layer(*matrices, *map(_pointer, vectors), *numbers)
-
-
-def _spec_struct(spec: AttentionSpec) -> Spec:
-    near = spec.neighbourhood
-    radii = (0, 0, 0) if near is None else (near.columns, near.row_radius, near.column_radius)
-    return Spec(spec.scale, spec.softcap, _UNSEEN if spec.window is None else spec.window, spec.sink, *radii)
-
-
-def _pool_struct(kv: PagedKV) -> KV | None:
-    _, num_kv_heads, block_size, width = kv.keys.shape
-    scales = kv.key_scales
-    if kv.keys.dtype not in (torch.bfloat16, torch.float32, torch.int8) or (kv.keys.dtype is torch.int8) == (scales is None):
-        return None
-    if 1 not in kv.keys.stride()[2:] or kv.values.stride(3) != 1 or (scales is not None and scales.stride(2) != 1):
-        return None
-    strides = (*kv.keys.stride()[:3], *kv.values.stride()[:3], *((0, 0) if scales is None else scales.stride()[:2]))
-    numbers = (block_size, num_kv_heads, width, 8 * kv.keys.itemsize, kv.keys.stride(3))
-    return KV(kv.keys.data_ptr(), kv.values.data_ptr(), _pointer(scales), _pointer(kv.value_scales), *strides, *numbers)
-
-
-def _batch_struct(batch: PagedBatch) -> Batch:
-    """A struct that points into the batch's tensors. Raises: ValueError for a dtype or stride that the kernels can't read."""
-    given = (batch.slots, batch.block_table, batch.query_start, batch.context_len, batch.grid_start)
-    kinds = (torch.int64, torch.int32, torch.int32, torch.int32, torch.int32)
-    if any(x is not None and (x.dtype is not kind or not x.is_contiguous()) for x, kind in zip(given, kinds, strict=True)):
-        raise ValueError("slots must be int64, block_table, query_start, context_len and grid_start int32, and all contiguous")
-    slots, table, query_start, context_len, grid_start = map(_pointer, given)
-    return Batch(slots, table, batch.block_table.shape[1], query_start, context_len, len(batch.context_len), grid_start)

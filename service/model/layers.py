@@ -1,4 +1,4 @@
-"""One decoder layer, and the rotary tables its kind needs. Modules hold weights; the arithmetic is in the `Ops` they are given.
+"""One decoder layer, and the rotary tables its kind needs. A module holds weights; the arithmetic is in `Ops.layers`.
 
 No file is read here (weights.py does) and no K/V is owned here (the runner, or training, hands it in). Used by `transformer`.
 Shape suffixes: T tokens, D width, H head width.
