@@ -5,6 +5,7 @@ So what is compiled is what the wrappers launch: their constants, tile sizes and
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -32,6 +33,13 @@ TYPES = {
     torch.uint8: "*u8",
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""What one block may have. Source: CUDA C++ Programming Guide, table of technical specifications per compute capability."""
+NEVER_SPILL = {"decode_kernel", "reduce_kernel", "kv_write_kernel", "norm_kernel"} | {
+    f"{name}_kernel" for name in ("score", "threshold", "draw", "choose")
+}
+SPILLS = json.loads((Path(__file__).parent / "spills.json").read_text())
+CHIPS = [pytest.param(90), pytest.param(80, marks=pytest.mark.long), pytest.param(100, marks=pytest.mark.long)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +111,14 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     compiled = triton.compile(source, target=target, options={"num_warps": launch.num_warps, "num_stages": launch.num_stages})
     registers, stack = _resources(compiled.asm["cubin"])
     return Compiled(compiled.metadata.shared, registers, stack)
+
+
+def assert_fits(launch: Launch, capability: int, detail: str = "") -> None:
+    compiled = compile_launch(launch, capability)
+    where = f"sm_{capability} {launch.name} {detail}".strip()
+    assert compiled.shared_bytes <= SHARED_BYTES[capability], where
+    allowed = 0 if launch.name in NEVER_SPILL else SPILLS.get(where, {"bytes": 0})["bytes"]
+    assert compiled.stack_bytes <= allowed, f"{where} spills {compiled.stack_bytes} bytes a thread"
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

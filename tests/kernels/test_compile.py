@@ -6,10 +6,8 @@ and why. sm_90 is in the ordinary run; sm_80 and sm_100 in the long one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,14 +26,8 @@ from kernels.norm import triton as norm
 from kernels.ops import Activation, Neighbourhood
 from kernels.sample import cases as sample_cases
 from kernels.sample import triton as sample
-from tests.kernels.launches import Launch, compile_launch, record
+from tests.kernels.launches import CHIPS, NEVER_SPILL, SPILLS, Launch, assert_fits, record
 
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""What one block may have. Source: CUDA C++ Programming Guide, table of technical specifications per compute capability."""
-NEVER_SPILL = {"decode_kernel", "reduce_kernel", "kv_write_kernel", "norm_kernel"} | {
-    f"{name}_kernel" for name in ("score", "threshold", "draw", "choose")
-}
-SPILLS = json.loads((Path(__file__).parent / "spills.json").read_text())
 STEP = ((1, 20), (3, 20))
 ATTENTION = (
     AttentionCase("64", "a small model", STEP, 3, 1, 64),
@@ -50,15 +42,6 @@ ATTENTION = (
     AttentionCase("256_window", "with local layers", STEP, 4, 1, 256, window=512),
     AttentionCase("256_softcap", "with capped scores", STEP, 2, 1, 256, softcap=50.0),
 )
-CHIPS = [pytest.param(90), pytest.param(80, marks=pytest.mark.long), pytest.param(100, marks=pytest.mark.long)]
-
-
-def assert_fits(launch: Launch, capability: int, detail: str = "") -> None:
-    compiled = compile_launch(launch, capability)
-    where = f"sm_{capability} {launch.name} {detail}".strip()
-    assert compiled.shared_bytes <= SHARED_BYTES[capability], where
-    allowed = 0 if launch.name in NEVER_SPILL else SPILLS.get(where, {"bytes": 0})["bytes"]
-    assert compiled.stack_bytes <= allowed, f"{where} spills {compiled.stack_bytes} bytes a thread"
 
 
 @pytest.mark.parametrize("capability", CHIPS)
