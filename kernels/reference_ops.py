@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from kernels.attention.reference import attend
 from kernels.compose import FineOps, compose
+from kernels.experts.reference import experts
 from kernels.gated.reference import gated
 from kernels.kv_write.reference import kv_write
 from kernels.linear.reference import embed, linear, pack
@@ -14,7 +15,7 @@ from kernels.norm.reference import rms_norm
 from kernels.ops import Ops
 from kernels.sample.reference import sample
 
-REFERENCE_FINE_OPS = FineOps(attend, linear, embed, rms_norm, kv_write, gated, sample, pack)
+REFERENCE_FINE_OPS = FineOps(attend, linear, embed, rms_norm, kv_write, gated, experts, sample, pack)
 
 
 def reference_ops() -> Ops:

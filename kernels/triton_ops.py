@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from kernels.attention.triton import attend
 from kernels.compose import FineOps, compose
+from kernels.experts.triton import experts
 from kernels.gated.triton import gated
 from kernels.kv_write.triton import kv_write
 from kernels.linear.reference import embed, pack
@@ -16,7 +17,7 @@ from kernels.norm.triton import rms_norm
 from kernels.ops import Ops
 from kernels.sample.triton import sample
 
-TRITON_FINE_OPS = FineOps(attend, linear, embed, rms_norm, kv_write, gated, sample, pack)
+TRITON_FINE_OPS = FineOps(attend, linear, embed, rms_norm, kv_write, gated, experts, sample, pack)
 
 
 def triton_ops() -> Ops:
