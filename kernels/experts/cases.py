@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear.reference import quantize_int8
-from kernels.ops import Activation, ExpertWeights, SharedExpert
+from kernels.ops import Activation, ExpertWeights, SharedExpert, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,8 @@ def build(
 
     def normal(rows: int, columns: int) -> Tensor:
         drawn = torch.randn((rows, columns), generator=generator, device=generator.device, dtype=torch.float32)
-        return (drawn / columns**0.5).to(device, dtype)
+        scaled: Tensor = drawn / columns**0.5
+        return scaled.to(device, dtype)
 
     x = normal(case.num_tokens, case.width) * case.width**0.5
     router = normal(case.num_experts, case.width) * 2
@@ -97,7 +98,7 @@ def in_int8(weights: ExpertWeights) -> ExpertWeights:
 def in_double(weights: ExpertWeights) -> ExpertWeights:
     """The same in float64, for what the exact result is computed with; quantised matrices stay what they are."""
 
-    def wide(matrix: object) -> object:
+    def wide(matrix: Weight) -> Weight:
         return matrix.double() if isinstance(matrix, Tensor) else matrix
 
     shared = weights.shared

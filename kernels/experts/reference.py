@@ -87,7 +87,7 @@ def router_logits(x_TD: Tensor, router_ED: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return F.linear(x, router)
     padded = F.pad(x, (0, 0, 0, -len(x) % ROUTER_ROWS))
-    return torch.cat([F.linear(rows, router) for rows in padded.split(ROUTER_ROWS)])[: len(x)]
+    return torch.cat([F.linear(rows, router) for rows in torch.split(padded, ROUTER_ROWS)])[: len(x)]
 
 
 def route(logits_TE: Tensor, top_k: int, *, is_normalised: bool) -> tuple[Tensor, Tensor]:
@@ -103,8 +103,10 @@ def rows_of(weight: Weight, start: int, end: int) -> Weight:
     """Rows start ... end - 1 of a matrix that is not packed."""
     if isinstance(weight, Tensor):
         return weight[start:end]
-    rows = {"out_features": end - start, "values": weight.values[start:end], "scales": weight.scales[start:end]}
-    return replace(weight, **rows) if isinstance(weight, Int8Weight) else replace(weight, **rows, offsets=weight.offsets[start:end])
+    count, values, scales = end - start, weight.values[start:end], weight.scales[start:end]
+    if isinstance(weight, Int8Weight):
+        return replace(weight, out_features=count, values=values, scales=scales)
+    return replace(weight, out_features=count, values=values, scales=scales, offsets=weight.offsets[start:end])
 
 
 PLAIN = Parts(linear, gated, rows_of)

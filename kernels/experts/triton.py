@@ -53,9 +53,9 @@ def tiling_of(num_tokens: int, top_k: int, num_experts: int) -> Tiling:
 
 
 def experts(x_TD: Tensor, weights: ExpertWeights, activation: Activation) -> Tensor:
-    """[T, D] in x's dtype; see kernels/experts/reference.py. A token's result does not depend on the other tokens, but for how many they are:
-    between the tilings of `tiling_of` last bits may differ, since on Hopper larger tiles are multiplied by other instructions. A shared
-    expert is as dependent on it as `linear`.
+    """[T, D] in x's dtype; see kernels/experts/reference.py. Of the other tokens a token's result knows only how many they are: between the
+    tilings of `tiling_of` last bits may differ, since on Hopper larger tiles are multiplied by other instructions, and a shared expert's
+    products are `linear`'s.
 
     Raises: TypeError for matrices that are neither dense nor int8 rows.
     """

@@ -160,6 +160,8 @@ class Share:
         Raises: StartupError where the model of this name can't be split so.
         """
         whole, size = self.whole, self.size
+        if whole.experts is not None:
+            raise StartupError(f"{name} is a mixture of experts, which --tensor-parallel can't split yet; serve it on one device")
         if not _can_split(whole, size):
             allowed = ", ".join(str(each) for each in range(1, whole.num_heads + 1) if _can_split(whole, each))
             raise StartupError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from kernels.experts import cases
 from tests.kernels.checks_experts import check_experts
