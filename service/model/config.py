@@ -145,15 +145,16 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "out": (width, queries),
         "mlp_norm": (width,),
     }
+    rest: dict[str, tuple[int, ...]] = {}
     if config.has_qkv_bias:
-        layer |= {"q_bias": (queries,), "k_bias": (keys,), "v_bias": (keys,)}
+        rest |= {"q_bias": (queries,), "k_bias": (keys,), "v_bias": (keys,)}
     if config.has_qk_norm:
-        layer |= {"q_norm": (config.head_width,), "k_norm": (config.head_width,)}
+        rest |= {"q_norm": (config.head_width,), "k_norm": (config.head_width,)}
     if config.has_post_norms:
-        layer |= {"out_norm": (width,), "down_norm": (width,)}
+        rest |= {"out_norm": (width,), "down_norm": (width,)}
     shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocab_size, width)}
     for index in range(len(config.layers)):
-        parts = layer | _feed_forward_shapes(config, config.experts_of(index))
+        parts = layer | _feed_forward_shapes(config, config.experts_of(index)) | rest
         shapes |= {f"layers.{index}.{name}": shape for name, shape in parts.items()}
     if config.pictures:
         shapes |= {"grid_rows": (config.pictures.rows, width), "grid_columns": (config.pictures.columns, width)}

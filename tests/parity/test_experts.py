@@ -38,8 +38,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     config = getattr(transformers, f"{request.param}Config")(**SIZES, **FAMILIES[request.param], attn_implementation="eager")
     model = getattr(transformers, f"{request.param}ForCausalLM")(config).float().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.12 if parameter.dim() > 1 else 0.3)
+        for name, parameter in model.named_parameters():  # of experts large, so that wrong ones would show
+            parameter.normal_(0, 0.3 if parameter.dim() < 2 or "experts" in name else 0.12)
     path = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(path)
     return model, path
@@ -71,7 +71,7 @@ def test_ragged_batch_of_prefill_and_decode(pair: tuple[Any, Path], model: Trans
     assert_close(torch.cat([first[1], second[1]]), expected(pair[0], OTHER[:30]))
 
 
-@pytest.mark.parametrize(("weights", "most"), [("int8", 0.02), ("int4", 0.2)])
+@pytest.mark.parametrize(("weights", "most"), [("int8", 3e-3), ("int4", 2e-2)])
 def test_quantised_weights_are_near_and_company_changes_no_bit(pair: tuple[Any, Path], weights: Any, most: float) -> None:
     """most: KL divergence from float32, nats, mean over the text. Random weights are harder than trained ones."""
     model = build(pair[1], "cpu", weights)
