@@ -62,6 +62,8 @@ def pack_groups(weight: GroupedWeight) -> GroupedWeight:
 
 def rows_of(weight: Weight, start: int, end: int) -> Weight:
     """Rows start ... end - 1 of a matrix, packed or not, over the same memory. Raises: ValueError for rows that cut through a strip."""
+    if not isinstance(weight, Tensor) and (start, end) == (0, weight.out_features):
+        return weight
     packed = None if isinstance(weight, Tensor) else weight.packed
     if isinstance(weight, Tensor) or packed is None:
         return plain_experts.rows_of(weight, start, end)

@@ -162,7 +162,7 @@ def test_gguf_files_give_the_same(tmp_path: Path, family: str) -> None:
 def test_a_files_groups_are_kept(tmp_path: Path, family: str) -> None:
     shapes = expected_shapes(CONFIGS[family])
     matrices = [name for name, shape in shapes.items() if len(shape) == 2 and "router" not in name]
-    path = write_file(tmp_path / "tiny.gguf", family, {name: Type.Q8_0 for name in matrices})
+    path = write_file(tmp_path / "tiny.gguf", family, dict.fromkeys(matrices, Type.Q8_0))
     kept, dense = build(path, "int4"), build(path)
     assert kept.basis is None, "what is kept is not rotated"
     experts = kept.weights[1].experts
@@ -266,7 +266,7 @@ def test_widths_that_strips_would_cut_through_are_refused_where_packed(tmp_path:
             return tensors[name]
 
     build_transformer(config, Source(), select_ops("cpu"), precision=Precision(torch.float32))
-    with pytest.raises(WeightsError, match="experts of width 20 .* multiple of 8"):
+    with pytest.raises(WeightsError, match=r"experts of width 20 .* multiple of 8"):
         build_transformer(config, Source(), select_ops("cpu"), precision=Precision(torch.float32, "int8"))
 
 
