@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -46,19 +47,14 @@ def by_expert(x_TD: Tensor, weights: ExpertWeights, activation: Activation, part
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     logits = router_logits(x_TD, weights.router)
     chosen_TK, shares_TK = route(logits[:, : weights.num_experts], weights.top_k, is_normalised=weights.is_normalised)
-    order = torch.argsort(chosen_TK.flatten(), stable=True)  # entries token * K + rank, grouped by expert
-    counts = torch.bincount(chosen_TK.flatten(), minlength=weights.num_experts).tolist()
-    given = []
-    at = 0
-    for expert, count in enumerate(counts):
-        if count:
-            rows = x_TD[order[at : at + count] // weights.top_k]
-            given.append(_one_expert(rows, weights, activation, parts, expert))
-            at += count
-    if not given:
+    if not len(x_TD):
         return torch.zeros_like(x_TD)
-    place = torch.argsort(order)  # of an entry among the grouped ones
-    by_entry = torch.cat(given)[place].view(*chosen_TK.shape, -1).to(wide) * shares_TK[:, :, None]
+    tokens_of, order = _grouped(chosen_TK.tolist())
+    given = []
+    for expert, tokens in tokens_of.items():
+        rows = x_TD[tokens[0] : tokens[0] + 1] if len(tokens) == 1 else x_TD[torch.tensor(tokens, device=x_TD.device)]
+        given.append(_one_expert(rows, weights, activation, parts, expert))
+    by_entry = torch.cat(given)[torch.tensor(order, device=x_TD.device)].view(*chosen_TK.shape, -1).to(wide) * shares_TK[:, :, None]
     total = by_entry[:, 0]
     for rank in range(1, weights.top_k):  # one by one: the order of a sum over a dimension is PyTorch's own affair
         total = total + by_entry[:, rank]
@@ -66,6 +62,20 @@ def by_expert(x_TD: Tensor, weights: ExpertWeights, activation: Activation, part
         beside = parts.linear(parts.gated(parts.linear(x_TD, weights.shared.gate_up), activation), weights.shared.down)
         total = total + beside.to(wide) * torch.sigmoid(logits[:, weights.num_experts :])
     return total.to(x_TD.dtype)
+
+
+def _grouped(chosen: list[list[int]]) -> tuple[dict[int, list[int]], list[int]]:
+    """(the tokens of each expert that has some, where each token's experts, in turn, stand among all of these). In plain Python: of the few
+    numbers of a step PyTorch's operations would cost more than the products."""
+    tokens_of: dict[int, list[int]] = {}
+    places = []
+    for token, experts_of_token in enumerate(chosen):
+        for expert in experts_of_token:
+            tokens = tokens_of.setdefault(expert, [])
+            places.append((expert, len(tokens)))
+            tokens.append(token)
+    first = dict(zip(tokens_of, accumulate(map(len, tokens_of.values()), initial=0), strict=False))
+    return tokens_of, [first[expert] + place for expert, place in places]
 
 
 def _one_expert(rows: Tensor, weights: ExpertWeights, activation: Activation, parts: Parts, expert: int) -> Tensor:
