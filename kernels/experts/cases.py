@@ -46,7 +46,7 @@ CASES = (
     ExpertsCase("int8", "whole numbers with a scale a row", 6, 4, 2, 64, 32, is_int8=True),
     ExpertsCase("prompt", "the tiles of a prompt", 260, 6, 2, 48, 32, size="small"),
     ExpertsCase("long_prompt", "the largest tiles", 260, 4, 2, 48, 32, size="small"),
-    ExpertsCase("int8_prompt", "the tiles of a prompt in whole numbers", 260, 6, 2, 64, 32, shared=48, is_int8=True, size="small"),
+    ExpertsCase("int8_prompt", "the tiles of a prompt in whole numbers", 260, 6, 1, 32, 32, is_int8=True, size="small"),
     ExpertsCase("bench_one", "Qwen3-30B-A3B, one sequence", 1, 128, 8, 2048, 768, size="bench"),
     ExpertsCase("bench_decode", "Qwen3-30B-A3B, 64 sequences", 64, 128, 8, 2048, 768, size="bench"),
     ExpertsCase("bench_prefill", "Qwen3-30B-A3B, a token budget", 2048, 128, 8, 2048, 768, size="bench"),

@@ -19,7 +19,9 @@ KERNELS = ["router_kernel", "route_kernel", "group_kernel", "gate_up_kernel", "d
 
 @pytest.mark.parametrize("capability", CHIPS)
 @pytest.mark.parametrize("is_int8", [False, True], ids=["dense", "int8"])
-@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.long] if case.name == "prompt" else []) for case in SHAPES]
+)
 def test_experts(case: cases.ExpertsCase, is_int8: bool, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weights, activation = cases.build(case, torch.bfloat16)
     weights = cases.in_int8(weights) if is_int8 else weights
