@@ -10,6 +10,7 @@ Shape suffixes: T tokens, D model width, E experts, K experts of a token, F an e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from kernels.gated.triton import gated
 from kernels.linear.triton import linear, quantize_kernel
 from kernels.ops import Activation, ExpertWeights, Int8Weight, Weight
+
+Linear = Callable[[Tensor, Weight], Tensor]
 
 GROUP_BLOCK = 1024
 """Entries that the grouping kernel looks at together."""
@@ -60,12 +63,24 @@ def experts(x_TD: Tensor, weights: ExpertWeights, activation: Activation) -> Ten
 
     Raises: TypeError for matrices that are neither dense nor int8 rows.
     """
+    return _experts(x_TD, weights, activation, tiling_of(len(x_TD), weights.top_k, weights.num_experts), linear)
+
+
+def deterministic_experts(linear: Linear) -> Callable[[Tensor, ExpertWeights, Activation], Tensor]:
+    """`experts` by one tiling for steps of every size, and a shared expert by this product: no bit of a token depends on the others."""
+
+    def experts(x_TD: Tensor, weights: ExpertWeights, activation: Activation) -> Tensor:
+        return _experts(x_TD, weights, activation, PROMPT, linear)
+
+    return experts
+
+
+def _experts(x_TD: Tensor, weights: ExpertWeights, activation: Activation, tiling: Tiling, linear: Linear) -> Tensor:
     x_TD = x_TD.contiguous()
     num_tokens, width = x_TD.shape
     if not num_tokens:
         return torch.empty_like(x_TD)
     logits = _router_logits(x_TD, weights.router)
-    tiling = tiling_of(num_tokens, weights.top_k, weights.num_experts)
     groups = _grouped(logits, weights, tiling)
     by_entry = _products(x_TD, weights, activation, groups)
     beside = None

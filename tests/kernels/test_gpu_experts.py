@@ -33,6 +33,18 @@ def test_a_token_alone_equals_it_in_any_step_of_decoding(is_int8: bool) -> None:
     assert torch.equal(triton.experts(x[200:], weights, activation), together[200:])
 
 
+@pytest.mark.parametrize("is_int8", [False, True], ids=["dense", "int8"])
+def test_one_tiling_for_steps_of_every_size(is_int8: bool) -> None:
+    from kernels.experts import triton
+
+    case = cases.ExpertsCase("", "", 1500, 16, 4, 512, 384, is_int8=is_int8)
+    x, weights, activation = cases.build(case, torch.bfloat16, "cuda")
+    experts = triton.deterministic_experts(triton.linear)
+    together = experts(x, weights, activation)
+    for count in (1, 64, 300):
+        assert torch.equal(experts(x[:count], weights, activation), together[:count])
+
+
 @pytest.mark.parametrize("num_tokens", [1, 16, 64])
 def test_a_graph_is_right_for_other_tokens_than_it_was_captured_with(num_tokens: int) -> None:
     """How many tokens an expert gets, and so which tiles are needed, is read from the device."""
