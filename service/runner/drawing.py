@@ -16,7 +16,7 @@ from service.scheduling.plan import Drawn, Sample
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """Host values on the device, in order with what it was told before. From memory that is not pinned a copy would wait for all of that."""
+    """Host values on the device, in order with what it was told before. A copy from memory that is not pinned would wait for all of it."""
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
@@ -31,7 +31,7 @@ class Drawing:
         self._parts = [None if part is None else part.to("cpu", non_blocking=True) for part in parts]
         self._is_there: torch.cuda.Event | None = None
         if drawn.ids.is_cuda:
-            self._is_there = torch.cuda.Event()
+            self._is_there = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._is_there.record()
 
     def wait(self) -> list[Drawn]:

@@ -18,7 +18,6 @@ from kernels.ops import Ops, Sampled, SampleRows, Weight
 from kernels.sample.reference import GREEDY_BELOW
 from service.runner.drawing import Drawing, send
 from service.scheduling.plan import PENDING, Sample, StepPlan
-from service.scheduling.sampling import SamplingParams
 
 
 @dataclass(slots=True)

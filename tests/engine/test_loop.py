@@ -32,7 +32,6 @@ from tests.fakes import (
     scripted_tokens,
 )
 
-
 IS_AHEAD = False
 
 
