@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from service.scheduling.reading import Pool
 from service.scheduling.sampling import SamplingParams
 
+PENDING = -1
+"""As the last token of a slice: the id that the latest `Runner.sample` drew for this sequence, which the host does not know yet. Only the
+runner that drew it can put it in its place, so the slices of a split model have none; nor does one follow samples that had drafts."""
+
 
 @dataclass(frozen=True, slots=True)
 class KVGroup:
@@ -47,8 +51,9 @@ class PictureResult:
 class Slice:
     """A run of tokens of one sequence computed in one step.
 
-    start: position of tokens[0]. tables: per K/V group, the ids of the blocks that hold positions 0 ... start + len(tokens) - 1
-    (block i holds positions i * block_size onward), and maybe some that wrong guesses left; an entry behind a group's window may be -1.
+    start: position of tokens[0]. tokens: ids; the last may be PENDING. tables: per K/V group, the ids of the blocks that hold positions
+    0 ... start + len(tokens) - 1 (block i holds positions i * block_size onward), and maybe some that wrong guesses left; an entry behind
+    a group's window may be -1.
     grid_starts: per token, where the picture that it is a code of begins (the position of its first code), -1 for other tokens; empty
     when none of them is a code.
     is_first_known: the K/V of tokens[0] is in its place already, in a block that others may share: it must not be written.
