@@ -1,4 +1,4 @@
-"""What surrounds a CUDA graph, on the CPU: a replay that calls again what was captured, on the same static tensors, equals an eager step."""
+"""What surrounds a CUDA graph, on the CPU: a replay that calls again what was captured, on the same static tensors, equals eager steps."""
 
 from __future__ import annotations
 
