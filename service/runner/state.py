@@ -126,12 +126,10 @@ class StateTable:
         """The ids int64 [R] that were drawn for the plan's samples are from now on what PENDING means for all sequences of their slices;
         of a sequence with several samples (drafts) the last. Does not wait for the device."""
         row_of, slices = self._row_of, plan.slices
-        picks: dict[int, int] = {}  # sample by row
-        for index, sample in enumerate(plan.samples):
-            for at in sample.slice_indexes:
-                row = row_of.get(slices[at].sequence_id)
-                if row is not None:
-                    picks[row] = index
+        rows = [row_of.get(slices[at].sequence_id, -1) for sample in plan.samples for at in sample.slice_indexes]
+        samples = [index for index, sample in enumerate(plan.samples) for _ in sample.slice_indexes]
+        picks = dict(zip(rows, samples, strict=True))
+        picks.pop(-1, None)  # of sequences that have ended
         if not picks:
             return
         sent = on_device(np.array((list(picks), list(picks.values())), dtype=np.int64), self.device)
