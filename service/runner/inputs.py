@@ -1,4 +1,4 @@
-"""Ints to tensors: the only place where a `StepPlan` becomes arrays. Knows block arithmetic, no model and no kernel.
+"""Ints to tensors: where a `StepPlan` becomes arrays (`graphs` packs its own numbers). Knows block arithmetic, no model and no kernel.
 
 Shape suffixes: T tokens, S sequences, W blocks in the widest table, R rows to sample.
 """
@@ -44,7 +44,7 @@ def send(array: NDArray[Any], target: Tensor) -> None:
 def _pinned(array: NDArray[Any], device: torch.device) -> Tensor:
     """Memory that a copy to a GPU reads without the host's help: torch hands it to nobody else before that copy is done."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.pin_memory() if device.type == "cuda" and tensor.numel() else tensor
 
 
 def build_inputs(

@@ -70,7 +70,7 @@ class StateTable:
         for sequence_id in sequence_ids:
             row = self._row_of.pop(sequence_id, None)
             if row is not None:
-                self._clear(row)
+                self._owners[row], self._has_id[row] = None, False  # what was sent is still there: whoever comes may begin alike
                 self._free.append(row)
 
     def admit(self, slices: Sequence[Slice]) -> Rows:
@@ -115,9 +115,6 @@ class StateTable:
         self._free += range(first + count - 1, first - 1, -1)
         self._has_id = np.concatenate((self._has_id, np.zeros(count, dtype=np.bool_)))
         self._last_step = np.concatenate((self._last_step, np.zeros(count, dtype=np.int64)))
-
-    def _clear(self, row: int) -> None:
-        self._owners[row], self._sent[row], self._has_id[row] = None, (), False
 
     # -- ids that the host does not know yet --
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from kernels.ops import select_ops
+from service.runner.inputs import send
 from service.runner.runner import Runner
 from service.scheduling.plan import PENDING, Sample, Slice, StepPlan
 from service.scheduling.sampling import SamplingParams
@@ -65,3 +67,14 @@ def test_nothing_waits_for_the_device() -> None:
             runner.state.keep(plan, drawn)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_numbers_in_flight_are_not_overwritten() -> None:
+    """Copies wait behind long work while the host goes on and asks for the memory of the next one."""
+    targets = [torch.zeros(4096, dtype=torch.int32, device="cuda") for _ in range(40)]
+    send(np.zeros(4096, dtype=np.int32), targets[0])
+    torch.cuda._sleep(500_000_000)
+    for number, target in enumerate(targets):
+        send(np.full(4096, number, dtype=np.int32), target)
+    torch.cuda.synchronize()
+    assert [target.unique().tolist() for target in targets] == [[number] for number in range(40)]

@@ -86,6 +86,16 @@ def test_with_graphs_who_was_longest_in_no_step_loses_its_row() -> None:
         state.admit([one(5), one(6), one(7)])
 
 
+def test_who_is_in_the_step_loses_no_row_to_who_comes() -> None:
+    state, _ = held(max_sequences=2)
+    first = int(state.admit([one(0)])[0])
+    for _ in range(3):
+        state.admit([one(1), one(2)])
+    state.admit([one(3)])
+    assert state.admit([one(0), one(4)]).tolist()[0] == first
+    assert state._row_of[0] == first
+
+
 def test_a_preempted_sequence_gets_its_table_again() -> None:
     state, counted = held(max_sequences=1)
     state.block_tables([one(0, (3, 4, 5))], state.admit([one(0)]))
@@ -96,6 +106,16 @@ def test_a_preempted_sequence_gets_its_table_again() -> None:
     rows = state.admit([one(0)])
     assert state.block_tables([one(0, (7, 4))], rows)[0].tolist() == [[7, 4]]
     assert counted.sent == [2]
+
+
+def test_a_row_that_changes_hands_holds_the_table_of_who_has_it() -> None:
+    state, counted = held(max_sequences=1)
+    state.block_tables([one(0, (3, 4, 5))], state.admit([one(0)]))
+    state.release((0,))
+    counted.sent.clear()
+    rows = state.admit([one(1)])
+    assert state.block_tables([one(1, (3, 9, 8))], rows)[0].tolist() == [[3, 9, 8]]
+    assert counted.sent == [2], "a prefix that both have is there already"
 
 
 def test_an_id_goes_to_all_sequences_of_a_gang() -> None:
