@@ -17,7 +17,12 @@ from service.scheduling.plan import Drawn, Sample
 
 def send(values: Tensor, device: torch.device) -> Tensor:
     """Host values on the device, in order with what it was told before. A copy from memory that is not pinned would wait for all of it."""
-    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+    return pinned(values, device).to(device, non_blocking=True)
+
+
+def pinned(values: Tensor, device: torch.device) -> Tensor:
+    """Memory that a copy to a GPU reads without the host's help: torch hands it to nobody else before that copy is done."""
+    return values.pin_memory() if device.type == "cuda" and values.numel() else values
 
 
 class Drawing:
