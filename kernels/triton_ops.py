@@ -6,6 +6,8 @@ No formula here. Called through `kernels.ops.select_ops("triton")`. `verified.js
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kernels.attention.triton import attend
 from kernels.compose import FineOps, compose
 from kernels.experts.triton import experts
@@ -14,11 +16,12 @@ from kernels.kv_write.triton import kv_write
 from kernels.linear.reference import embed, pack
 from kernels.linear.triton import linear
 from kernels.norm.triton import rms_norm
-from kernels.ops import Ops
+from kernels.ops import Ops, StepOps
 from kernels.sample.triton import sample
+from kernels.step.triton import apply, prepare
 
 TRITON_FINE_OPS = FineOps(attend, linear, embed, rms_norm, kv_write, gated, experts, sample, pack)
 
 
 def triton_ops() -> Ops:
-    return compose("triton", TRITON_FINE_OPS)
+    return replace(compose("triton", TRITON_FINE_OPS), step=StepOps(apply, prepare))

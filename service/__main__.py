@@ -138,6 +138,7 @@ def _load_message(settings: Settings, models: Sequence[Resolved], draft: Resolve
         prepared_folder=str(cache_folder() / "prepared"),
         max_prepared_bytes=settings.max_prepared_bytes,
         tensor_parallel=settings.tensor_parallel,
+        async_scheduling=settings.async_scheduling,
     )
 
 

@@ -50,6 +50,7 @@ class Settings:
     prefix_cache: bool = True
     draft_model: str = ""
     tensor_parallel: int = 1
+    async_scheduling: Literal["auto", "on", "off"] = "auto"
     threads: int = 0
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     api_key_file: str = ""
@@ -287,6 +288,12 @@ _OPTIONS = (
         "tensor_parallel",
         type=_number(1, 64),
         help="Processes that share the matrices and the K/V of each model; on GPUs one each.",
+    ),
+    _option(
+        "--async-scheduling",
+        "async_scheduling",
+        type=click.Choice(["auto", "on", "off"]),
+        help="Begin a step before the ids of the one in front are known, so that a GPU never waits for the host. auto is on on a GPU.",
     ),
     _option("--threads", "threads", type=_number(0, 1024), show_default="one per core", help="CPU threads of the engine."),
     _option(

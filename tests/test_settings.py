@@ -29,6 +29,7 @@ KNOBS: list[tuple[str, str, str, str, Any]] = [
     ("--max-sequences", "BRAID_MAX_SEQUENCES", "3", "max_sequences", 3),
     ("--draft-model", "BRAID_DRAFT_MODEL", "small.gguf", "draft_model", "small.gguf"),
     ("--tensor-parallel", "BRAID_TENSOR_PARALLEL", "2", "tensor_parallel", 2),
+    ("--async-scheduling", "BRAID_ASYNC_SCHEDULING", "on", "async_scheduling", "on"),
     ("--threads", "BRAID_THREADS", "1", "threads", 1),
     ("--api-key", "BRAID_API_KEYS", "sk-secret-1", "api_keys", ("sk-secret-1",)),
     ("--allowed-host", "BRAID_ALLOWED_HOSTS", "braid.example", "allowed_hosts", ("braid.example",)),
