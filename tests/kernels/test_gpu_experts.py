@@ -36,10 +36,11 @@ def test_a_token_alone_equals_it_in_any_step_of_decoding(is_int8: bool) -> None:
 @pytest.mark.parametrize("is_int8", [False, True], ids=["dense", "int8"])
 def test_one_tiling_for_steps_of_every_size(is_int8: bool) -> None:
     from kernels.experts import triton
+    from kernels.linear.triton import linear
 
     case = cases.ExpertsCase("", "", 1500, 16, 4, 512, 384, is_int8=is_int8)
     x, weights, activation = cases.build(case, torch.bfloat16, "cuda")
-    experts = triton.deterministic_experts(triton.linear)
+    experts = triton.deterministic_experts(linear)
     together = experts(x, weights, activation)
     for count in (1, 64, 300):
         assert torch.equal(experts(x[:count], weights, activation), together[:count])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.experts import cases, triton
+from kernels.linear.triton import linear
 from tests.kernels.checks_experts import check_experts
 from tests.kernels.interpreter.test_on_interpreter import DTYPES, sized
 
@@ -37,7 +38,7 @@ def test_a_row_of_garbage_disturbs_nobody() -> None:
 
 def test_one_tiling_for_steps_of_every_size() -> None:
     x, weights, activation = cases.build(cases.ExpertsCase("", "", 70, 3, 1, 48, 32), torch.float32)
-    experts = triton.deterministic_experts(triton.linear)
+    experts = triton.deterministic_experts(linear)
     together = experts(x, weights, activation)
     torch.testing.assert_close(together, triton.experts(x, weights, activation))
     assert torch.equal(experts(x[:3], weights, activation), together[:3])
