@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Type
 from safetensors.torch import save_file
 
 from kernels.ops import GroupedWeight, select_ops
-from service.errors import StartupError, WeightsError
+from service.errors import WeightsError
 from service.footprint import weight_bytes
 from service.model import prepared
 from service.model.config import Experts, ModelConfig, expected_shapes
@@ -26,7 +26,6 @@ from service.model.rotation import RotatedSource
 from service.model.transformer import Precision, Transformer, build_transformer
 from service.model.weights import open_weights
 from service.runner.load import choose_storage
-from service.runner.parallel import Share
 from tests.model.checkpoints import TINY, gguf_name, random_tensors, write_gguf
 from tests.parity.steps import Steps
 
@@ -268,8 +267,3 @@ def test_widths_that_strips_would_cut_through_are_refused_where_packed(tmp_path:
     build_transformer(config, Source(), select_ops("cpu"), precision=Precision(torch.float32))
     with pytest.raises(WeightsError, match=r"experts of width 20 .* multiple of 8"):
         build_transformer(config, Source(), select_ops("cpu"), precision=Precision(torch.float32, "int8"))
-
-
-def test_it_is_not_split(tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match="small is a mixture of experts, which --tensor-parallel can't split yet"):
-        Share(QWEN3, 0, 2).config("small")
