@@ -101,7 +101,7 @@ def build_dense(case: DenseCase, dtype: torch.dtype, device: torch.device | str 
 @dataclass(frozen=True, slots=True)
 class LayerCase:
     """A decoder layer over dense matrices, and a step of num_rows tokens. has_residual: not the first layer. padded: how many of the
-    tokens at the end have slot -1. has_bias, has_norms: of the q/k/v product and of its heads."""
+    tokens at the end have slot -1. has_bias, has_norms: of the q/k/v product and of its heads; has_post_norms: behind the products that give D numbers."""
 
     name: str
     why: str
@@ -116,6 +116,7 @@ class LayerCase:
     padded: int = 0
     has_bias: bool = False
     has_norms: bool = False
+    has_post_norms: bool = False
     pool: torch.dtype | None = None
     size: Literal["tiny", "small", "bench"] = "tiny"
 
@@ -128,6 +129,7 @@ LAYER_CASES = (
     LayerCase("other_pool", "keys and values are rounded to the pool's own dtype", 2, pool=torch.float16),
     LayerCase("bias", "a bias goes through the separate write", 3, has_bias=True),
     LayerCase("norms", "and so do norms of heads", 9, has_norms=True),
+    LayerCase("post_norms", "what is added to the residual is normed first", 3, has_norms=True, has_post_norms=True),
     LayerCase("wide", "several rounds of all lanes", 4, 2304, 2, 1, 64, 256, size="small"),
     LayerCase("bench_llama_8b_1", "a layer of a large model, one sequence", 1, 4096, 32, 8, 128, 14336, size="bench"),
     LayerCase("bench_llama_8b_16", "a layer of a large model", 16, 4096, 32, 8, 128, 14336, size="bench"),
@@ -162,6 +164,8 @@ def build_layer(
         qkv_bias=normal(heads * width) if case.has_bias else None,
         q_norm=normal(width) if case.has_norms else None,
         k_norm=normal(width) if case.has_norms else None,
+        out_norm=normal(case.width) if case.has_post_norms else None,
+        down_norm=normal(case.width) if case.has_post_norms else None,
     )
     pool = torch.zeros((4, 2, case.num_kv_heads, 16, width), dtype=case.pool or dtype, device=device)
     slots = torch.randperm(64, generator=generator, device=device)[: case.num_rows]

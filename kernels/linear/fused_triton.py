@@ -1,7 +1,8 @@
 """Coarse ops of a decode step of at most 16 rows over dense matrices: a layer in four products and what attention takes.
 
 No model here. Called by `triton_ops`, which puts `fused` over the composed ops; what these kernels can't do goes to the composed ones:
-more rows, quantised matrices, float16 (a row that is not normed yet can leave its range), norms behind products, quantised pools.
+more rows, quantised matrices, float16 (a row that is not normed yet can leave its range). Quantised pools, biases and norms of heads get
+their own write behind the product.
 Sums that the composed ops round between two kernels are rounded once here.
 Shape suffixes: T tokens, D model width, F feed-forward width, N query heads, K key/value heads, H head width, P places in a block;
 in kernels C lines of the matrix in a program and M padded rows.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import triton
@@ -22,7 +23,7 @@ from kernels.dependent import begin, can_depend
 from kernels.gated.triton import activated
 from kernels.kv_write.triton import _rotated, _stored
 from kernels.linear.narrow_triton import MAX_ROWS, Tiling, normed_lane_sum, padded_rows, prefetch_lines, product, tiling_of
-from kernels.ops import Activation, LayerWeights, Ops, PagedKV, Weight
+from kernels.ops import LayerWeights, Ops, PagedKV, Weight
 
 POOLS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -46,21 +47,20 @@ def _qkv_in_front_of(ops: Ops) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def _out_mlp_in_front_of(ops: Ops) -> Callable[..., tuple[Tensor, Tensor]]:
     def out_mlp(y: Tensor, residual_TD: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
-        is_narrow = all(_is_narrow(y, weight) for weight in (weights.out, weights.gate_up, weights.down))
-        if not is_narrow or weights.out_norm is not None or weights.down_norm is not None:
+        out, down, eps = weights.out, weights.down, weights.spec.norm_eps
+        if not _is_narrow(y, out) or not _is_narrow(y, weights.gate_up) or not _is_narrow(y, down):
             return ops.out_mlp(y, residual_TD, weights)
-        out, gate_up, down = weights.out, weights.gate_up, weights.down
-        assert isinstance(out, Tensor)
-        assert isinstance(gate_up, Tensor)
-        assert isinstance(down, Tensor)
-        residual = product(y, out, residual=residual_TD.contiguous())
-        hidden = normed_gate_up(residual, weights.mlp_norm, gate_up, weights.spec.norm_eps, weights.spec.activation)
-        return product(hidden, down), residual
+        if weights.out_norm is None:
+            hidden, residual = normed_gate_up(product(y, out, residual=residual_TD.contiguous()), None, weights)
+        else:
+            hidden, residual = normed_gate_up(ops.rms_norm(product(y, out), None, weights.out_norm, eps)[0], residual_TD, weights)
+        x = product(hidden, down)
+        return x if weights.down_norm is None else ops.rms_norm(x, None, weights.down_norm, eps)[0], residual
 
     return out_mlp
 
 
-def _is_narrow(x: Tensor, weight: Weight) -> bool:
+def _is_narrow(x: Tensor, weight: Weight) -> TypeGuard[Tensor]:
     return isinstance(weight, Tensor) and 0 < len(x) <= MAX_ROWS and x.dtype == weight.dtype == torch.bfloat16 and weight.is_contiguous()
 
 
@@ -83,7 +83,7 @@ def normed_qkv(
     assert isinstance(matrix, Tensor)
     x_TD, total, given = _with_total(x_TD, residual_TD)
     q = torch.empty((len(x_TD), spec.num_heads, spec.head_width), dtype=x_TD.dtype, device=x_TD.device)
-    tiling = tiling_of(len(matrix))
+    tiling = _tiling_of(len(matrix))
     pairs = tiling.columns // 2
     while spec.head_width // 2 % pairs:
         pairs //= 2
@@ -119,7 +119,7 @@ def normed_product(x_TD: Tensor, residual_TD: Tensor | None, weights: LayerWeigh
     x_TD, total, given = _with_total(x_TD, residual_TD)
     out_features = len(matrix)
     out = torch.empty((len(x_TD), out_features), dtype=x_TD.dtype, device=x_TD.device)
-    tiling = tiling_of(out_features)
+    tiling = _tiling_of(out_features)
     normed_kernel[(triton.cdiv(out_features, tiling.columns),)](
         x_TD,
         given,
@@ -136,15 +136,34 @@ def normed_product(x_TD: Tensor, residual_TD: Tensor | None, weights: LayerWeigh
     return out, total
 
 
-def normed_gate_up(x_TD: Tensor, norm_D: Tensor, gate_up: Tensor, eps: float, activation: Activation) -> Tensor:
-    """activation(gate) * up of the RMSNorm of x by gate_up [2F, D]: [T, F] in x's dtype; 1 <= T <= 16."""
-    x_TD, width = x_TD.contiguous(), len(gate_up) // 2
+def normed_gate_up(x_TD: Tensor, residual_TD: Tensor | None, weights: LayerWeights) -> tuple[Tensor, Tensor]:
+    """(activation(gate) * up of the RMSNorm of x + residual [T, F], residual [T, D]: a new tensor, x itself without one); 1 <= T <= 16."""
+    matrix, spec = weights.gate_up, weights.spec
+    assert isinstance(matrix, Tensor)
+    x_TD, total, given = _with_total(x_TD, residual_TD)
+    width = len(matrix) // 2
     out = torch.empty((len(x_TD), width), dtype=x_TD.dtype, device=x_TD.device)
-    tiling = tiling_of(len(gate_up))
+    tiling = _tiling_of(len(matrix))
     gate_up_kernel[(triton.cdiv(width, tiling.columns // 2),)](
-        x_TD, norm_D, gate_up, out, len(x_TD), eps, F=width, IS_GELU=activation == "gelu_tanh", **_tile(tiling, x_TD)
+        x_TD,
+        given,
+        weights.mlp_norm,
+        None if given is None else total,
+        matrix,
+        out,
+        len(x_TD),
+        spec.norm_eps,
+        F=width,
+        IS_GELU=spec.activation == "gelu_tanh",
+        **_tile(tiling, x_TD),
     )
-    return out
+    return out, total
+
+
+def _tiling_of(out_features: int) -> Tiling:
+    """Wider programs than a plain product's: each works on all the rows of x by itself, which has to pay."""
+    tiling = tiling_of(out_features)
+    return Tiling(columns=32, lanes=4, num_warps=4, num_stages=4) if tiling.columns == 16 and out_features >= 4096 else tiling
 
 
 def _with_total(x_TD: Tensor, residual_TD: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -198,17 +217,21 @@ def normed_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def gate_up_kernel(
-    x_ptr, norm_ptr, weight_ptr, out_ptr, num_rows, eps,
+    x_ptr, residual_ptr, norm_ptr, total_ptr, weight_ptr, out_ptr, num_rows, eps,
     F: tl.constexpr, IS_GELU: tl.constexpr, IN: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of the gated hidden layer: their gate lines and their up lines are the two halves of the program's lines."""
+    """Some columns of the gated hidden layer: their gate lines and their up lines are the two halves of the program's lines.
+
+    residual_ptr and total_ptr may be None together.
+    """
     HALF: tl.constexpr = COLUMNS // 2
     index = tl.arange(0, COLUMNS)
     line = (index // HALF) * F + tl.minimum(tl.program_id(0) * HALF + index % HALF, F - 1)
     prefetch_lines(weight_ptr, line, 0, IN, 4 * LANES, DEPENDENT)
     begin(DEPENDENT)
-    y = normed_lane_sum(x_ptr, None, norm_ptr, None, weight_ptr, line, num_rows, False, eps, IN, LANES, ROWS)
+    is_writer = tl.program_id(0) == 0
+    y = normed_lane_sum(x_ptr, residual_ptr, norm_ptr, total_ptr, weight_ptr, line, num_rows, is_writer, eps, IN, LANES, ROWS)
     gate, up = _halves(y, HALF, ROWS)
     row = tl.arange(0, ROWS)
     column = tl.program_id(0) * HALF + tl.arange(0, HALF)

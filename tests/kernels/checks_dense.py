@@ -91,17 +91,17 @@ def check_qkv(case: linear_cases.LayerCase, dtype: torch.dtype, device: str, mon
     assert_earned(pool, plain_pool, exact_pool)
 
 
-def check_mlp(case: linear_cases.LayerCase, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_gate_up(case: linear_cases.LayerCase, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from kernels.linear import fused_triton
 
-    x, _, weights, _, _ = linear_cases.build_layer(case, dtype, device)
+    x, residual, weights, _, _ = linear_cases.build_layer(case, dtype, device)
+    given = None if residual is None else residual.clone()
     guards = guard_module(monkeypatch, fused_triton)
-    gate_up = weights.gate_up
-    assert isinstance(gate_up, Tensor)
-    got = fused_triton.normed_gate_up(x, weights.mlp_norm, gate_up, weights.spec.norm_eps, weights.spec.activation)
+    got, total = fused_triton.normed_gate_up(x, residual, weights)
     guards.check()
-    plain, exact = (_hidden(rows, one) for rows, one in ((x, weights), (x.double(), widened(weights))))
-    assert_earned(got, plain, exact)
+    assert torch.equal(total, x if residual is None else residual + x)
+    assert given is None or torch.equal(residual, given), "the residual that other programs still read was written"  # type: ignore[arg-type]
+    assert_earned(got, _hidden(total, weights), _hidden(total.double(), widened(weights)))
 
 
 def _hidden(x: Tensor, weights: LayerWeights) -> Tensor:
@@ -127,5 +127,5 @@ def check_layer(case: linear_cases.LayerCase, device: str) -> None:
 
 
 def widened(weights: LayerWeights) -> LayerWeights:
-    names = ("attention_norm", "qkv", "out", "mlp_norm", "gate_up", "down", "qkv_bias", "q_norm", "k_norm")
+    names = ("attention_norm", "qkv", "out", "mlp_norm", "gate_up", "down", "qkv_bias", "q_norm", "k_norm", "out_norm", "down_norm")
     return replace(weights, **{name: None if getattr(weights, name) is None else getattr(weights, name).double() for name in names})

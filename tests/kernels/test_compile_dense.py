@@ -89,7 +89,7 @@ def test_fused(case: cases.LayerCase, capability: int, launches_of: Any) -> None
         capability,
         lambda: (
             write(x, residual, weights, positions, kv) if write else fused_triton.normed_product(x, residual, weights),
-            fused_triton.normed_gate_up(x, weights.mlp_norm, weights.gate_up, 1e-5, "silu"),
+            fused_triton.normed_gate_up(x, residual, weights),
         ),
     )
     assert [launch.name for launch in launches] == ["qkv_kernel" if write else "normed_kernel", "gate_up_kernel"]
