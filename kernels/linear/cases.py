@@ -5,6 +5,7 @@ No expectations here. Called by `tests/kernels` and `bench/kernels`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,13 +96,16 @@ def build_dense(case: DenseCase, dtype: torch.dtype, device: torch.device | str 
     x = torch.randn((case.num_rows, case.in_features), generator=generator, device=where).to(device, dtype)
     weight = torch.empty((case.out_features, case.in_features), dtype=dtype if where == device else torch.float32, device=where)
     weight.normal_(generator=generator)
-    return x, (weight / case.in_features**0.5).to(device, dtype)
+    return x, (weight / math.sqrt(case.in_features)).to(device, dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCase:
-    """A decoder layer over dense matrices, and a step of num_rows tokens. has_residual: not the first layer. padded: how many of the
-    tokens at the end have slot -1. has_bias, has_norms: of the q/k/v product and of its heads; has_post_norms: behind the products that give D numbers."""
+    """A decoder layer over dense matrices, and a step of num_rows tokens.
+
+    has_residual: not the first layer. padded: how many of the tokens at the end have slot -1. has_bias, has_norms: of the q/k/v product
+    and of its heads. has_post_norms: behind the products that give D numbers. pool: dtype of keys and values, None for x's.
+    """
 
     name: str
     why: str
@@ -148,7 +152,7 @@ def build_layer(
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     def matrix(rows: int, columns: int) -> Tensor:
-        return (torch.randn((rows, columns), generator=generator, device=device) / columns**0.5).to(dtype)
+        return (torch.randn((rows, columns), generator=generator, device=device) / math.sqrt(columns)).to(dtype)
 
     width, heads = case.head_width, case.num_heads + 2 * case.num_kv_heads
     angles = torch.rand((64, width // 2), generator=generator, device=device) * 6.3

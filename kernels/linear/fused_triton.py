@@ -35,7 +35,7 @@ def fused(ops: Ops) -> Ops:
 
 def _qkv_in_front_of(ops: Ops) -> Callable[..., tuple[Tensor, Tensor]]:
     def qkv(x_TD: Tensor, residual_TD: Tensor | None, weights: LayerWeights, positions_T: Tensor, kv: PagedKV) -> tuple[Tensor, Tensor]:
-        if not _is_narrow(x_TD, weights.qkv):
+        if not _is_narrow(weights.qkv, x_TD):
             return ops.qkv(x_TD, residual_TD, weights, positions_T, kv)
         if can_write(weights, kv):
             return normed_qkv(x_TD, residual_TD, weights, positions_T, kv)
@@ -48,7 +48,7 @@ def _qkv_in_front_of(ops: Ops) -> Callable[..., tuple[Tensor, Tensor]]:
 def _out_mlp_in_front_of(ops: Ops) -> Callable[..., tuple[Tensor, Tensor]]:
     def out_mlp(y: Tensor, residual_TD: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
         out, down, eps = weights.out, weights.down, weights.spec.norm_eps
-        if not _is_narrow(y, out) or not _is_narrow(y, weights.gate_up) or not _is_narrow(y, down):
+        if not (_is_narrow(out, y) and _is_narrow(weights.gate_up, y) and _is_narrow(down, y)):
             return ops.out_mlp(y, residual_TD, weights)
         if weights.out_norm is None:
             hidden, residual = normed_gate_up(product(y, out, residual=residual_TD.contiguous()), None, weights)
@@ -60,7 +60,7 @@ def _out_mlp_in_front_of(ops: Ops) -> Callable[..., tuple[Tensor, Tensor]]:
     return out_mlp
 
 
-def _is_narrow(x: Tensor, weight: Weight) -> TypeGuard[Tensor]:
+def _is_narrow(weight: Weight, x: Tensor) -> TypeGuard[Tensor]:
     return isinstance(weight, Tensor) and 0 < len(x) <= MAX_ROWS and x.dtype == weight.dtype == torch.bfloat16 and weight.is_contiguous()
 
 
@@ -72,9 +72,7 @@ def can_write(weights: LayerWeights, kv: PagedKV) -> bool:
     return is_plain and has_strides and not has_more and weights.spec.head_width % 16 == 0
 
 
-def normed_qkv(
-    x_TD: Tensor, residual_TD: Tensor | None, weights: LayerWeights, positions_T: Tensor, kv: PagedKV
-) -> tuple[Tensor, Tensor]:
+def normed_qkv(x_TD: Tensor, residual_TD: Tensor | None, weights: LayerWeights, positions_T: Tensor, kv: PagedKV) -> tuple[Tensor, Tensor]:
     """(q [T, N, H], residual [T, D]) as `Ops.qkv`, in one kernel; 1 <= T <= 16, where `can_write` says so.
 
     Mutates: kv.keys, kv.values at the batch's slots; a slot of -1 writes nothing. The residual that comes back is a new tensor.

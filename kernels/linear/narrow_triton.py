@@ -31,28 +31,36 @@ class Tiling:
     num_warps: int
     num_stages: int
 
+
+CANDIDATES = (
+    Tiling(columns=16, lanes=8, num_warps=8, num_stages=5),
+    Tiling(columns=16, lanes=4, num_warps=4, num_stages=5),
+    Tiling(columns=32, lanes=4, num_warps=4, num_stages=4),
+    Tiling(columns=64, lanes=2, num_warps=4, num_stages=4),
+    Tiling(columns=16, lanes=16, num_warps=16, num_stages=3),
+    Tiling(columns=16, lanes=4, num_warps=4, num_stages=8),
+    Tiling(columns=32, lanes=8, num_warps=8, num_stages=4),
+    Tiling(columns=64, lanes=4, num_warps=8, num_stages=3),
+)
+"""What a measurement on a GPU should try for each shape; the first four are in use."""
+
+
 def tiling_of(out_features: int) -> Tiling:
     """By output columns alone. At least 64 KB in flight on each of 132 multiprocessors, or near it where the matrix is small.
 
     Not yet measured on a GPU: chosen from the bytes in flight that 4.3 TB/s at about 1 us need (4 MB), with room for the next kernel.
     """
-    if out_features < 2048:
-        return Tiling(columns=16, lanes=8, num_warps=8, num_stages=5)
-    if out_features < 8192:
-        return Tiling(columns=16, lanes=4, num_warps=4, num_stages=5)
-    if out_features < 32768:
-        return Tiling(columns=32, lanes=4, num_warps=4, num_stages=4)
-    return Tiling(columns=64, lanes=2, num_warps=4, num_stages=4)
+    return next((CANDIDATES[index] for index, least in enumerate((2048, 8192, 32768)) if out_features < least), CANDIDATES[3])
 
 
 def padded_rows(num_rows: int) -> int:
     return 8 if num_rows <= 8 else MAX_ROWS
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, tiling: Tiling | None = None) -> Tensor:
     """x [M, in] by the rows of weight [out, in], M <= 16, plus bias [out] and residual [M, out], rounded once: [M, out] in x's dtype.
 
-    Raises: ValueError for more rows. Mutates: residual, when given: the sum is put there, and it is returned.
+    tiling: another than `tiling_of` gives, to be measured. Raises: ValueError for more rows. Mutates: residual, when given: the sum is put there, and it is returned.
     """
     num_rows, depth = x.shape
     if num_rows > MAX_ROWS:
@@ -60,7 +68,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Ten
     x, out_features = x.contiguous(), weight.shape[0]
     out = torch.empty((num_rows, out_features), dtype=x.dtype, device=x.device) if residual is None else residual
     if num_rows:
-        tiling, is_dependent = tiling_of(out_features), can_depend(x.device)
+        tiling, is_dependent = tiling or tiling_of(out_features), can_depend(x.device)
         narrow_kernel[(triton.cdiv(out_features, tiling.columns),)](
             x,
             weight,
@@ -83,7 +91,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Ten
 
 @triton.jit
 def prefetch_lines(weight_ptr, line_C, first, IN: tl.constexpr, PIECES: tl.constexpr, DEPENDENT: tl.constexpr):
-    """From input `first` on, PIECES (a power of two) times 64 inputs of some lines of a matrix, into L2: 64 half-width ones are 128 bytes."""
+    """PIECES (a power of two) times 64 inputs of some lines of a matrix, from `first` on, into L2: 64 half-width ones are 128 bytes."""
     if DEPENDENT:
         piece = tl.minimum(first + tl.arange(0, PIECES) * 64, IN - 1)
         prefetch(weight_ptr + line_C.to(tl.int64)[:, None] * IN + piece[None, :], DEPENDENT)

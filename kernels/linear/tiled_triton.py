@@ -39,7 +39,7 @@ def chunk_of(out_features: int, in_features: int) -> int:
     """Inputs of a chunk, a multiple of 64: from the shape alone, so many that 64 lines a program make about PROGRAMS."""
     wanted = max(1, PROGRAMS // triton.cdiv(out_features, LINES))
     num_chunks = max(1, min(wanted, in_features // MIN_CHUNK))
-    return triton.cdiv(triton.cdiv(in_features, num_chunks), 64) * 64
+    return int(triton.cdiv(triton.cdiv(in_features, num_chunks), 64)) * 64
 
 
 def tiling_of(num_rows: int, dtype: torch.dtype) -> Tiling:

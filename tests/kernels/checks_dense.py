@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -128,4 +129,5 @@ def check_layer(case: linear_cases.LayerCase, device: str) -> None:
 
 def widened(weights: LayerWeights) -> LayerWeights:
     names = ("attention_norm", "qkv", "out", "mlp_norm", "gate_up", "down", "qkv_bias", "q_norm", "k_norm", "out_norm", "down_norm")
-    return replace(weights, **{name: None if getattr(weights, name) is None else getattr(weights, name).double() for name in names})
+    wide: dict[str, Any] = {name: None if getattr(weights, name) is None else getattr(weights, name).double() for name in names}
+    return replace(weights, **wide)

@@ -58,6 +58,14 @@ def test_narrow(name: str, capability: int, launches_of: Any) -> None:
         assert ("prefetch.global.L2" in ptx) == (capability >= 90)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("tiling", narrow_triton.CANDIDATES, ids=str)
+def test_candidates(tiling: narrow_triton.Tiling, launches_of: Any) -> None:
+    x, weight = torch.empty((16, 4096), dtype=torch.bfloat16), _weight((6144, 4096))
+    (launch,) = launches_of(narrow_triton, 90, lambda: narrow_triton.product(x, weight, tiling=tiling))
+    assert_fits(launch, 90, str(tiling))
+
+
 @pytest.mark.parametrize("capability", CHIPS)
 @pytest.mark.parametrize("num_rows", [16, 64, 500])
 def test_tiled(num_rows: int, capability: int, launches_of: Any) -> None:

@@ -15,12 +15,12 @@ from tests.kernels import checks_dense
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 HALVES = (torch.float16, torch.bfloat16)
-DENSE = [pytest.param(case, id=case.name) for case in linear_cases.DENSE_CASES if case.size != "bench"]
-LAYERS = [pytest.param(case, id=case.name) for case in linear_cases.LAYER_CASES if case.size != "bench"]
+DENSE = [case for case in linear_cases.DENSE_CASES if case.size != "bench"]
+LAYERS = [case for case in linear_cases.LAYER_CASES if case.size != "bench"]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("case", [case for case in DENSE if case.values[0].num_rows <= 16])
+@pytest.mark.parametrize("case", [case for case in DENSE if case.num_rows <= 16], ids=lambda case: case.name)
 def test_narrow(case: linear_cases.DenseCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from kernels.linear import narrow_triton
 
@@ -28,7 +28,7 @@ def test_narrow(case: linear_cases.DenseCase, dtype: torch.dtype, monkeypatch: p
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize("case", DENSE, ids=lambda case: case.name)
 def test_tiled(case: linear_cases.DenseCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from kernels.linear import tiled_triton
 
@@ -49,14 +49,14 @@ def test_a_row_does_not_know_its_neighbours(shape: tuple[int, int], dtype: torch
     checks_dense.check_rows_for_themselves(select_ops("triton", deterministic=True).linear, case, dtype, "cuda", monkeypatch)
 
 
-@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
 def test_fused(case: linear_cases.LayerCase, monkeypatch: pytest.MonkeyPatch) -> None:
     checks_dense.check_qkv(case, torch.bfloat16, "cuda", monkeypatch)
     monkeypatch.undo()
     checks_dense.check_gate_up(case, torch.bfloat16, "cuda", monkeypatch)
 
 
-@pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
 def test_the_back_end_fuses_a_layer(case: linear_cases.LayerCase) -> None:
     checks_dense.check_layer(case, "cuda")
 
@@ -65,10 +65,12 @@ def chain(x: Tensor, weights: LayerWeights, positions: Tensor, kv: PagedKV, ops:
     """Eight layers of the same weights, the queries in place of what attention gives: products, norms and writes behind one another."""
     kv.keys.zero_()
     kv.values.zero_()
-    rows, residual = x.clone(), None  # without a residual the sum is x itself, and sums are added to in place
+    rows = x.clone()
+    residual: Tensor | None = None  # without a residual the sum is x itself, and sums are added to in place
     for _ in range(8):
         q, residual = ops.qkv(rows, residual, weights, positions, kv)
         rows, residual = ops.out_mlp(q.flatten(1), residual, weights)
+    assert residual is not None
     return rows, residual, kv.keys.clone()
 
 

@@ -14,12 +14,20 @@ from kernels.linear import fused_triton, narrow_triton, tiled_triton
 from kernels.ops import select_ops
 from tests.kernels import checks_dense
 from tests.kernels.interpreter.test_on_interpreter import DTYPES, sized
+from tests.kernels.rule import assert_earned
 
 
 @pytest.mark.parametrize("case", sized([case for case in linear_cases.DENSE_CASES if case.num_rows <= 16]))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_narrow(case: linear_cases.DenseCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     checks_dense.check_product(narrow_triton, case, dtype, "cpu", monkeypatch)
+
+
+@pytest.mark.parametrize("tiling", narrow_triton.CANDIDATES, ids=str)
+def test_candidates(tiling: narrow_triton.Tiling) -> None:
+    x, weight = linear_cases.build_dense(linear_cases.DenseCase("", "", 5, 200, 70), torch.float32)
+    exact = x.double() @ weight.double().T
+    assert_earned(narrow_triton.product(x, weight, tiling=tiling), torch.nn.functional.linear(x, weight), exact)
 
 
 @pytest.mark.parametrize("case", sized(linear_cases.DENSE_CASES))
@@ -68,6 +76,6 @@ def test_a_row_does_not_know_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> 
         return interpreter.TensorHandle(product.astype(np.float32), c.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", wide_dot)
-    case = linear_cases.DenseCase("", "two chunks, the second ragged", 1, 1100, 40)
+    case = linear_cases.DenseCase("", "three chunks, the last one ragged", 1, 1640, 24)
     checks_dense.check_rows_for_themselves(select_ops("triton", deterministic=True).linear, case, torch.float16, "cpu", monkeypatch)
     checks_dense.check_rows_for_themselves(tiled_triton.product, case, torch.float32, "cpu", monkeypatch)
