@@ -60,7 +60,8 @@ def padded_rows(num_rows: int) -> int:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, tiling: Tiling | None = None) -> Tensor:
     """x [M, in] by the rows of weight [out, in], M <= 16, plus bias [out] and residual [M, out], rounded once: [M, out] in x's dtype.
 
-    tiling: another than `tiling_of` gives, to be measured. Raises: ValueError for more rows. Mutates: residual, when given: the sum is put there, and it is returned.
+    tiling: another than `tiling_of` gives, to be measured. Raises: ValueError for more rows.
+    Mutates: residual, when given: the sum is put there, and it is returned.
     """
     num_rows, depth = x.shape
     if num_rows > MAX_ROWS:

@@ -87,6 +87,14 @@ def test_tiled_in_order(launches_of: Any) -> None:
     assert instruction(90) in compile_launch(launch, 90).ptx
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("num_rows", [8, 500])
+def test_tiled_float32(num_rows: int, launches_of: Any) -> None:
+    x, weight = torch.empty(num_rows, 1024), torch.empty(3072, 1024)
+    for launch in launches_of(tiled_triton, 90, lambda: tiled_triton.product(x, weight)):
+        assert_fits(launch, 90, f"{num_rows} rows, float32")
+
+
 @pytest.mark.parametrize("capability", CHIPS)
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
 def test_fused(case: cases.LayerCase, capability: int, launches_of: Any) -> None:
