@@ -131,7 +131,7 @@ LAYER_CASES = (
     LayerCase("sixteen", "every row of the tile", 16, num_heads=1, hidden=72, activation="gelu_tanh"),
     LayerCase("ragged", "a width that is no multiple of the lanes, half a head of 24", 3, 200, head_width=48),
     LayerCase("other_pool", "keys and values are rounded to the pool's own dtype", 2, pool=torch.float16),
-    LayerCase("bias", "a bias goes through the separate write", 3, has_bias=True),
+    LayerCase("bias", "a bias is added before rotation", 3, has_bias=True),
     LayerCase("norms", "and so do norms of heads", 9, has_norms=True),
     LayerCase("post_norms", "what is added to the residual is normed first", 3, has_norms=True, has_post_norms=True),
     LayerCase("wide", "several rounds of all lanes", 4, 2304, 2, 1, 64, 256, size="small"),

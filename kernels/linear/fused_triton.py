@@ -1,8 +1,8 @@
 """Coarse ops of a decode step of at most 16 rows over dense matrices: a layer in four products and what attention takes.
 
 No model here. Called by `triton_ops`, which puts `fused` over the composed ops; what these kernels can't do goes to the composed ones:
-more rows, quantised matrices, float16 (a row that is not normed yet can leave its range). Quantised pools, biases and norms of heads get
-their own write behind the product.
+more rows, quantised matrices, float16 (a row that is not normed yet can leave its range). Quantised pools and norms of heads get their
+own write behind the product.
 Sums that the composed ops round between two kernels are rounded once here.
 Shape suffixes: T tokens, D model width, F feed-forward width, N query heads, K key/value heads, H head width, P places in a block;
 in kernels C lines of the matrix in a program and M padded rows.
@@ -48,7 +48,8 @@ def _qkv_in_front_of(ops: Ops) -> Callable[..., tuple[Tensor, Tensor]]:
 def _out_mlp_in_front_of(ops: Ops) -> Callable[..., tuple[Tensor, Tensor]]:
     def out_mlp(y: Tensor, residual_TD: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
         out, down, eps = weights.out, weights.down, weights.spec.norm_eps
-        if not (_is_narrow(out, y) and _is_narrow(weights.gate_up, y) and _is_narrow(down, y)):
+        gate_up = weights.gate_up
+        if not (_is_narrow(out, y) and _is_narrow(gate_up, y) and _is_narrow(down, y) and len(gate_up) == 2 * down.shape[1]):
             return ops.out_mlp(y, residual_TD, weights)
         if weights.out_norm is None:
             hidden, residual = normed_gate_up(product(y, out, residual=residual_TD.contiguous()), None, weights)
@@ -65,11 +66,11 @@ def _is_narrow(weight: Weight, x: Tensor) -> TypeGuard[Tensor]:
 
 
 def can_write(weights: LayerWeights, kv: PagedKV) -> bool:
-    """Whether `normed_qkv` can store what it computes: heads without bias and norms, a pool of plain numbers."""
+    """Whether `normed_qkv` can store what it computes: heads without norms, a pool of plain numbers."""
     is_plain = kv.key_scales is None and kv.value_scales is None and kv.keys.dtype in POOLS and kv.values.dtype == kv.keys.dtype
     has_strides = kv.keys.stride() == kv.values.stride() and kv.keys.stride(3) == 1 and weights.rotary.is_contiguous()
-    has_more = any(part is not None for part in (weights.qkv_bias, weights.q_norm, weights.k_norm))
-    return is_plain and has_strides and not has_more and weights.spec.head_width % 16 == 0
+    has_norms = weights.q_norm is not None or weights.k_norm is not None
+    return is_plain and has_strides and not has_norms and weights.spec.head_width % 16 == 0
 
 
 def normed_qkv(x_TD: Tensor, residual_TD: Tensor | None, weights: LayerWeights, positions_T: Tensor, kv: PagedKV) -> tuple[Tensor, Tensor]:
@@ -92,6 +93,7 @@ def normed_qkv(x_TD: Tensor, residual_TD: Tensor | None, weights: LayerWeights, 
         weights.attention_norm,
         None if given is None else total,
         matrix,
+        weights.qkv_bias,
         q,
         kv.keys,
         kv.values,
@@ -102,7 +104,6 @@ def normed_qkv(x_TD: Tensor, residual_TD: Tensor | None, weights: LayerWeights, 
         *kv.keys.stride()[:3],
         spec.norm_eps,
         N=spec.num_heads,
-        K=spec.num_kv_heads,
         H=spec.head_width,
         P=kv.keys.shape[2],
         **_tile(tiling, x_TD),
@@ -240,15 +241,15 @@ def gate_up_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def qkv_kernel(
-    x_ptr, residual_ptr, norm_ptr, total_ptr, weight_ptr, q_ptr, k_ptr, v_ptr, slots_ptr, positions_ptr, rotary_ptr, num_rows,
-    stride_block, stride_head, stride_place, eps,
-    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, P: tl.constexpr, IN: tl.constexpr,
+    x_ptr, residual_ptr, norm_ptr, total_ptr, weight_ptr, bias_ptr, q_ptr, k_ptr, v_ptr, slots_ptr, positions_ptr, rotary_ptr,
+    num_rows, stride_block, stride_head, stride_place, eps,
+    N: tl.constexpr, H: tl.constexpr, P: tl.constexpr, IN: tl.constexpr,
     COLUMNS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Some pairs of one head, which rotation pairs: low and high halves are the two halves of the program's lines.
 
-    Heads come in the order query, key, value. residual_ptr and total_ptr may be None together. The pool's blocks may be
-    strided; offsets into it are 64-bit.
+    Heads come in the order query, key, value; how many there are follows from the number of programs. residual_ptr and total_ptr may be
+    None together, bias_ptr alone. The pool's blocks may be strided; offsets into it are 64-bit.
     """
     HALF: tl.constexpr = COLUMNS // 2
     head = tl.program_id(0) // (H // COLUMNS)
@@ -259,11 +260,14 @@ def qkv_kernel(
     begin(DEPENDENT)
     is_writer = tl.program_id(0) == 0
     y = normed_lane_sum(x_ptr, residual_ptr, norm_ptr, total_ptr, weight_ptr, line, num_rows, is_writer, eps, IN, LANES, ROWS)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + line).to(tl.float32)[:, None]
     low, high = _halves(y, HALF, ROWS)
     row = tl.arange(0, ROWS)
     is_row = row < num_rows
     readable = is_row[:, None] & (pair < H // 2)[None, :]
-    if head < N + K:
+    num_kv_heads = (tl.num_programs(0) // (H // COLUMNS) - N) // 2
+    if head < N + num_kv_heads:
         position = tl.load(positions_ptr + row, mask=is_row, other=0).to(tl.int64)
         low, high = _rotated(low, high, rotary_ptr, position, pair, readable, H)
     if head < N:
@@ -272,7 +276,7 @@ def qkv_kernel(
         slot = tl.load(slots_ptr + row, mask=is_row, other=-1).to(tl.int64)
         place = (slot // P) * stride_block + (slot % P) * stride_place
         written = (slot >= 0)[:, None] & (pair < H // 2)[None, :]
-        if head < N + K:
+        if head < N + num_kv_heads:
             _stored(low, high, k_ptr + (head - N).to(tl.int64) * stride_head + place[:, None] + pair[None, :], written, H)
         else:
-            _stored(low, high, v_ptr + (head - N - K).to(tl.int64) * stride_head + place[:, None] + pair[None, :], written, H)
+            _stored(low, high, v_ptr + (head - N - num_kv_heads).to(tl.int64) * stride_head + place[:, None] + pair[None, :], written, H)

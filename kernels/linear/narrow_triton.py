@@ -148,12 +148,12 @@ def normed_lane_sum(
             weight = tl.load(weight_at + start)
         else:
             weight = tl.load(weight_at + start, mask=inside, other=0.0)
-        x = tl.load(x_ptr + place + start, mask=readable, other=0.0)
+        x = tl.load(x_ptr + (place + start), mask=readable, other=0.0)
         norm = tl.load(norm_ptr + start + input_LD, mask=start + input_LD < IN, other=0.0).to(tl.float32)
         if residual_ptr is not None:
-            residual = tl.load(residual_ptr + place + start, mask=readable, other=0.0)
+            residual = tl.load(residual_ptr + (place + start), mask=readable, other=0.0)
             x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
-            tl.store(total_ptr + place + start, x, mask=readable & is_writer)
+            tl.store(total_ptr + (place + start), x, mask=readable & is_writer)
         wide = x.to(tl.float32)
         squares += wide * wide
         scaled = (wide * norm[:, None, :]).to(weight.dtype)

@@ -21,7 +21,7 @@ SHAPES = {"head": (128_256, 2048), "gate_up": (16_384, 2048), "qkv": (6144, 4096
 """(out, in): one for each of the tilings."""
 LAYERS = (
     cases.LayerCase("llama", "", 1, 512, 32, 8, 64, 4096),
-    cases.LayerCase("llama_16", "", 16, 256, 64, 8, 128, 16384),
+    cases.LayerCase("llama_16", "", 16, 512, 64, 8, 128, 16384),
     cases.LayerCase("smollm", "", 2, 576, 9, 3, 64, 1536, has_residual=False),
     cases.LayerCase("qwen", "", 8, 1024, 16, 8, 128, 3072, has_bias=True),
 )
