@@ -205,7 +205,9 @@ def normed_kernel(
     prefetch_lines(weight_ptr, line, 0, IN, 4 * LANES, DEPENDENT)
     begin(DEPENDENT)
     is_writer = tl.program_id(0) == 0
-    y = normed_lane_sum(x_ptr, residual_ptr, norm_ptr, total_ptr, weight_ptr, line, num_rows, is_writer, eps, IN, LANES, ROWS)
+    y = normed_lane_sum(
+        x_ptr, residual_ptr, norm_ptr, total_ptr, weight_ptr, line, num_rows, is_writer, eps, IN, LANES, ROWS, IN % (LANES * 64) == 0
+    )
     y = tl.trans(y)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + line).to(tl.float32)[None, :]
@@ -230,7 +232,9 @@ def gate_up_kernel(
     prefetch_lines(weight_ptr, line, 0, IN, 4 * LANES, DEPENDENT)
     begin(DEPENDENT)
     is_writer = tl.program_id(0) == 0
-    y = normed_lane_sum(x_ptr, residual_ptr, norm_ptr, total_ptr, weight_ptr, line, num_rows, is_writer, eps, IN, LANES, ROWS)
+    y = normed_lane_sum(
+        x_ptr, residual_ptr, norm_ptr, total_ptr, weight_ptr, line, num_rows, is_writer, eps, IN, LANES, ROWS, IN % (LANES * 64) == 0
+    )
     gate, up = _halves(y, HALF, ROWS)
     row = tl.arange(0, ROWS)
     column = tl.program_id(0) * HALF + tl.arange(0, HALF)
@@ -259,7 +263,9 @@ def qkv_kernel(
     prefetch_lines(weight_ptr, line, 0, IN, 4 * LANES, DEPENDENT)
     begin(DEPENDENT)
     is_writer = tl.program_id(0) == 0
-    y = normed_lane_sum(x_ptr, residual_ptr, norm_ptr, total_ptr, weight_ptr, line, num_rows, is_writer, eps, IN, LANES, ROWS)
+    y = normed_lane_sum(
+        x_ptr, residual_ptr, norm_ptr, total_ptr, weight_ptr, line, num_rows, is_writer, eps, IN, LANES, ROWS, IN % (LANES * 64) == 0
+    )
     if bias_ptr is not None:
         y += tl.load(bias_ptr + line).to(tl.float32)[:, None]
     low, high = _halves(y, HALF, ROWS)

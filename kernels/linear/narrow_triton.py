@@ -77,11 +77,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Ten
             residual,
             out,
             num_rows,
-            OUT=out_features,
-            IN=depth,
+            out_features,
+            depth,
             COLUMNS=tiling.columns,
             LANES=tiling.lanes,
             ROWS=padded_rows(num_rows),
+            IS_EVEN=depth % (tiling.lanes * 64) == 0,
             DEPENDENT=is_dependent,
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
@@ -91,32 +92,31 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Ten
 
 
 @triton.jit
-def prefetch_lines(weight_ptr, line_C, first, IN: tl.constexpr, PIECES: tl.constexpr, DEPENDENT: tl.constexpr):
+def prefetch_lines(weight_ptr, line_C, first, in_features, PIECES: tl.constexpr, DEPENDENT: tl.constexpr):
     """PIECES (a power of two) times 64 inputs of some lines of a matrix, from `first` on, into L2: 64 half-width ones are 128 bytes."""
     if DEPENDENT:
-        piece = tl.minimum(first + tl.arange(0, PIECES) * 64, IN - 1)
-        prefetch(weight_ptr + line_C.to(tl.int64)[:, None] * IN + piece[None, :], DEPENDENT)
+        piece = tl.minimum(first + tl.arange(0, PIECES) * 64, in_features - 1)
+        prefetch(weight_ptr + line_C.to(tl.int64)[:, None] * in_features + piece[None, :], DEPENDENT)
 
 
 @triton.jit
 def lane_sum(
-    x_ptr, weight_ptr, line_C, num_rows,
-    IN: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, weight_ptr, line_C, num_rows, in_features, LANES: tl.constexpr, ROWS: tl.constexpr, IS_EVEN: tl.constexpr
 ):  # fmt: skip
-    """float32 [C, M]: lines of the matrix (valid ones) by the rows of x."""
+    """float32 [C, M]: lines of the matrix (valid ones) by the rows of x. IS_EVEN: the depth is a multiple of what the lanes take."""
     DEPTH: tl.constexpr = 64  # 128 bytes of half-width numbers
     row = tl.arange(0, ROWS)
     input_LD = tl.arange(0, LANES)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
     is_row = (row < num_rows)[None, :, None]
-    weight_at = weight_ptr + line_C.to(tl.int64)[None, :, None] * IN + input_LD[:, None, :]
-    x_at = x_ptr + row[None, :, None] * IN + input_LD[:, None, :]
+    weight_at = weight_ptr + line_C.to(tl.int64)[None, :, None] * in_features + input_LD[:, None, :]
+    x_at = x_ptr + row[None, :, None] * in_features + input_LD[:, None, :]
     total = tl.zeros([LANES, line_C.shape[0], ROWS], dtype=tl.float32)
-    for start in range(0, IN, LANES * DEPTH):
-        if IN % (LANES * DEPTH) == 0:
+    for start in range(0, in_features, LANES * DEPTH):
+        if IS_EVEN:
             weight = tl.load(weight_at + start)
             x = tl.load(x_at + start, mask=is_row, other=0.0)
         else:
-            inside = (start + input_LD < IN)[:, None, :]
+            inside = (start + input_LD < in_features)[:, None, :]
             weight = tl.load(weight_at + start, mask=inside, other=0.0)
             x = tl.load(x_at + start, mask=is_row & inside, other=0.0)
         total = tl.dot(weight, tl.trans(x, 0, 2, 1), total, input_precision="ieee")
@@ -125,8 +125,8 @@ def lane_sum(
 
 @triton.jit
 def normed_lane_sum(
-    x_ptr, residual_ptr, norm_ptr, total_ptr, weight_ptr, line_C, num_rows, is_writer, eps,
-    IN: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, residual_ptr, norm_ptr, total_ptr, weight_ptr, line_C, num_rows, is_writer, eps, in_features,
+    LANES: tl.constexpr, ROWS: tl.constexpr, IS_EVEN: tl.constexpr,
 ):  # fmt: skip
     """float32 [C, M]: lines of the matrix by the RMSNorm of the rows of x + residual, in one pass.
 
@@ -137,19 +137,19 @@ def normed_lane_sum(
     row = tl.arange(0, ROWS)
     input_LD = tl.arange(0, LANES)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
     is_row = (row < num_rows)[None, :, None]
-    weight_at = weight_ptr + line_C.to(tl.int64)[None, :, None] * IN + input_LD[:, None, :]
-    place = row[None, :, None] * IN + input_LD[:, None, :]
+    weight_at = weight_ptr + line_C.to(tl.int64)[None, :, None] * in_features + input_LD[:, None, :]
+    place = row[None, :, None] * in_features + input_LD[:, None, :]
     total = tl.zeros([LANES, line_C.shape[0], ROWS], dtype=tl.float32)
     squares = tl.zeros([LANES, ROWS, DEPTH], dtype=tl.float32)
-    for start in range(0, IN, LANES * DEPTH):
-        inside = (start + input_LD < IN)[:, None, :]
+    for start in range(0, in_features, LANES * DEPTH):
+        inside = (start + input_LD < in_features)[:, None, :]
         readable = is_row & inside
-        if IN % (LANES * DEPTH) == 0:
+        if IS_EVEN:
             weight = tl.load(weight_at + start)
         else:
             weight = tl.load(weight_at + start, mask=inside, other=0.0)
         x = tl.load(x_ptr + (place + start), mask=readable, other=0.0)
-        norm = tl.load(norm_ptr + start + input_LD, mask=start + input_LD < IN, other=0.0).to(tl.float32)
+        norm = tl.load(norm_ptr + start + input_LD, mask=start + input_LD < in_features, other=0.0).to(tl.float32)
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + (place + start), mask=readable, other=0.0)
             x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
@@ -158,24 +158,28 @@ def normed_lane_sum(
         squares += wide * wide
         scaled = (wide * norm[:, None, :]).to(weight.dtype)
         total = tl.dot(weight, tl.trans(scaled, 0, 2, 1), total, input_precision="ieee")
-    inverse = tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / IN + eps)
+    inverse = tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / in_features + eps)
     return tl.sum(total, 0) * inverse[None, :]
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def narrow_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, num_rows,
-    OUT: tl.constexpr, IN: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
+    out_features, in_features,
+    COLUMNS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, IS_EVEN: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of x by the matrix, plus bias and residual. bias_ptr and residual_ptr may be None; residual_ptr may be out_ptr."""
+    """Some columns of x by the matrix, plus bias and residual. bias_ptr and residual_ptr may be None; residual_ptr may be out_ptr.
+
+    The matrix's sides are no constants, so that its kernel is compiled once for many of them.
+    """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    line = tl.minimum(column, OUT - 1)
-    prefetch_lines(weight_ptr, line, 0, IN, 4 * LANES, DEPENDENT)
+    line = tl.minimum(column, out_features - 1)
+    prefetch_lines(weight_ptr, line, 0, in_features, 4 * LANES, DEPENDENT)
     begin(DEPENDENT)
-    y = tl.trans(lane_sum(x_ptr, weight_ptr, line, num_rows, IN, LANES, ROWS))
+    y = tl.trans(lane_sum(x_ptr, weight_ptr, line, num_rows, in_features, LANES, ROWS, IS_EVEN))
     row = tl.arange(0, ROWS)
-    written = (row < num_rows)[:, None] & (column < OUT)[None, :]
-    place = row[:, None] * OUT + column[None, :]
+    written = (row < num_rows)[:, None] & (column < out_features)[None, :]
+    place = row[:, None] * out_features + column[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + line).to(tl.float32)[None, :]
     if residual_ptr is not None:

@@ -70,13 +70,14 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
         weight,
         target,
         num_rows,
-        OUT=out_features,
-        IN=depth,
-        CHUNK=chunk,
-        CHUNKS=1 if is_split else num_chunks,
+        out_features,
+        depth,
+        chunk,
+        1 if is_split else num_chunks,
         LINES=tiling.lines,
         ROWS=tiling.rows,
         DEPTH=32 if x.dtype == torch.float32 else 64,
+        IS_EVEN=depth % 64 == 0,
         DEPENDENT=is_dependent,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
@@ -89,40 +90,42 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_chunks"])
 def tiled_kernel(
-    x_ptr, weight_ptr, out_ptr, num_rows,
-    OUT: tl.constexpr, IN: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    LINES: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, DEPENDENT: tl.constexpr,
+    x_ptr, weight_ptr, out_ptr, num_rows, out_features, in_features, chunk_len, num_chunks,
+    LINES: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, IS_EVEN: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the output over CHUNKS chunks, the first of which is program_id(2)'s. out is [program_id(2), num_rows, OUT]."""
+    """One tile of the output over num_chunks chunks, the first of which is program_id(2)'s. out is [program_id(2), num_rows, out_features].
+
+    The matrix's sides are no constants, so that its kernel is compiled once for many of them.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     line = tl.program_id(1) * LINES + tl.arange(0, LINES)
-    first = tl.program_id(2) * CHUNK
+    first = tl.program_id(2) * chunk_len
     is_row = row < num_rows
-    readable = tl.minimum(line, OUT - 1)
-    prefetch_lines(weight_ptr, readable, first, IN, 4, DEPENDENT)
+    readable = tl.minimum(line, out_features - 1)
+    prefetch_lines(weight_ptr, readable, first, in_features, 4, DEPENDENT)
     begin(DEPENDENT)
     depth = tl.arange(0, DEPTH)
-    weight_at = weight_ptr + readable.to(tl.int64)[:, None] * IN + depth[None, :]
-    x_at = x_ptr + row.to(tl.int64)[:, None] * IN + depth[None, :]
+    weight_at = weight_ptr + readable.to(tl.int64)[:, None] * in_features + depth[None, :]
+    x_at = x_ptr + row.to(tl.int64)[:, None] * in_features + depth[None, :]
     total = tl.zeros([LINES, ROWS], dtype=tl.float32)
-    for chunk in range(CHUNKS):
-        begins = first + chunk * CHUNK
-        ends = tl.minimum(begins + CHUNK, IN)
+    for chunk in range(num_chunks):
+        begins = first + chunk * chunk_len
+        ends = tl.minimum(begins + chunk_len, in_features)
         part = tl.zeros([LINES, ROWS], dtype=tl.float32)
         for start in range(begins, ends, DEPTH):
-            if IN % DEPTH == 0:
+            if IS_EVEN:
                 weight = tl.load(weight_at + start)
                 x = tl.load(x_at + start, mask=is_row[:, None], other=0.0)
             else:
-                inside = (start + depth < IN)[None, :]
+                inside = (start + depth < in_features)[None, :]
                 weight = tl.load(weight_at + start, mask=inside, other=0.0)
                 x = tl.load(x_at + start, mask=is_row[:, None] & inside, other=0.0)
             part = tl.dot(weight, tl.trans(x), part, input_precision="ieee")
         total += part
-    at = out_ptr + (tl.program_id(2).to(tl.int64) * num_rows + row.to(tl.int64))[None, :] * OUT + line[:, None]
-    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=is_row[None, :] & (line < OUT)[:, None])
+    at = out_ptr + (tl.program_id(2).to(tl.int64) * num_rows + row.to(tl.int64))[None, :] * out_features + line[:, None]
+    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=is_row[None, :] & (line < out_features)[:, None])
 
 
 @triton.jit(do_not_specialize=["size"])

@@ -82,7 +82,7 @@ def test_tiled(num_rows: int, capability: int, launches_of: Any) -> None:
 def test_tiled_in_order(launches_of: Any) -> None:
     x, weight = torch.empty((2048, 4096), dtype=torch.bfloat16), _weight((4096, 4096))
     (launch,) = launches_of(tiled_triton, 90, lambda: tiled_triton.product(x, weight))
-    assert launch.arguments["CHUNKS"] > 1
+    assert launch.arguments["num_chunks"] > 1
     assert_fits(launch, 90, "in order")
     assert instruction(90) in compile_launch(launch, 90).ptx
 
