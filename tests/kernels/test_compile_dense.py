@@ -19,12 +19,14 @@ from tests.kernels.launches import CHIPS, Launch, assert_fits, compile_launch, r
 
 SHAPES = {"head": (128_256, 2048), "gate_up": (16_384, 2048), "qkv": (6144, 4096), "down": (576, 1536)}
 """(out, in): one for each of the tilings."""
-LAYERS = (
+NAMES = [pytest.param(name, marks=() if name in ("head", "qkv") else pytest.mark.long) for name in SHAPES]
+_LAYERS = (
     cases.LayerCase("llama", "", 1, 512, 32, 8, 64, 4096),
     cases.LayerCase("llama_16", "", 16, 512, 64, 8, 128, 16384),
     cases.LayerCase("smollm", "", 2, 576, 9, 3, 64, 1536, has_residual=False),
     cases.LayerCase("qwen", "", 8, 1024, 16, 8, 128, 3072, has_bias=True),
 )
+LAYERS = [pytest.param(case, id=case.name, marks=() if case.name == "llama_16" else pytest.mark.long) for case in _LAYERS]
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def instruction(capability: int) -> str:
 
 
 @pytest.mark.parametrize("capability", CHIPS)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", NAMES)
 def test_narrow(name: str, capability: int, launches_of: Any) -> None:
     """Loads must go past the registers, 16 bytes at once, and sums through the tensor cores."""
     x = torch.empty((16 if name == "qkv" else 1, SHAPES[name][1]), dtype=torch.bfloat16)
@@ -96,7 +98,7 @@ def test_tiled_float32(num_rows: int, launches_of: Any) -> None:
 
 
 @pytest.mark.parametrize("capability", CHIPS)
-@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", LAYERS)
 def test_fused(case: cases.LayerCase, capability: int, launches_of: Any) -> None:
     x, residual, weights, positions, kv = cases.build_layer(case, torch.bfloat16)
     write = fused_triton.normed_qkv if fused_triton.can_write(weights, kv) else None
