@@ -18,9 +18,17 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-@cache
+IS_ON = True
+"""A test and a benchmark turn it off, to compare; a captured graph keeps what it was captured with."""
+
+
 def can_depend(device: torch.device) -> bool:
-    """Whether kernels on this device can be launched dependent: Hopper (9.0) and later; never on the interpreter."""
+    """Whether kernels on this device are launched dependent: on Hopper (9.0) and later; never on the interpreter."""
+    return IS_ON and _knows_dependence(device)
+
+
+@cache
+def _knows_dependence(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 

@@ -29,7 +29,8 @@ POOLS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def fused(ops: Ops) -> Ops:
-    """The back end with the coarse ops of this file in front of its own."""
+    """The back end with the coarse ops of this file in front of its own. A row's last bits may differ from those it has among more than
+    sixteen, where the composed ops take it."""
     return replace(ops, qkv=_qkv_in_front_of(ops), out_mlp=_out_mlp_in_front_of(ops))
 
 

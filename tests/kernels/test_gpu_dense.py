@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernels import dependent
 from kernels.linear import cases as linear_cases
 from kernels.ops import LayerWeights, PagedKV, select_ops
 from tests.kernels import checks_dense
@@ -82,8 +82,7 @@ def test_dependent_launches_change_no_bit(num_rows: int, is_deterministic: bool,
     x, _, weights, positions, kv = linear_cases.build_layer(case, torch.bfloat16, "cuda")
     ops = select_ops("triton", deterministic=is_deterministic)
     with monkeypatch.context() as patch:
-        for module in launching():
-            patch.setattr(module, "can_depend", lambda device: False)
+        patch.setattr(dependent, "IS_ON", False)
         expected = chain(x, weights, positions, kv, ops)
     got = chain(x, weights, positions, kv, ops)
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
@@ -93,11 +92,3 @@ def test_dependent_launches_change_no_bit(num_rows: int, is_deterministic: bool,
     for _ in range(50):
         graph.replay()
         assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
-
-
-def launching() -> tuple[ModuleType, ...]:
-    from kernels.gated import triton as gated
-    from kernels.linear import fused_triton, narrow_triton, tiled_triton
-    from kernels.norm import triton as norm
-
-    return gated, norm, fused_triton, narrow_triton, tiled_triton
