@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
 IS_ON = True
 """A test and a benchmark turn it off, to compare; a captured graph keeps what it was captured with."""
 
