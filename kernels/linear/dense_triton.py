@@ -1,6 +1,7 @@
 """Which kernel multiplies by a dense matrix on the GPU, by the number of rows.
 
-No kernel and no model here. Called by `kernels.linear.triton` and `triton_ops`.
+No kernel and no model here. Called by `kernels.linear.triton`. Which variant is compiled follows from the rows: up to 8, 16, 32, 64, more;
+so a warm-up with powers of two of rows, up to the most that a step has, meets them all.
 Shape suffixes: M rows of x.
 """
 
