@@ -351,8 +351,11 @@ class StepOps:
     prepare: Callable[[Tensor, StepState, StepRows, int], None]
 
 
-def select_ops(name: Literal["triton", "cpu", "reference"]) -> Ops:
+def select_ops(name: Literal["triton", "cpu", "reference"], deterministic: bool = False) -> Ops:
     """The named back end. Imports it here, late, because Triton or the compiled CPU library may be absent.
+
+    deterministic: no row of any result may depend on the others, to the last bit. "triton" then multiplies by kernels of its own whatever
+    the number of rows; the other back ends are as ever ("cpu" with its library computes each row by itself anyway).
 
     Raises: ValueError for an unknown name; ImportError when "triton" is not installed. "cpu" without its compiled library is
     plain PyTorch with stock int8 products, and says so once in the log.
@@ -368,5 +371,5 @@ def select_ops(name: Literal["triton", "cpu", "reference"]) -> Ops:
     if name == "triton":
         from kernels.triton_ops import triton_ops
 
-        return triton_ops()
+        return triton_ops(deterministic)
     raise ValueError(f"unknown back end {name!r}; there are triton, cpu and reference")

@@ -48,6 +48,7 @@ class Settings:
     max_prefill_ms: int = 30
     max_sequences: int = 64
     prefix_cache: bool = True
+    deterministic: bool = False
     draft_model: str = ""
     tensor_parallel: int = 1
     async_scheduling: Literal["auto", "on", "off"] = "auto"
@@ -276,6 +277,11 @@ _OPTIONS = (
     ),
     _option("--max-sequences", "max_sequences", type=_number(1, 4096), help="Most sequences that run at once, per model."),
     _option("--prefix-cache/--no-prefix-cache", "prefix_cache", help="Share the K/V of equal beginnings among requests."),
+    _option(
+        "--deterministic/--no-deterministic",
+        "deterministic",
+        help="On a GPU: no row of a step depends on the others, to the last bit; slower. On a CPU int8 and int4 are so anyway.",
+    ),
     _option(
         "--draft-model",
         "draft_model",

@@ -27,6 +27,7 @@ KNOBS: list[tuple[str, str, str, str, Any]] = [
     ("--max-batch-tokens", "BRAID_MAX_BATCH_TOKENS", "64", "max_batch_tokens", 64),
     ("--max-prefill-ms", "BRAID_MAX_PREFILL_MS", "0", "max_prefill_ms", 0),
     ("--max-sequences", "BRAID_MAX_SEQUENCES", "3", "max_sequences", 3),
+    ("--deterministic", "BRAID_DETERMINISTIC", "1", "deterministic", True),
     ("--draft-model", "BRAID_DRAFT_MODEL", "small.gguf", "draft_model", "small.gguf"),
     ("--tensor-parallel", "BRAID_TENSOR_PARALLEL", "2", "tensor_parallel", 2),
     ("--async-scheduling", "BRAID_ASYNC_SCHEDULING", "on", "async_scheduling", "on"),

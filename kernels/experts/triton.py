@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gated.triton import gated
+from kernels.dependent import begin, can_depend
+from kernels.gated.triton import activated, gated
 from kernels.linear.triton import linear, quantize_kernel
 from kernels.ops import Activation, ExpertWeights, Int8Weight, Weight
 
@@ -88,7 +89,7 @@ def _experts(x_TD: Tensor, weights: ExpertWeights, activation: Activation, tilin
         beside = linear(gated(linear(x_TD, weights.shared.gate_up), activation), weights.shared.down)
     out = torch.empty_like(x_TD)
     sum_kernel[(num_tokens, triton.cdiv(width, SUM_BLOCK))](
-        by_entry, beside, logits, out, D=width, K=weights.top_k, E=weights.num_experts, BLOCK=SUM_BLOCK, num_warps=4
+        by_entry, beside, logits, out, D=width, K=weights.top_k, E=weights.num_experts, BLOCK=SUM_BLOCK, num_warps=4, **_dependence(out)
     )
     return out
 
@@ -110,8 +111,9 @@ def _router_logits(x_TD: Tensor, router_ED: Tensor) -> Tensor:
     (num_tokens, width), num_logits = x_TD.shape, router_ED.shape[0]
     logits = torch.empty((num_tokens, num_logits), dtype=torch.float32, device=x_TD.device)
     router_kernel[(triton.cdiv(num_tokens, rows), triton.cdiv(num_logits, columns))](
-        x_TD, router_ED, logits, num_tokens, E=num_logits, D=width, ROWS=rows, COLUMNS=columns, DEPTH=depth, num_warps=4, num_stages=3
-    )
+        x_TD, router_ED, logits, num_tokens, E=num_logits, D=width, ROWS=rows, COLUMNS=columns, DEPTH=depth, num_warps=4, num_stages=3,
+        **_dependence(x_TD),
+    )  # fmt: skip
     return logits
 
 
@@ -122,7 +124,7 @@ def _grouped(logits: Tensor, weights: ExpertWeights, tiling: Tiling) -> _Groups:
     shares = torch.empty((num_tokens, top_k), dtype=torch.float32, device=device)
     route_kernel[(num_tokens,)](
         logits, chosen, shares, STRIDE=num_logits, E=count, K=top_k, IS_NORMALISED=weights.is_normalised,
-        BLOCK_E=triton.next_power_of_2(count), BLOCK_K=triton.next_power_of_2(top_k), num_warps=1,
+        BLOCK_E=triton.next_power_of_2(count), BLOCK_K=triton.next_power_of_2(top_k), num_warps=1, **_dependence(logits),
     )  # fmt: skip
     num_entries = num_tokens * top_k
     busy = min(count, num_entries)  # the most tiles are needed where so many experts have one entry each, and the rest fill whole tiles
@@ -131,7 +133,7 @@ def _grouped(logits: Tensor, weights: ExpertWeights, tiling: Tiling) -> _Groups:
     experts_of_tiles = torch.empty(num_tiles, dtype=torch.int32, device=device)
     group_kernel[(count,)](
         chosen, entries, experts_of_tiles, num_entries, num_tiles, E=count, ROWS=tiling.rows,
-        BLOCK_E=max(32, triton.next_power_of_2(count + 1)), BLOCK=GROUP_BLOCK, num_warps=4,
+        BLOCK_E=max(32, triton.next_power_of_2(count + 1)), BLOCK=GROUP_BLOCK, num_warps=4, **_dependence(logits),
     )  # fmt: skip
     return _Groups(entries, experts_of_tiles, shares, tiling)
 
@@ -144,7 +146,7 @@ def _products(x_TD: Tensor, weights: ExpertWeights, activation: Activation, grou
     hidden_width = down.shape[1]
     tiling, num_tiles = groups.tiling, len(groups.experts)
     sizes = {"ROWS": tiling.rows, "DEPTH": tiling.depth, "D": width, "F": hidden_width}
-    launch = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    launch = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages, **_dependence(x_TD)}
     hidden = torch.empty((len(groups.entries), hidden_width), dtype=x_TD.dtype, device=x_TD.device)
     x, x_scales = (x_TD, None) if gate_up_scales is None else _quantised(x_TD)
     half = tiling.columns // 2
@@ -159,6 +161,11 @@ def _products(x_TD: Tensor, weights: ExpertWeights, activation: Activation, grou
         IS_INT8=down_scales is not None, COLUMNS=tiling.columns, **sizes, **launch,
     )  # fmt: skip
     return by_entry
+
+
+def _dependence(x: Tensor) -> dict[str, bool]:
+    is_dependent = can_depend(x.device)
+    return {"DEPENDENT": is_dependent, "launch_pdl": is_dependent}
 
 
 def _values_of(weight: Weight) -> tuple[Tensor, Tensor | None]:
@@ -183,8 +190,10 @@ def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
 def router_kernel(
     x_ptr, router_ptr, logits_ptr, num_rows,
     E: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One tile of the logits, in float32."""
+    begin(DEPENDENT)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)
@@ -204,9 +213,10 @@ def router_kernel(
 @triton.jit
 def route_kernel(
     logits_ptr, chosen_ptr, shares_ptr, STRIDE: tl.constexpr, E: tl.constexpr, K: tl.constexpr, IS_NORMALISED: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One token's experts, largest logit first, of equal ones the lower expert first, and their shares."""
+    begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK_E)
     place = tl.arange(0, BLOCK_K)
@@ -231,9 +241,10 @@ def route_kernel(
 @triton.jit(do_not_specialize=["num_entries", "num_tiles"])
 def group_kernel(
     chosen_ptr, entries_ptr, experts_ptr, num_entries, num_tiles,
-    E: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
+    E: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One expert's tiles: where they begin follows from what all experts before it have; its entries go into them in their order."""
+    begin(DEPENDENT)
     mine = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)
     offset = tl.arange(0, BLOCK)
@@ -264,8 +275,10 @@ def gate_up_kernel(
     x_ptr, weight_ptr, x_scales_ptr, weight_scales_ptr, entries_ptr, experts_ptr, hidden_ptr,
     K: tl.constexpr, IS_GELU: tl.constexpr, IS_INT8: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One tile of activation(gate) * up of one expert, over the tokens that its entries name."""
+    begin(DEPENDENT)
     tile = tl.program_id(1)
     expert = tl.load(experts_ptr + tile)
     if expert < 0:
@@ -295,11 +308,7 @@ def gate_up_kernel(
         x_scale = tl.load(x_scales_ptr + token)
         gate = gate * x_scale[:, None] * tl.load(weight_scales_ptr + gate_row, mask=is_column, other=0.0)[None, :]
         up = up * x_scale[:, None] * tl.load(weight_scales_ptr + gate_row + F, mask=is_column, other=0.0)[None, :]
-    inner = gate
-    if IS_GELU:  # as in kernels/gated/triton.py
-        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-    decay = tl.exp(-tl.abs(inner))
-    y = gate * tl.where(inner < 0, decay, 1.0) / (1.0 + decay) * up
+    y = activated(gate, IS_GELU) * up
     at = hidden_ptr + row.to(tl.int64)[:, None] * F + column[None, :]
     tl.store(at, y.to(hidden_ptr.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
@@ -308,8 +317,10 @@ def gate_up_kernel(
 def down_kernel(
     hidden_ptr, weight_ptr, hidden_scales_ptr, weight_scales_ptr, entries_ptr, experts_ptr, shares_ptr, out_ptr,
     IS_INT8: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One tile of one expert's outputs, each row times its share and in the place of its entry."""
+    begin(DEPENDENT)
     tile = tl.program_id(1)
     expert = tl.load(experts_ptr + tile)
     if expert < 0:
@@ -340,9 +351,11 @@ def down_kernel(
 
 @triton.jit
 def sum_kernel(
-    by_entry_ptr, beside_ptr, logits_ptr, out_ptr, D: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr
+    by_entry_ptr, beside_ptr, logits_ptr, out_ptr, D: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A stretch of one token's result: its experts in the order of their shares, then the shared one by its own factor."""
+    begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_column = column < D

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,6 @@ def build_inputs(
     ids = np.fromiter((token for piece in slices for token in piece.tokens), dtype=np.int64, count=int(query_start[-1]))
     positions = np.arange(len(ids), dtype=np.int64) + np.repeat(starts - query_start[:-1], lengths)
     context_len = (starts + lengths).astype(np.int32)
-    known = [first for piece, first in zip(slices, query_start.tolist(), strict=False) if piece.is_first_known]
     rows = np.fromiter((query_start[i + 1] - 1 - sample.back for sample in plan.samples for i in sample.slice_indexes), dtype=np.int64)
     grid_start = _grid_start(plan, query_start)
     shared = PagedBatch(
@@ -69,24 +69,28 @@ def build_inputs(
         grid_start=None if grid_start is None else on_device(grid_start, device),
     )
     batches = []  # one for each group, with tables and slots of its own
-    for group in range(num_groups):
-        slots = _blocks(slices, group, block_size) * block_size + positions % block_size
-        slots[known] = -1
+    for group, slots in enumerate(_slots(slices, positions, num_groups, block_size)):
         table = on_device(_table(slices, group), device) if block_tables is None else block_tables[group]
         batches.append(replace(shared, slots=on_device(slots, device), block_table=table))
     return StepInputs(on_device(ids, device), on_device(positions, device), batches, on_device(rows, device))
 
 
-def _blocks(slices: Sequence[Slice], group: int, block_size: int) -> NDArray[np.int64]:
-    """int64 [T]: the block that each token's K/V goes to."""
-    blocks: list[int] = []
-    for piece in slices:
-        table, start, count = piece.tables[group], piece.start, len(piece.tokens)
-        if count == 1:
-            blocks.append(table[start // block_size])
-        else:
-            blocks += [table[position // block_size] for position in range(start, start + count)]
-    return np.array(blocks, dtype=np.int64)
+def _slots(slices: Sequence[Slice], positions_T: NDArray[np.int64], num_groups: int, block_size: int) -> list[NDArray[np.int64]]:
+    """int64 [T] by group: where each token's K/V goes, out of those blocks alone that hold the slices' tokens; -1 for what is known."""
+    lengths = np.array([len(piece.tokens) for piece in slices])
+    starts = np.array([piece.start for piece in slices])
+    firsts, ends = starts // block_size, (starts + lengths - 1) // block_size + 1
+    before = np.cumsum(ends - firsts) - (ends - firsts)
+    at = positions_T // block_size + np.repeat(before - firsts, lengths)
+    spans = list(map(slice, firsts.tolist(), ends.tolist()))
+    known = [first for piece, first in zip(slices, (np.cumsum(lengths) - lengths).tolist(), strict=True) if piece.is_first_known]
+    found = []
+    for group in range(num_groups):
+        blocks = chain.from_iterable(piece.tables[group][span] for piece, span in zip(slices, spans, strict=True))
+        slots = np.fromiter(blocks, dtype=np.int64)[at] * block_size + positions_T % block_size
+        slots[known] = -1
+        found.append(slots)
+    return found
 
 
 def _table(slices: Sequence[Slice], group: int) -> NDArray[np.int32]:

@@ -118,7 +118,9 @@ def load_models(load: Load, progress: Callable[[str, float], None], peers: Peers
     if load.threads or peers is not None:
         torch.set_num_threads(max((load.threads or torch.get_num_threads()) // load.tensor_parallel, 1))
     device = choose_device(load.device)
-    ops = select_ops("cpu" if device.type == "cpu" else "triton")
+    if load.deterministic and device.type == "cpu" and load.dtype in ("float32", "bfloat16"):
+        raise StartupError(f"--deterministic with --dtype {load.dtype} needs a GPU; on a CPU int8 and int4 are deterministic")
+    ops = select_ops("cpu" if device.type == "cpu" else "triton", load.deterministic)
     rank = 0
     if peers is not None:
         rank, device, ops = peers.rank, join(peers, device), split_ops(ops, add_up)

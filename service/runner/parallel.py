@@ -229,7 +229,8 @@ class ShareSource:
         if experts is None:
             return self.source.get_part(name, *span)
         dim, start, end = span
-        each = self.source.get(name).unflatten(0, (experts.count, -1))
+        rows = self.source.get(name)
+        each = rows.view(experts.count, -1, rows.shape[1])
         return each.narrow(dim + 1, start, end - start).clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kernels.experts import cases, triton
 from kernels.linear.triton import linear
+from kernels.ops import AttentionSpec, LayerSpec, LayerWeights, select_ops
+from kernels.triton_ops import triton_ops
 from tests.kernels.checks_experts import check_experts
 from tests.kernels.interpreter.test_on_interpreter import DTYPES, sized
 
@@ -42,3 +46,26 @@ def test_one_tiling_for_steps_of_every_size() -> None:
     together = experts(x, weights, activation)
     torch.testing.assert_close(together, triton.experts(x, weights, activation))
     assert torch.equal(experts(x[:3], weights, activation), together[:3])
+
+
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_a_layer_with_experts_is_not_taken_for_one_block(is_deterministic: bool) -> None:
+    """One expert has matrices of the shapes that a dense layer's have, and a shared one that a fused layer would leave out."""
+    x, weights, activation = cases.build(cases.ExpertsCase("", "", 3, 1, 1, 64, 32, shared=48), torch.bfloat16)
+    residual, out = torch.randn_like(x), torch.randn(64, 64).bfloat16() / 8
+    layer = LayerWeights(
+        spec=LayerSpec(4, 2, 16, AttentionSpec(0.25), 1e-5, activation),
+        attention_norm=torch.ones(64).bfloat16(),
+        qkv=out,
+        out=out,
+        mlp_norm=torch.ones(64).bfloat16(),
+        gate_up=weights.gate_up,
+        down=weights.down,
+        rotary=torch.zeros(4, 2, 8),
+        experts=weights,
+    )
+    got = triton_ops(is_deterministic).out_mlp(x, residual.clone(), layer)[0]
+    want = select_ops("reference").out_mlp(x, residual.clone(), layer)[0]
+    alone = select_ops("reference").out_mlp(x, residual.clone(), replace(layer, experts=None))[0]
+    torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
+    assert float((want - alone).abs().max()) > 0.2
