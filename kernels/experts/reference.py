@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.gated.reference import gated
 from kernels.linear.reference import linear
-from kernels.ops import Activation, ExpertWeights, Int8Weight, Weight
+from kernels.ops import Activation, ExpertWeights, GroupedWeight, Weight
 
 ROUTER_ROWS = 16
 """Rows of one product by the router on a CPU: the order in which PyTorch adds depends on how many there are, so that has to be fixed."""
@@ -114,9 +114,9 @@ def rows_of(weight: Weight, start: int, end: int) -> Weight:
     if isinstance(weight, Tensor):
         return weight[start:end]
     count, values, scales = end - start, weight.values[start:end], weight.scales[start:end]
-    if isinstance(weight, Int8Weight):
-        return replace(weight, out_features=count, values=values, scales=scales)
-    return replace(weight, out_features=count, values=values, scales=scales, offsets=weight.offsets[start:end])
+    if isinstance(weight, GroupedWeight):
+        return replace(weight, out_features=count, values=values, scales=scales, offsets=weight.offsets[start:end])
+    return replace(weight, out_features=count, values=values, scales=scales)
 
 
 PLAIN = Parts(linear, gated, rows_of)
