@@ -4,7 +4,7 @@ Six launches: the router's logits; each token's experts and shares; the entries 
 that never mix two experts; gate and up with the gated activation; down with the share; the sum over a token's experts. No sort, no wait
 for the device, no atomics: how many tiles there may be follows from T, K and E alone, and those that are not needed end at once, so all
 of it can be captured in a graph. With int8 matrices rows are quantised before each of the two products. No model here. Called by
-`triton_ops`.
+`triton_ops`. More than 350 lines, because the six kernels share one layout of entries.
 Shape suffixes: T tokens, D model width, E experts, K experts of a token, F an expert's width.
 """
 

@@ -3,6 +3,7 @@
 Every rank has whole heads (query heads, and the K/V heads that they read) and a part of the feed-forward width; the products behind them
 are added over all ranks. Embedding, norms and the residual stream are on every rank. Of the head each has some ids; rank 0, which samples,
 gathers their logits. No process is started here (`service/ranks.py` does). Called by the loader, and by `follower` for what it is told.
+More than 350 lines, because what a rank holds, adds and is told are one agreement.
 Source: Shoeybi et al. 2019 (Megatron-LM), section 3.
 """
 
