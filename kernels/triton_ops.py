@@ -6,6 +6,8 @@ No formula here. Called through `kernels.ops.select_ops("triton")`. `verified.js
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kernels.attention.triton import attend
 from kernels.compose import FineOps, compose
 from kernels.gated.triton import gated
@@ -14,10 +16,11 @@ from kernels.linear.reference import embed, pack
 from kernels.linear.triton import linear
 from kernels.norm.triton import rms_norm
 from kernels.ops import Ops
+from kernels.sample.head_triton import draw
 from kernels.sample.triton import sample
 
 TRITON_FINE_OPS = FineOps(attend, linear, embed, rms_norm, kv_write, gated, sample, pack)
 
 
 def triton_ops() -> Ops:
-    return compose("triton", TRITON_FINE_OPS)
+    return replace(compose("triton", TRITON_FINE_OPS), draw=draw)
