@@ -93,6 +93,35 @@ def build(case: SampleCase, device: torch.device | str = "cpu", seed: int = 0) -
     return logits.to(device), rows
 
 
+HEAD_CASES = (
+    (SampleCase("head_plain", "noise alone decides; logits are never written"), 64),
+    (SampleCase("head_greedy", "of the largest product, without noise", temperature=0.0), 80),
+    (SampleCase("head_one", "a row alone, in a tile of sixteen", 1, temperature=0.7), 200),
+    (SampleCase("head_second_bucket", "more than sixteen rows, the last tile of the vocabulary ragged", 17, 129), 64),
+    (SampleCase("head_masked", "a grammar allows a tenth", masked=0.9), 64),
+    (SampleCase("head_masked_out", "a grammar that allows nothing gives id 0", masked=1.0), 64),
+    (SampleCase("head_penalties", "on counted tokens", has_penalties=True), 64),
+    (SampleCase("head_filters", "scores are written, filtered, drawn", temperature=0.8, top_k=20, top_p=0.9), 64),
+    (SampleCase("head_all", "everything at once", top_p=0.9, min_p=0.01, masked=0.5, has_penalties=True), 64),
+    (SampleCase("head_many", "two buckets' worth: composed", 65, 130), 64),
+    (SampleCase("head_large", "a small model's head", 3, 49_152, temperature=0.7, size="small"), 576),
+    (SampleCase("head_large_filters", "and with filters", 3, 49_152, temperature=0.7, top_k=50, top_p=0.9, size="small"), 576),
+)
+"""Each with the width of the hidden states that the head multiplies."""
+
+
+def build_head(
+    case: SampleCase, width: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor, SampleRows]:
+    """(hidden states [R, width], head [V, width], rows) whose product has logits as spread as the case says."""
+    _, rows = build(case, device, seed)
+    rows.is_filtered = case.temperature > 0 and (case.top_k > 0 or case.top_p < 1 or case.min_p > 0)
+    generator = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn((case.num_rows, width), generator=generator)
+    head = torch.randn((case.vocab_size, width), generator=generator) * (case.spread / width**0.5)
+    return x.to(device, dtype), head.to(device, dtype), rows
+
+
 def pack_mask(allowed_RV: Tensor) -> Tensor:
     """bool [R, V] as the bit mask of `SampleRows`: int32 [R, ceil(V / 32)]."""
     num_rows, vocab_size = allowed_RV.shape

@@ -19,14 +19,15 @@ from kernels.sample.triton import GREEDY_BELOW, ROW_VECTORS, TILE, Scores, adjus
 DEPTH = 64
 """Inputs that are multiplied at a time: of a tile's 128 rows of the head, 16 KiB in each stage."""
 ROW_BUCKETS = (16, 64)
-"""Rows of one launch, padded. Above the last, a product over a step's rows is worth more than what is saved behind it."""
+"""Rows of one launch, padded. Above the last, a product over a step's rows is worth more than what is saved behind it. Penalties stay in
+the first: a thread that holds a quarter of 64 rows' scores has no registers left for them (sm_80 spills)."""
 
 
 def draw(x_RD: Tensor, head: Weight, rows: SampleRows) -> Sampled:
     """sample(linear(x, head), rows) with float32 logits, whatever x's dtype: they are not rounded to it where the product is fused.
 
-    Fused for a dense head in half precision, up to 64 rows, no logprobs. A row's id is then a function of its own numbers: sums run over
-    D in one fixed order, in tiles of the same size in either bucket.
+    Fused for a dense head in half precision, up to 64 rows (16 with penalties), no logprobs. A row's id is then a function of its own
+    numbers: sums run over D in one fixed order, in tiles of the same size in either bucket.
     """
     if not can_fuse(x_RD, head, rows):
         return sample(linear(x_RD, head).float(), rows)
@@ -39,7 +40,8 @@ def draw(x_RD: Tensor, head: Weight, rows: SampleRows) -> Sampled:
 
 def can_fuse(x_RD: Tensor, head: Weight, rows: SampleRows) -> bool:
     is_dense = isinstance(head, Tensor) and head.is_contiguous() and head.dtype == x_RD.dtype and head.dtype.itemsize == 2
-    return is_dense and not rows.logprobs and 0 < x_RD.shape[0] <= ROW_BUCKETS[-1]
+    most_rows = ROW_BUCKETS[-1 if rows.counts is None else 0]
+    return is_dense and not rows.logprobs and 0 < x_RD.shape[0] <= most_rows
 
 
 def _launch(x_RD: Tensor, head: Tensor, rows: SampleRows, scores: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -48,6 +50,7 @@ def _launch(x_RD: Tensor, head: Tensor, rows: SampleRows, scores: Tensor | None)
     num_tiles = triton.cdiv(vocab_size, TILE)
     first = torch.empty((num_rows, num_tiles), dtype=torch.float32, device=device)
     second = torch.empty((num_rows, num_tiles), dtype=torch.int32 if scores is None else torch.float32, device=device)
+    bucket = next(bucket for bucket in ROW_BUCKETS if num_rows <= bucket)
     head_kernel[(num_tiles,)](
         x_RD,
         head,
@@ -62,10 +65,10 @@ def _launch(x_RD: Tensor, head: Tensor, rows: SampleRows, scores: Tensor | None)
         num_rows,
         V=vocab_size,
         D=depth,
-        ROWS=next(bucket for bucket in ROW_BUCKETS if num_rows <= bucket),
+        ROWS=bucket,
         TILE=TILE,
         DEPTH=DEPTH,
-        num_warps=4,
+        num_warps=4 if bucket == 16 else 8,
         num_stages=4,
     )
     return first, second
@@ -73,7 +76,7 @@ def _launch(x_RD: Tensor, head: Tensor, rows: SampleRows, scores: Tensor | None)
 
 @triton.jit
 def _product(x_ptr, weight_ptr, row, token, is_row, is_token, D: tl.constexpr, DEPTH: tl.constexpr):
-    """Logits float32 [TILE, ROWS]. The head's rows come first: a warp group's product has at least 64 of these, and may have few columns."""
+    """Logits float32 [TILE, ROWS]. The head's rows come first: a warp group's product has at least 64 rows, and may have few columns."""
     depth = tl.arange(0, DEPTH)
     x_at = x_ptr + row[:, None] * D + depth[None, :]
     weight_at = weight_ptr + token.to(tl.int64)[:, None] * D + depth[None, :]
@@ -88,8 +91,8 @@ def _product(x_ptr, weight_ptr, row, token, is_row, is_token, D: tl.constexpr, D
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=ROW_VECTORS)
 def head_kernel(
-    x_ptr, weight_ptr, mask_ptr, counts_ptr, seen_ptr, repetition_ptr, presence_ptr, frequency_ptr, temperature_ptr, seeds_ptr, positions_ptr,
-    scores_ptr, first_ptr, second_ptr, num_rows,
+    x_ptr, weight_ptr, mask_ptr, counts_ptr, seen_ptr, repetition_ptr, presence_ptr, frequency_ptr, temperature_ptr, seeds_ptr,
+    positions_ptr, scores_ptr, first_ptr, second_ptr, num_rows,
     V: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One tile of the vocabulary, all rows. Without scores_ptr: the best of score + noise (of the score where the row is greedy), of equal

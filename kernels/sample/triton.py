@@ -135,7 +135,7 @@ def thresholds(scored: Scores, rows: SampleRows) -> Tensor:
         TILE=TILE,
         TILES=TILES,
         PEAKS=min(MOST_PEAKS, triton.next_power_of_2(num_tiles)),
-        num_warps=32,
+        num_warps=16,
     )
     return floors
 
@@ -207,7 +207,9 @@ def _listed(peaks_ptr, active_ptr, floor, C: tl.constexpr, PEAKS: tl.constexpr):
 
 
 @triton.jit
-def _mass_from(row_ptr, active_ptr, num_active, floor, top, V: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, WEIGHTED: tl.constexpr):
+def _mass_from(
+    row_ptr, active_ptr, num_active, floor, top, V: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, WEIGHTED: tl.constexpr
+):
     """(how much of the listed tiles lies at or above floor, the lowest score there, the highest score below): counted, or weighed by
     exp(score - top)."""
     mass = tl.zeros([TILES, TILE], dtype=tl.float32)

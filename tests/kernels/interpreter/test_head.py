@@ -1,0 +1,34 @@
+"""The head's fused kernel on Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.ops import select_ops
+from kernels.sample import cases
+from tests.kernels import checks_head
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("case", "width"),
+    [pytest.param(*each, id=each[0].name, marks=() if each[0].size == "tiny" else pytest.mark.long) for each in cases.HEAD_CASES],
+)
+def test_draw(case: cases.SampleCase, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One dtype a case, in turn."""
+    names = [each.name for each, _ in cases.HEAD_CASES]
+    checks_head.check_draw(case, width, DTYPES[names.index(case.name) % 2], "cpu", monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [3, 20])
+def test_scores(num_rows: int, dtype: torch.dtype) -> None:
+    checks_head.check_scores(num_rows, 200, 96, dtype, "cpu")
+
+
+def test_a_step_draws_through_it_what_the_reference_draws() -> None:
+    x, head, rows = cases.build_head(cases.SampleCase("", "", 5, 200, top_p=0.9), 64, torch.bfloat16)
+    ids = [select_ops(name).draw(x, head, rows).ids.tolist() for name in ("triton", "reference")]  # type: ignore[arg-type]
+    assert ids[0] == ids[1]
