@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from service.engine.messages import Generate, Load, ModelInfo
-from service.scheduling.plan import Drawn, KVGroup, PromptRead, PromptReading, Sample, StepPlan
+from service.scheduling.plan import Drawn, KVGroup, PromptRead, PromptReading, RunnerCounts, Sample, StepPlan
 from service.scheduling.sampling import SamplingParams
 
 VOCAB = 1000
@@ -112,6 +112,7 @@ class ScriptedModel:
     groups: tuple[KVGroup, ...] = (KVGroup(),)
     painter: None = None
     draft: None = None
+    counts: type[RunnerCounts] = RunnerCounts
 
 
 def scripted_model(name: str = "tiny", *, num_blocks: int = 64, step_s: float = 0.0, max_context: int = 512) -> ScriptedModel:

@@ -165,8 +165,8 @@ def adjusted(
 
 @triton.jit(do_not_specialize_on_alignment=ROW_VECTORS)
 def score_kernel(
-    logits_ptr, mask_ptr, counts_ptr, seen_ptr, repetition_ptr, presence_ptr, frequency_ptr, temperature_ptr, scores_ptr, peaks_ptr, sums_ptr,
-    V: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    logits_ptr, mask_ptr, counts_ptr, seen_ptr, repetition_ptr, presence_ptr, frequency_ptr, temperature_ptr, scores_ptr, peaks_ptr,
+    sums_ptr, V: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Some tiles of one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -235,7 +235,7 @@ def _highest_floor(
     row_ptr, peaks_ptr, active_ptr, low, high, target, top,
     V: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, PEAKS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """The highest t in [low, high] such that the row from t up weighs at least target. From low up it must weigh that much; high is a score.
+    """The highest t in [low, high] such that the row from t up weighs at least target. From low up it must weigh so much; high is a score.
 
     Bisection between the ends, each of which then moves to a score that is really there: it ends on an exact answer, as a sort would,
     after about as many passes as the logarithm of the number of scores between them. A pass reads only tiles whose peak it cannot pass

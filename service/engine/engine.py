@@ -39,7 +39,7 @@ from service.scheduling.budget import PromptLimit
 from service.scheduling.grammar import Grammar, GrammarError
 from service.scheduling.picture_grammar import PictureGrammar, PictureRule
 from service.scheduling.pictures import PictureRequest
-from service.scheduling.plan import Drawn, PictureResult, PictureWork, PromptReading, StepPlan
+from service.scheduling.plan import Drawn, PictureResult, PictureWork, PromptReading, RunnerCounts, StepPlan
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.sequence import Finish, Output, Request
 
@@ -82,8 +82,8 @@ class BrokenEngineError(EngineError):
 
 @dataclass(eq=False, slots=True)
 class Lane:
-    """One model: what it is, who decides, who computes, who paints, who guesses, how long its steps take and how long its prompts may hold
-    them up."""
+    """One model: what it is, who decides, who computes, who paints, who guesses, how long its steps take, how long its prompts may hold
+    them up, and what its runner counts."""
 
     info: ModelInfo
     scheduler: Scheduler
@@ -94,6 +94,7 @@ class Lane:
     constraints: Constraints | None = None  # once the model's vocabulary is known
     masks: PictureMasks | None = field(init=False)
     drafting: Drafting | None = None
+    counts: Callable[[], RunnerCounts] = RunnerCounts
 
     def __post_init__(self) -> None:
         self.masks = PictureMasks(self.info.pictures, self.info.vocab_size) if self.info.pictures is not None else None
@@ -118,6 +119,7 @@ class Lane:
             prefix_hits=stats.prefix_hits,
             steps=stats.steps,
             drafts=stats.drafts,
+            **self.counts()._asdict(),
         )
 
 

@@ -1,7 +1,7 @@
 """CUDA graphs of whole decode steps: captured once per padded batch size, replayed with lengths read from device memory.
 
 Only for steps in which every slice has one token. A padded row has slot -1 (writes nothing) and context length 0. Used by the runner
-on CUDA alone. Shape suffixes: S sequences (one token each), W blocks in the widest table, V vocabulary.
+on CUDA alone. Shape suffixes: S sequences (one token each), W blocks in the widest table, D model width.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ Forward = Callable[[StepInputs], Tensor]
 class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: StepInputs
-    logits: Tensor  # [S, V]
+    hidden: Tensor  # [S, D]
 
 
 class DecodeGraphs:
     """Every captured batch size shares one memory pool; the largest is captured first, so that the others fit in its memory.
 
-    forward: inputs -> logits float32 [S, V], launching kernels only. Grids come from max_context, so a graph captured on short
+    forward: inputs -> final hidden states [S, D], launching kernels only. Grids come from max_context, so a graph captured on short
     contexts is right for long ones. has_pictures: steps may hold codes, so a graph looks where their pictures begin, with or without any.
+    num_replays: steps run. num_misses: steps of one token a sequence that had to do without, which the runner counts.
     """
 
     def __init__(
@@ -52,11 +53,14 @@ class DecodeGraphs:
         self.device = device
         self.sizes = tuple(size for size in BATCH_SIZES if size <= max_sequences) or (1,)
         self.captured: dict[int, _Captured] = {}
+        self.num_replays = 0
+        self.num_misses = 0
 
-    def capture(self) -> None:
+    def capture(self, progress: Callable[[float], None] = lambda fraction: None) -> None:
         """Warms the kernels up and records every size. Nothing is written to the K/V pool: all rows are padding."""
         pool = None
-        for size in reversed(self.sizes):
+        for number, size in enumerate(reversed(self.sizes)):
+            progress(number / len(self.sizes))
             inputs = self._static_inputs(size)
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
@@ -66,15 +70,15 @@ class DecodeGraphs:
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                logits = self.forward(inputs)
+                hidden = self.forward(inputs)
             pool = graph.pool()
-            self.captured[size] = _Captured(graph, inputs, logits)
+            self.captured[size] = _Captured(graph, inputs, hidden)
 
     def can_run(self, inputs: StepInputs) -> bool:
         return inputs.is_all_decode and inputs.batches[0].num_decodes <= max(self.captured, default=0)
 
     def run(self, inputs: StepInputs) -> Tensor:
-        """logits [S, V] of an all-decode step; valid until the next call. Mutates: K/V at the step's slots."""
+        """Final hidden states [S, D] of an all-decode step; valid until the next call. Mutates: K/V at the step's slots."""
         count = inputs.batches[0].num_decodes
         captured = self.captured[min(size for size in self.captured if size >= count)]
         static = captured.inputs
@@ -83,7 +87,8 @@ class DecodeGraphs:
         for target, source in zip(static.batches, inputs.batches, strict=True):
             _fill(target, source, count)
         captured.graph.replay()
-        return captured.logits[:count]
+        self.num_replays += 1
+        return captured.hidden[:count]
 
     def _static_inputs(self, size: int) -> StepInputs:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:

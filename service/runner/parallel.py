@@ -34,6 +34,7 @@ from service.model.config import ModelConfig
 from service.model.transformer import Transformer
 from service.model.weights import WeightSource
 from service.runner.runner import Handle, Runner
+from service.runner.warmup import CompileWatch
 from service.scheduling.plan import Drawn, PromptReading, Slice, StepPlan
 
 log = logging.getLogger("braid.parallel")
@@ -245,7 +246,11 @@ class Leader:
     def read(self, handle: Handle) -> list[PromptReading]:
         return self.runner.read(handle)
 
-    def capture_graphs(self, max_sequences: int) -> None:
+    def watch_compiles(self, watch: CompileWatch) -> None:
+        """As `Runner.watch_compiles`, of this rank alone."""
+        self.runner.watch_compiles(watch)
+
+    def capture_graphs(self, max_sequences: int, progress: Callable[[float], None] = lambda fraction: None) -> None:
         """None: a graph that holds sums over GPUs has not been tried yet. `join` has said so."""
 
 

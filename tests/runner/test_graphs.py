@@ -32,7 +32,7 @@ def test_padded_static_inputs_equal_the_plain_step() -> None:
         static.ids[:3], static.positions[:3] = inputs.ids, inputs.positions
         for target, source in zip(static.batches, inputs.batches, strict=True):
             _fill(target, source, 3)
-        got = runner._compute(static)[:3]
+        got = runner.model.project(runner._compute(static)[:3])
     torch.testing.assert_close(runner.cache.pool, written, atol=1e-4, rtol=1e-4)
     assert torch.equal(runner.cache.pool == kept, written == kept), "the same places are written"
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -58,6 +58,8 @@ def test_static_inputs_say_where_pictures_begin() -> None:
             static.ids[:3], static.positions[:3] = inputs.ids, inputs.positions
             for target, source in zip(static.batches, inputs.batches, strict=True):
                 _fill(target, source, 3)
-            torch.testing.assert_close(runner._compute(static)[:3], runner.logits(runner.forward(plan)), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                runner.model.project(runner._compute(static)[:3]), runner.logits(runner.forward(plan)), atol=1e-5, rtol=1e-5
+            )
             assert static.batches[0].grid_start is not None
             assert static.batches[0].grid_start.tolist() == ([31, 0, -1] if plan is codes else [-1] * 3) + [-1] * 5
