@@ -97,15 +97,17 @@ HEAD_CASES = (
     (SampleCase("head_plain", "noise alone decides; logits are never written"), 64),
     (SampleCase("head_greedy", "of the largest product, without noise", temperature=0.0), 80),
     (SampleCase("head_one", "a row alone, in a tile of sixteen", 1, temperature=0.7), 200),
-    (SampleCase("head_second_bucket", "more than sixteen rows, the last tile of the vocabulary ragged", 17, 129), 64),
+    (SampleCase("head_more_rows", "more than sixteen, the last tile of the vocabulary ragged", 17, 129), 64),
     (SampleCase("head_masked", "a grammar allows a tenth", masked=0.9), 64),
     (SampleCase("head_masked_out", "a grammar that allows nothing gives id 0", masked=1.0), 64),
     (SampleCase("head_penalties", "on counted tokens", has_penalties=True), 64),
     (SampleCase("head_filters", "scores are written, filtered, drawn", temperature=0.8, top_k=20, top_p=0.9), 64),
     (SampleCase("head_all", "everything at once", top_p=0.9, min_p=0.01, masked=0.5, has_penalties=True), 64),
-    (SampleCase("head_many", "two buckets' worth: composed", 65, 130), 64),
-    (SampleCase("head_large", "a small model's head", 3, 49_152, temperature=0.7, size="small"), 576),
-    (SampleCase("head_large_filters", "and with filters", 3, 49_152, temperature=0.7, top_k=50, top_p=0.9, size="small"), 576),
+    (SampleCase("head_two_blocks", "the second with one row", 65, 130), 64),
+    (SampleCase("head_composed", "penalties on more rows than the kernel has registers for", 17, 40, has_penalties=True), 64),
+    (SampleCase("head_wide", "many tiles and a wide model", 3, 3000, temperature=0.7, top_k=50, top_p=0.9, size="small"), 576),
+    (SampleCase("head_large", "a small model's head", 3, 49_152, temperature=0.7, size="bench"), 576),
+    (SampleCase("head_large_filters", "a large model's head", 64, 128_256, temperature=0.7, top_k=50, top_p=0.9, size="bench"), 4096),
 )
 """Each with the width of the hidden states that the head multiplies."""
 

@@ -18,16 +18,17 @@ from kernels.sample.triton import GREEDY_BELOW, ROW_VECTORS, TILE, Scores, adjus
 
 DEPTH = 64
 """Inputs that are multiplied at a time: of a tile's 128 rows of the head, 16 KiB in each stage."""
-ROW_BUCKETS = (16, 64)
-"""Rows of one launch, padded. Above the last, a product over a step's rows is worth more than what is saved behind it. Penalties stay in
-the first: a thread that holds a quarter of 64 rows' scores has no registers left for them (sm_80 spills)."""
+FEW_ROWS, BLOCK_ROWS, MOST_ROWS = 16, 64, 128
+"""Up to FEW_ROWS are one block of so many, padded; more are blocks of BLOCK_ROWS, side by side, so that a tile of the head comes from
+memory once. Above MOST_ROWS the product is bound by arithmetic, at which PyTorch's library is better, and the logits behind it cost less
+than that. Penalties stay in the first: a thread that holds its part of 64 rows' scores has no registers left for them (sm_80 spills)."""
 
 
 def draw(x_RD: Tensor, head: Weight, rows: SampleRows) -> Sampled:
     """sample(linear(x, head), rows) with float32 logits, whatever x's dtype: they are not rounded to it where the product is fused.
 
-    Fused for a dense head in half precision, up to 64 rows (16 with penalties), no logprobs. A row's id is then a function of its own
-    numbers: sums run over D in one fixed order, in tiles of the same size in either bucket.
+    Fused for a dense head in half precision, up to 128 rows (16 with penalties), no logprobs. A row's id is then a function of its own
+    numbers: sums run over D in one fixed order, in tiles of the same size in either kind of block.
     """
     if not can_fuse(x_RD, head, rows):
         return sample(linear(x_RD, head).float(), rows)
@@ -40,8 +41,7 @@ def draw(x_RD: Tensor, head: Weight, rows: SampleRows) -> Sampled:
 
 def can_fuse(x_RD: Tensor, head: Weight, rows: SampleRows) -> bool:
     is_dense = isinstance(head, Tensor) and head.is_contiguous() and head.dtype == x_RD.dtype and head.dtype.itemsize == 2
-    most_rows = ROW_BUCKETS[-1 if rows.counts is None else 0]
-    return is_dense and not rows.logprobs and 0 < x_RD.shape[0] <= most_rows
+    return is_dense and not rows.logprobs and 0 < x_RD.shape[0] <= (MOST_ROWS if rows.counts is None else FEW_ROWS)
 
 
 def _launch(x_RD: Tensor, head: Tensor, rows: SampleRows, scores: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -50,8 +50,8 @@ def _launch(x_RD: Tensor, head: Tensor, rows: SampleRows, scores: Tensor | None)
     num_tiles = triton.cdiv(vocab_size, TILE)
     first = torch.empty((num_rows, num_tiles), dtype=torch.float32, device=device)
     second = torch.empty((num_rows, num_tiles), dtype=torch.int32 if scores is None else torch.float32, device=device)
-    bucket = next(bucket for bucket in ROW_BUCKETS if num_rows <= bucket)
-    head_kernel[(num_tiles,)](
+    block = FEW_ROWS if num_rows <= FEW_ROWS else BLOCK_ROWS
+    head_kernel[(triton.cdiv(num_rows, block), num_tiles)](
         x_RD,
         head,
         rows.mask,
@@ -65,10 +65,10 @@ def _launch(x_RD: Tensor, head: Tensor, rows: SampleRows, scores: Tensor | None)
         num_rows,
         V=vocab_size,
         D=depth,
-        ROWS=bucket,
+        ROWS=block,
         TILE=TILE,
         DEPTH=DEPTH,
-        num_warps=4 if bucket == 16 else 8,
+        num_warps=4 if block == FEW_ROWS else 8,
         num_stages=4,
     )
     return first, second
@@ -95,13 +95,14 @@ def head_kernel(
     positions_ptr, scores_ptr, first_ptr, second_ptr, num_rows,
     V: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the vocabulary, all rows. Without scores_ptr: the best of score + noise (of the score where the row is greedy), of equal
-    ones the lowest id. With it: scores, and of the tile what `Scores` has. mask_ptr and the penalty pointers may be None, as in `adjusted`.
+    """One tile of the vocabulary, a block of rows. Without scores_ptr: the best of score + noise (of the score where the row is greedy), of
+    equal ones the lowest id. With it: scores, and of the tile what `Scores` has. mask_ptr and the penalty pointers may be None, as in
+    `adjusted`.
     """
     C: tl.constexpr = (V + TILE - 1) // TILE
-    tile = tl.program_id(0)
+    tile = tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
-    row = tl.arange(0, ROWS).to(tl.int64)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     is_row, is_token = row < num_rows, token < V
     x = _product(x_ptr, weight_ptr, row, token, is_row, is_token, D, DEPTH)
     x = adjusted(

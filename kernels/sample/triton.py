@@ -24,8 +24,6 @@ TILES = 32
 """Tiles that a program of `score` and `draw` takes, and a step of `threshold`'s loop."""
 MOST_PEAKS = 2048
 """Tiles whose largest scores `threshold` looks at in one step."""
-FLAT = tl.constexpr(120.0)
-"""Scores so far below the highest weigh nothing: exp(-120) is below the smallest float32."""
 GREEDY_BELOW = tl.constexpr(reference.GREEDY_BELOW)
 LARGEST_LOGIT = tl.constexpr(reference.LARGEST_LOGIT)
 ROW_VECTORS = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seeds_ptr", "positions_ptr"]
@@ -312,7 +310,9 @@ def threshold_kernel(
                     wanted = top_k.to(tl.float32)
                     floor = tl.maximum(floor, _highest_floor(row_ptr, peaks, active, low, top, wanted, top, V, TILE, TILES, PEAKS, False))
             if top_p < 1.0:
-                low = tl.where(of_peaks >= top_p * mass, least, top - FLAT)
+                # Scores below top - c weigh less than V * exp(-c) together, which for this c is what may be missing (and a little less).
+                low = top - (tl.log(V / ((1.0 - top_p) * mass)) + 0.01)
+                low = tl.where(of_peaks >= top_p * mass, tl.maximum(low, least), low)
                 if floor > float("-inf"):
                     num_active, _ = _listed(peaks, active, floor, C, PEAKS)
                     mass, low, _ = _mass_from(row_ptr, active, num_active, floor, top, V, TILE, TILES, True)

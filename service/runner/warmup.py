@@ -27,8 +27,8 @@ log = logging.getLogger("braid.runner")
 STEP_TOKENS = (2, 4, 8, 16, 17, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256, 257, 512, 1024, 2048, 4096, 8192)
 """Of prompts: both sides of every number of rows at which a product may change its tiles, and PyTorch's library its algorithm."""
 DECODES = (1, 2, 4, 8, 16, 17, 32, 33, 48, 64, 65, 128, 129, 256)
-SAMPLED = (1, 2, 16, 17, 64, 65)
-"""Rows: both sides of the buckets of the head's kernel."""
+SAMPLED = (1, 2, 16, 17, 64, 65, 128, 129)
+"""Rows: both sides of where the head's kernel changes its blocks, and where it is no longer used."""
 _GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 _PLAIN = SamplingParams(max_tokens=1)
 _FILTERED = SamplingParams(max_tokens=1, temperature=0.7, top_k=50, top_p=0.9, min_p=0.01)

@@ -11,16 +11,20 @@ from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from bench.models import SHAPES, build_runner
 from kernels.ops import select_ops
+from service.engine.messages import Load, ModelInfo
 from service.model.config import ModelConfig
-from service.runner.runner import Runner
+from service.runner.load import Loaded
+from service.runner.load import _warm_up_all as warm_up_all
+from service.runner.runner import Handle, Runner
 from service.runner.warmup import CompileWatch, Limits, draws_of, steps_of, warm_up
-from service.scheduling.plan import Sample, Slice, StepPlan
+from service.scheduling.plan import KVGroup, Sample, Slice, StepPlan
 from service.scheduling.sampling import SamplingParams
 from service.vocabulary import PictureIds
 from tests.kernels.specialised import recorded_keys
@@ -129,8 +133,6 @@ def test_progress_reaches_one_and_sequences_are_forgotten() -> None:
             assert masks is None or len(masks) == len(handle.plan.samples)
             self.num_sampled += 1
 
-    from service.runner.runner import Handle
-
     HANDLE, steps, fractions = Handle(StepPlan(0, (), ())), Steps(), list[float]()
     warm_up(steps, Limits(1, 16, 64, 20, 128, 509), fractions.append)
     assert not steps.alive
@@ -138,6 +140,51 @@ def test_progress_reaches_one_and_sequences_are_forgotten() -> None:
     assert fractions[0] == 0
     assert fractions[-1] == 1
     assert fractions == sorted(fractions)
+
+
+def test_a_gpu_warms_up_all_models_before_it_records_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order that a start on a GPU has, with a runner that only writes down what is asked of it."""
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", None)
+    monkeypatch.setattr(knobs.compilation, "listener", None)
+    told: list[str] = []
+
+    class Steps:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def forward(self, plan: StepPlan) -> Handle:
+            told.append(f"{self.name} step")
+            return Handle(plan)
+
+        def sample(self, handle: Handle, masks: Any = None) -> None:
+            told.append(f"{self.name} sample")
+
+        def capture_graphs(self, max_sequences: int, progress: Any) -> None:
+            told.append(f"{self.name} graphs {max_sequences}")
+            progress(0.5)
+
+        def watch_compiles(self, watch: CompileWatch) -> None:
+            assert watch.of is None
+            told.append(f"{self.name} watched")
+
+    info = ModelInfo("one", 128, 509, "bfloat16", 1, 1024, 64, 16)
+    models = [Loaded(replace_name(info, name), Steps(name), (KVGroup(),)) for name in ("one", "two")]  # type: ignore[arg-type]
+    load = Load((), "auto", "cuda", 0, 0, max_batch_tokens=64, max_sequences=5, prefix_cache=True)
+    phases: list[tuple[str, float]] = []
+    warm_up_all(models, load, torch.device("cuda"), lambda phase, fraction: phases.append((phase, fraction)))
+    assert list(dict.fromkeys(told)) == [
+        "one step", "one sample", "two step", "two sample", "one graphs 5", "one watched", "two graphs 5", "two watched",
+    ]  # fmt: skip
+    assert phases == sorted(phases, key=lambda each: (each[0] == "graphs", each[1]))
+    assert ("graphs", 0.25) in phases
+    assert phases[-1] == ("graphs", 1.0)
+    assert ("warm_up", 1.0) in phases
+
+
+def replace_name(info: ModelInfo, name: str) -> ModelInfo:
+    return msgspec.structs.replace(info, name=name)
 
 
 def test_a_kernel_compiled_in_a_step_is_counted_and_named(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

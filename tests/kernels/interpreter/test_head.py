@@ -14,7 +14,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize(
     ("case", "width"),
-    [pytest.param(*each, id=each[0].name, marks=() if each[0].size == "tiny" else pytest.mark.long) for each in cases.HEAD_CASES],
+    [
+        pytest.param(*each, id=each[0].name, marks=() if each[0].size == "tiny" else pytest.mark.long)
+        for each in cases.HEAD_CASES
+        if each[0].size != "bench"
+    ],
 )
 def test_draw(case: cases.SampleCase, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One dtype a case, in turn."""
