@@ -30,7 +30,7 @@ def draw(x_RD: Tensor, head: Weight, rows: SampleRows) -> Sampled:
     Fused for a dense head in half precision, up to 128 rows (16 with penalties), no logprobs. A row's id is then a function of its own
     numbers: sums run over D in one fixed order, in tiles of the same size in either kind of block.
     """
-    if not can_fuse(x_RD, head, rows):
+    if not can_fuse(x_RD, head, rows) or not isinstance(head, Tensor):
         return sample(linear(x_RD, head).float(), rows)
     x_RD = x_RD.contiguous()
     if not rows.is_filtered:

@@ -6,6 +6,7 @@ Shared by the run on the interpreter and the run on a GPU.
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kernels.ops import SampleRows
 from kernels.sample import cases, reference
+from kernels.sample.noise import gumbel, noise_words
 from tests.kernels.rule import assert_earned, guard_module
 
 
@@ -49,7 +51,7 @@ def check_scores(num_rows: int, vocab_size: int, width: int, dtype: torch.dtype,
     peaks, sums = head_triton._launch(x, head, rows, scores)
     exact = F.linear(x.double(), head.double())
     assert_earned(scores, F.linear(x.float(), head.float()), exact.cpu())
-    tiles = F.pad(scores, (0, -vocab_size % 128), value=float("-inf")).unflatten(1, (-1, 128))
+    tiles = F.pad(scores, (0, -vocab_size % 128), value=float("-inf")).view(num_rows, -1, 128)
     assert torch.equal(peaks, tiles.amax(-1))
     torch.testing.assert_close(sums, (tiles - peaks[..., None]).exp().sum(-1))
     alone = torch.empty((1, vocab_size), device=device)
@@ -62,7 +64,7 @@ def assert_drawn(ids: Tensor, logits: Tensor, rows: SampleRows) -> None:
     expected = reference.sample(logits, rows).ids
     if ids.tolist() == expected.tolist():
         return
-    noise = reference.gumbel(reference.noise_words(rows.seeds, rows.positions, logits.shape[1]))
+    noise = gumbel(noise_words(rows.seeds, rows.positions, logits.shape[1]))
     is_greedy = rows.temperature < reference.GREEDY_BELOW
     scores = reference.penalised(logits, rows) / torch.where(is_greedy, 1.0, rows.temperature)[:, None]
     noisy = torch.where(is_greedy[:, None], scores, scores + noise)
@@ -72,5 +74,5 @@ def assert_drawn(ids: Tensor, logits: Tensor, rows: SampleRows) -> None:
 
 def only(rows: SampleRows, part: slice) -> SampleRows:
     """Some of the rows, each with memory of its own."""
-    tensors = {field.name: value[part].clone() for field in fields(rows) if isinstance(value := getattr(rows, field.name), Tensor)}
+    tensors: dict[str, Any] = {field.name: value[part].clone() for field in fields(rows) if isinstance(value := getattr(rows, field.name), Tensor)}
     return replace(rows, **tensors)

@@ -41,9 +41,9 @@ def recorded_keys() -> Iterator[set[Key]]:
         keys.add((kernel.__name__, str(specialization), str(options)))
 
     launch = JITFunction.run
-    JITFunction.run = run  # type: ignore[method-assign]
+    JITFunction.run = run
     try:
         with _Zeros():
             yield keys
     finally:
-        JITFunction.run = launch  # type: ignore[method-assign]
+        JITFunction.run = launch

@@ -199,9 +199,9 @@ def test_a_kernel_compiled_in_a_step_is_counted_and_named(caplog: pytest.LogCapt
 
     def launch(cache_hit: bool) -> None:
         """As Triton tells of a kernel that it has not got in memory."""
-        knobs.compilation.listener(src=None, metadata={}, metadata_group={}, times=None, cache_hit=cache_hit)  # type: ignore[misc]
+        knobs.compilation.listener(src=None, metadata={}, metadata_group={}, times=None, cache_hit=cache_hit)
         hook = knobs.runtime.jit_post_compile_hook
-        hook(key="k", repr="", fn=kernel, compile={}, is_manual_warmup=False, already_compiled=False)  # type: ignore[misc, arg-type, typeddict-item]
+        hook(key="k", repr="", fn=kernel, compile={}, is_manual_warmup=False, already_compiled=False)
 
     launch(cache_hit=False)
     launch(cache_hit=True)

@@ -34,5 +34,5 @@ def test_scores(num_rows: int, dtype: torch.dtype) -> None:
 
 def test_a_step_draws_through_it_what_the_reference_draws() -> None:
     x, head, rows = cases.build_head(cases.SampleCase("", "", 5, 200, top_p=0.9), 64, torch.bfloat16)
-    ids = [select_ops(name).draw(x, head, rows).ids.tolist() for name in ("triton", "reference")]  # type: ignore[arg-type]
+    ids = [select_ops(name).draw(x, head, rows).ids.tolist() for name in ("triton", "reference")]
     assert ids[0] == ids[1]
