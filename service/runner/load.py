@@ -6,7 +6,6 @@ More than 350 lines, because the line passes the special kinds in turn: draft mo
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ from service.runner.image_tokenizer import Painter
 from service.runner.kv_cache import KVCache, KVLayout, partition_layers
 from service.runner.parallel import Leader, Peers, Share, ShareSource, add_up, gather_head, join, lead, split_ops
 from service.runner.runner import Runner
-from service.runner.warmup import CompileWatch, Limits, warm_up
+from service.runner.warmup import CompileWatch, Limits, keep_kernels, warm_up
 from service.scheduling.plan import KVGroup, RunnerCounts, Slice, StepPlan
 
 BLOCK_SIZE = 16
@@ -119,8 +118,8 @@ def load_models(load: Load, progress: Callable[[str, float], None], peers: Peers
     if load.threads or peers is not None:
         torch.set_num_threads(max((load.threads or torch.get_num_threads()) // load.tensor_parallel, 1))
     device = choose_device(load.device)
-    if device.type == "cuda" and load.kernel_folder:
-        os.environ.setdefault("TRITON_CACHE_DIR", load.kernel_folder)
+    if device.type == "cuda":
+        keep_kernels(load.kernel_folder)
     ops = select_ops("cpu" if device.type == "cpu" else "triton")
     rank = 0
     if peers is not None:

@@ -1,7 +1,8 @@
 """Runs plans: builds inputs, calls the model, samples. Owns the device: weights, K/V pool, graphs, sampler.
 
 What may not come in: requests, text, queues, clocks, anything of one model family. Called by the engine loop with the verbs
-`forward(plan)`, `sample(handle)` and `read(handle)`, so that masks may arrive late and the next step can be planned meanwhile.
+`forward(plan)`, `draw(handle)` (or `sample`, which waits) and `read(handle)`, so that masks may arrive late, and the next step be planned
+and begun before the ids of this one are known.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.model.transformer import Transformer
+from service.runner.drawing import Drawing
 from service.runner.graphs import DecodeGraphs
 from service.runner.inputs import StepInputs, build_inputs
 from service.runner.kv_cache import KVCache
 from service.runner.reader import Reader
 from service.runner.sampler import Sampler, can_draw
-from service.scheduling.plan import Drawn, PromptReading, RunnerCounts, StepPlan
+from service.scheduling.plan import PENDING, Drawn, PromptReading, RunnerCounts, StepPlan
 
 if TYPE_CHECKING:  # it runs runners
     from service.runner.warmup import CompileWatch
@@ -43,7 +45,8 @@ class Runner:
         self.cache = cache
         self.num_groups = num_groups
         self.device = device
-        self.sampler = Sampler(model.ops, model.config.vocab_size, device)
+        self.sampler = Sampler(model.ops, model.config.vocab_size, device, self._last_id)
+        self._last: dict[int, Tensor] = {}
         self.reader = Reader(model, device)
         self.graphs: DecodeGraphs | None = None
         self.compiles: CompileWatch | None = None
@@ -81,12 +84,15 @@ class Runner:
         """Mutates: the K/V pool, at the plan's slots."""
         self.sampler.release(plan.released)
         self.reader.release(plan.released)
+        for sequence_id in plan.released:
+            self._last.pop(sequence_id, None)
         if not plan.slices:  # a step may only encode pictures
             return Handle(plan)
         if self.compiles is not None:
             self.compiles.of = self
         with torch.inference_mode():
             inputs = build_inputs(plan, self.num_groups, self.cache.block_size, self.device)
+            self._resolve(plan, inputs)
             if plan.reads:  # a graph keeps final hidden states alone
                 x, residual = self._run_layers(inputs)
                 return Handle(plan, self._hidden(x, residual, inputs), states=(x, residual))
@@ -98,8 +104,22 @@ class Runner:
 
     def sample(self, handle: Handle, masks: NDArray[np.int32] | None = None) -> list[Drawn]:
         """One `Drawn` per sample of the plan, in its order. masks int32 [R, ceil(V / 32)], a row per sample, or None."""
+        return self._draw(handle, masks).wait()
+
+    def draw(self, handle: Handle, masks: NDArray[np.int32] | None = None) -> Drawing:
+        """`sample`, of which `wait` is the rest. The ids are those that later plans mean by `PENDING`."""
+        drawing = self._draw(handle, masks)
+        for row, sample in enumerate(handle.plan.samples):
+            for index in sample.slice_indexes:
+                self._last[handle.plan.slices[index].sequence_id] = drawing.ids[row : row + 1]
+        return drawing
+
+    def _last_id(self, sequence_id: int) -> Tensor:
+        return self._last[sequence_id]
+
+    def _draw(self, handle: Handle, masks: NDArray[np.int32] | None) -> Drawing:
         with torch.inference_mode():
-            bits = None if masks is None else torch.from_numpy(masks).to(self.device)
+            bits = None if masks is None else torch.from_numpy(masks)
             if handle.hidden is not None and can_draw(handle.plan) and not self.model.config.logit_softcap:
                 return self.sampler.draw(handle.hidden, self.model.head, handle.plan, bits)
             return self.sampler.sample(self.logits(handle), handle.plan, bits)
@@ -116,6 +136,14 @@ class Runner:
             return []
         with torch.inference_mode():
             return self.reader.read(handle.plan, *handle.states)
+
+    def _resolve(self, plan: StepPlan, inputs: StepInputs) -> None:
+        """Puts the ids in that the host does not know yet."""
+        end = 0
+        for piece in plan.slices:
+            end += len(piece.tokens)
+            if piece.tokens[-1] == PENDING:
+                inputs.ids[end - 1 : end] = self._last[piece.sequence_id]
 
     def _compute(self, inputs: StepInputs) -> Tensor:
         """The final hidden states [R, D] of inputs.rows."""

@@ -8,10 +8,13 @@ holds these steps to all of it. Called by `load` once the K/V pool is there, bef
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -137,6 +140,23 @@ def _step(lengths: Sequence[int], limits: Limits, first_code: int | None = None)
         grid_starts = () if first_code is None else (0,) * length
         slices.append(Slice(-1 - row, 0, (first_code or 0,) * length, tables, grid_starts))
     return StepPlan(step_id=-1, slices=tuple(slices), samples=())
+
+
+def keep_kernels(folder: str) -> None:
+    """Has Triton keep what it compiles in this folder, "" or where TRITON_CACHE_DIR is set: as it does by itself. Before the first kernel.
+
+    Mutates: the environment. A folder that can't be written costs later starts the compiling, and not this one its life.
+    """
+    if not folder or "TRITON_CACHE_DIR" in os.environ:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        log.warning("compiled kernels are not kept for later starts: the cache folder can't be written (%s)", error.strerror)
+        folder = tempfile.mkdtemp(prefix="braid-triton-")
+    os.environ["TRITON_CACHE_DIR"] = folder
 
 
 class CompileWatch:

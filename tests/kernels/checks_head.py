@@ -74,5 +74,7 @@ def assert_drawn(ids: Tensor, logits: Tensor, rows: SampleRows) -> None:
 
 def only(rows: SampleRows, part: slice) -> SampleRows:
     """Some of the rows, each with memory of its own."""
-    tensors: dict[str, Any] = {field.name: value[part].clone() for field in fields(rows) if isinstance(value := getattr(rows, field.name), Tensor)}
+    tensors: dict[str, Any] = {
+        field.name: value[part].clone() for field in fields(rows) if isinstance(value := getattr(rows, field.name), Tensor)
+    }
     return replace(rows, **tensors)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -23,7 +25,7 @@ from service.model.config import ModelConfig
 from service.runner.load import Loaded
 from service.runner.load import _warm_up_all as warm_up_all
 from service.runner.runner import Handle, Runner
-from service.runner.warmup import CompileWatch, Limits, draws_of, steps_of, warm_up
+from service.runner.warmup import CompileWatch, Limits, draws_of, keep_kernels, steps_of, warm_up
 from service.scheduling.plan import KVGroup, Sample, Slice, StepPlan
 from service.scheduling.sampling import SamplingParams
 from service.vocabulary import PictureIds
@@ -222,6 +224,23 @@ def test_a_kernel_compiled_in_a_step_is_counted_and_named(caplog: pytest.LogCapt
     assert earlier == ["k"] * 3
 
 
+def test_kernels_are_kept_where_that_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    keep_kernels("")
+    assert "TRITON_CACHE_DIR" not in os.environ
+    keep_kernels(str(tmp_path / "braid" / "triton"))
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "braid" / "triton")
+    assert list((tmp_path / "braid" / "triton").iterdir()) == []
+    keep_kernels(str(tmp_path / "another"))
+    assert not (tmp_path / "another").exists(), "whoever set the variable is obeyed"
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    (tmp_path / "file").touch()
+    keep_kernels(str(tmp_path / "file" / "triton"))
+    assert os.access(os.environ["TRITON_CACHE_DIR"], os.W_OK)
+    assert "not kept" in caplog.text
+    os.rmdir(os.environ["TRITON_CACHE_DIR"])
+
+
 def test_a_triton_without_hooks_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
     CompileWatch().install()
@@ -229,4 +248,4 @@ def test_a_triton_without_hooks_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> 
     bare.knobs = SimpleNamespace(runtime=SimpleNamespace(), compilation=SimpleNamespace())  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "triton", bare)
     CompileWatch().install()
-    assert not vars(bare.knobs.runtime)  # type: ignore[attr-defined]
+    assert not vars(bare.knobs.runtime)
