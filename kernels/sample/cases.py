@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.ops import SampleRows
+from kernels.linear.reference import quantize_int8
+from kernels.ops import SampleRows, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +115,16 @@ HEAD_CASES = (
 
 def build_head(
     case: SampleCase, width: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
-) -> tuple[Tensor, Tensor, SampleRows]:
-    """(hidden states [R, width], head [V, width], rows) whose product has logits as spread as the case says."""
+) -> tuple[Tensor, Weight, SampleRows]:
+    """(hidden states [R, width], head [V, width], rows) whose product has logits as spread as the case says. dtype: of the head; beside one
+    in int8 the hidden states are bfloat16."""
     _, rows = build(case, device, seed)
     rows.is_filtered = case.temperature > 0 and (case.top_k > 0 or case.top_p < 1 or case.min_p > 0)
     generator = torch.Generator().manual_seed(seed + 1)
     x = torch.randn((case.num_rows, width), generator=generator)
     head = torch.randn((case.vocab_size, width), generator=generator) * (case.spread / width**0.5)
+    if dtype == torch.int8:
+        return x.to(device, torch.bfloat16), quantize_int8(head.to(device)), rows
     return x.to(device, dtype), head.to(device, dtype), rows
 
 

@@ -363,12 +363,12 @@ def _warm_up_all(loaded: Sequence[Loaded], load: Load, device: torch.device, pro
     progress("warm_up", 1.0)
     if device.type != "cuda":
         return
-    watch.report()
     for number, one in enumerate(loaded):
         if not isinstance(one.runner, EncoderRunner):
             one.runner.capture_graphs(load.max_sequences, _share_of(progress, "graphs", number, len(loaded)))
             one.runner.watch_compiles(watch)
     progress("graphs", 1.0)
+    watch.report()
 
 
 def _share_of(progress: Callable[[str, float], None], phase: str, number: int, count: int) -> Callable[[float], None]:

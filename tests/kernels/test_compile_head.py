@@ -11,14 +11,16 @@ from tests.kernels.launches import CHIPS, assert_fits, record
 
 
 @pytest.mark.parametrize("capability", CHIPS)
-@pytest.mark.parametrize(("num_rows", "is_full"), [(16, True), (64, False)], ids=["penalties", "64_rows"])
-def test_head(num_rows: int, is_full: bool, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("num_rows", "is_full", "dtype"), [(16, True, torch.bfloat16), (64, False, torch.bfloat16), (64, False, torch.int8)], ids=str
+)
+def test_head(num_rows: int, is_full: bool, dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No spill in any variant: the accumulator is what sampling's noise is added to."""
     case = cases.SampleCase("", "", num_rows, 4096, has_penalties=is_full, masked=0.5)
-    x, head, rows = cases.build_head(case, 576, torch.bfloat16)
+    x, head, rows = cases.build_head(case, 576, dtype)
     assert head_triton.can_fuse(x, head, rows)
     for scores in (None, torch.empty((num_rows, 4096))):
-        (launch,) = record(monkeypatch, head_triton, lambda scores=scores: head_triton._launch(x, head, rows, scores))  # type: ignore[misc]
+        *_, launch = record(monkeypatch, head_triton, lambda scores=scores: head_triton._launch(x, head, rows, scores))  # type: ignore[misc]
         assert launch.name == "head_kernel"
         assert_fits(launch, capability, f"{num_rows} rows")
         monkeypatch.undo()

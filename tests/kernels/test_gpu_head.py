@@ -9,7 +9,7 @@ from kernels.sample import cases
 from tests.kernels import checks_head
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16, torch.int8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

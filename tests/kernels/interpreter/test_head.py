@@ -9,7 +9,7 @@ from kernels.ops import select_ops
 from kernels.sample import cases
 from tests.kernels import checks_head
 
-DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16, torch.int8)
 
 
 @pytest.mark.parametrize(
@@ -23,11 +23,10 @@ DTYPES = (torch.bfloat16, torch.float16)
 def test_draw(case: cases.SampleCase, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One dtype a case, in turn."""
     names = [each.name for each, _ in cases.HEAD_CASES]
-    checks_head.check_draw(case, width, DTYPES[names.index(case.name) % 2], "cpu", monkeypatch)
+    checks_head.check_draw(case, width, DTYPES[names.index(case.name) % 3], "cpu", monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_rows", [3, 20])
+@pytest.mark.parametrize(("num_rows", "dtype"), [(3, torch.bfloat16), (20, torch.float16), (3, torch.int8), (20, torch.int8)], ids=str)
 def test_scores(num_rows: int, dtype: torch.dtype) -> None:
     checks_head.check_scores(num_rows, 200, 96, dtype, "cpu")
 
