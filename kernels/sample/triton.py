@@ -2,6 +2,7 @@
 
 `score` also keeps, of every TILE tokens, the largest score and the mass, so that what follows reads only tiles that can matter; the head's
 kernel (`head_triton`) gives the same. Logprobs, which few requests ask for, are the reference's. No request here. Called by `triton_ops`.
+Longer than most files because `threshold` walks scores by what `score` keeps of tiles: how that lies in memory is one thing.
 Shape suffixes: R rows, V vocabulary, C = ceil(V / TILE) tiles of a row.
 """
 
