@@ -23,6 +23,8 @@ TILE = 128
 """Tokens whose largest score and mass are kept. Few enough that of a quarter million tokens the best fifty lie in fifty tiles, of 2,048."""
 TILES = 32
 """Tiles that a program of `score` and `draw` takes, and a step of `threshold`'s loop."""
+FEW_TILES = 64
+"""Tiles that `threshold` keeps in registers: the best 64 scores lie in no more."""
 MOST_PEAKS = 2048
 """Tiles whose largest scores `threshold` looks at in one step."""
 GREEDY_BELOW = tl.constexpr(reference.GREEDY_BELOW)
@@ -133,6 +135,7 @@ def thresholds(scored: Scores, rows: SampleRows) -> Tensor:
         V=vocab_size,
         TILE=TILE,
         TILES=TILES,
+        FEW=FEW_TILES,
         PEAKS=min(MOST_PEAKS, triton.next_power_of_2(num_tiles)),
         num_warps=16,
     )
@@ -206,6 +209,15 @@ def _listed(peaks_ptr, active_ptr, floor, C: tl.constexpr, PEAKS: tl.constexpr):
 
 
 @triton.jit
+def _listed_scores(row_ptr, active_ptr, num_active, start, V: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+    """[TILES, TILE]: of the listed tiles from the start-th on; minus infinity where there are none."""
+    index = start + tl.arange(0, TILES)
+    tile = tl.load(active_ptr + index, mask=index < num_active, other=(V + TILE - 1) // TILE)
+    token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    return tl.load(row_ptr + token, mask=token < V, other=float("-inf"))
+
+
+@triton.jit
 def _mass_from(
     row_ptr, active_ptr, num_active, floor, top, V: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, WEIGHTED: tl.constexpr
 ):
@@ -215,10 +227,7 @@ def _mass_from(
     above = tl.full([TILES, TILE], float("inf"), dtype=tl.float32)
     below = tl.full([TILES, TILE], float("-inf"), dtype=tl.float32)
     for start in range(0, num_active, TILES):
-        index = start + tl.arange(0, TILES)
-        tile = tl.load(active_ptr + index, mask=index < num_active, other=(V + TILE - 1) // TILE)
-        token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
-        x = tl.load(row_ptr + token, mask=token < V, other=float("-inf"))
+        x = _listed_scores(row_ptr, active_ptr, num_active, start, V, TILE, TILES)
         is_in = (x >= floor) & (x > float("-inf"))
         if WEIGHTED:
             mass += tl.where(is_in, tl.exp(x - top), 0.0)
@@ -230,24 +239,53 @@ def _mass_from(
 
 
 @triton.jit
+def _middle_of(low, high):
+    middle = low + (high - low) * 0.5
+    return tl.where(middle > low, middle, high)  # neighbouring floats have nothing between them
+
+
+@triton.jit
+def _highest_among_few(
+    row_ptr, active_ptr, num_active, low, high, target, top,
+    V: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """What `_highest_floor` gives, where at most TILES tiles are listed and no other has a score at or above low: they are read once."""
+    x = _listed_scores(row_ptr, active_ptr, num_active, 0, V, TILE, TILES)
+    weight = tl.where(x > float("-inf"), tl.exp(x - top) if WEIGHTED else 1.0, 0.0)
+    while low < high:
+        middle = _middle_of(low, high)
+        is_in = x >= middle
+        is_enough = tl.sum(tl.sum(tl.where(is_in, weight, 0.0), 1), 0) >= target
+        above = tl.min(tl.min(tl.where(is_in, x, float("inf")), 1), 0)
+        below = tl.max(tl.max(tl.where(is_in, float("-inf"), x), 1), 0)
+        high = tl.where(is_enough, high, tl.maximum(below, low))
+        low = tl.where(is_enough, above, low)
+    return low
+
+
+@triton.jit
 def _highest_floor(
     row_ptr, peaks_ptr, active_ptr, low, high, target, top,
-    V: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, PEAKS: tl.constexpr, WEIGHTED: tl.constexpr,
+    V: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, FEW: tl.constexpr, PEAKS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """The highest t in [low, high] such that the row from t up weighs at least target. From low up it must weigh so much; high is a score.
 
     Bisection between the ends, each of which then moves to a score that is really there: it ends on an exact answer, as a sort would,
     after about as many passes as the logarithm of the number of scores between them. A pass reads only tiles whose peak it cannot pass
-    over, so most passes read little.
+    over, so most passes read little; once FEW tiles are left, they stay in registers.
     """
     while low < high:
-        middle = low + (high - low) * 0.5
-        middle = tl.where(middle > low, middle, high)  # neighbouring floats have nothing between them
-        num_active, skipped = _listed(peaks_ptr, active_ptr, middle, (V + TILE - 1) // TILE, PEAKS)
-        mass, above, below = _mass_from(row_ptr, active_ptr, num_active, middle, top, V, TILE, TILES, WEIGHTED)
-        is_enough = mass >= target
-        high = tl.where(is_enough, high, tl.maximum(tl.maximum(below, skipped), low))
-        low = tl.where(is_enough, above, low)
+        num_active, _ = _listed(peaks_ptr, active_ptr, low, (V + TILE - 1) // TILE, PEAKS)
+        if num_active <= FEW:
+            low = _highest_among_few(row_ptr, active_ptr, num_active, low, high, target, top, V, TILE, FEW, WEIGHTED)
+            high = low
+        else:
+            middle = _middle_of(low, high)
+            num_active, skipped = _listed(peaks_ptr, active_ptr, middle, (V + TILE - 1) // TILE, PEAKS)
+            mass, above, below = _mass_from(row_ptr, active_ptr, num_active, middle, top, V, TILE, TILES, WEIGHTED)
+            is_enough = mass >= target
+            high = tl.where(is_enough, high, tl.maximum(tl.maximum(below, skipped), low))
+            low = tl.where(is_enough, above, low)
     return low
 
 
@@ -282,7 +320,7 @@ def _top_of(peaks_ptr, C: tl.constexpr, PEAKS: tl.constexpr):
 @triton.jit(do_not_specialize_on_alignment=ROW_VECTORS)
 def threshold_kernel(
     scores_ptr, peaks_ptr, sums_ptr, active_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, floors_ptr,
-    V: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, PEAKS: tl.constexpr,
+    V: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, FEW: tl.constexpr, PEAKS: tl.constexpr,
 ):  # fmt: skip
     """One row: the lowest score that min-p, top-k and top-p keep, in this order; minus infinity when they are off. Greedy: the highest.
 
@@ -309,7 +347,8 @@ def threshold_kernel(
                     count, low, _ = _mass_from(row_ptr, active, num_active, float("-inf"), top, V, TILE, TILES, False)
                 if top_k <= count:
                     wanted = top_k.to(tl.float32)
-                    floor = tl.maximum(floor, _highest_floor(row_ptr, peaks, active, low, top, wanted, top, V, TILE, TILES, PEAKS, False))
+                    kept = _highest_floor(row_ptr, peaks, active, low, top, wanted, top, V, TILE, TILES, FEW, PEAKS, False)
+                    floor = tl.maximum(floor, kept)
             if top_p < 1.0:
                 # Scores below top - c weigh less than V * exp(-c) together, which for this c is what may be missing (and a little less).
                 low = top - (tl.log(V / ((1.0 - top_p) * mass)) + 0.01)
@@ -317,7 +356,7 @@ def threshold_kernel(
                 if floor > float("-inf"):
                     num_active, _ = _listed(peaks, active, floor, C, PEAKS)
                     mass, low, _ = _mass_from(row_ptr, active, num_active, floor, top, V, TILE, TILES, True)
-                nucleus = _highest_floor(row_ptr, peaks, active, low, top, top_p * mass, top, V, TILE, TILES, PEAKS, True)
+                nucleus = _highest_floor(row_ptr, peaks, active, low, top, top_p * mass, top, V, TILE, TILES, FEW, PEAKS, True)
                 floor = tl.maximum(floor, nucleus)
     tl.store(floors_ptr + row, floor)
 
