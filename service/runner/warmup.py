@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from service.runner.runner import Handle, Runner
@@ -73,7 +74,10 @@ def warm_up(runner: Steps, limits: Limits, progress: Callable[[float], None] = l
         progress((len(plans) + number) / (len(plans) + len(draws)))
         handle = runner.forward(plan)
         for samples, masks in rows:
-            runner.sample(replace(handle, plan=replace(plan, samples=samples)), masks)
+            try:
+                runner.sample(replace(handle, plan=replace(plan, samples=samples)), masks)
+            except torch.OutOfMemoryError:  # what most requests want of so many rows may fit all the same
+                log.warning("%d sequences that all draw from whole rows of logits find no memory; give less --memory", len(samples))
         _forget(runner, plan)
     progress(1.0)
 

@@ -11,17 +11,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import pytest
 import torch
 
-from bench.models import SHAPES, build_runner
+from bench.models import SHAPES, RandomSource
 from kernels.ops import select_ops
 from service.engine.messages import Load, ModelInfo
 from service.model.config import ModelConfig
+from service.model.transformer import Precision, build_transformer
+from service.runner.kv_cache import KVCache, partition_layers
 from service.runner.load import Loaded
 from service.runner.load import _warm_up_all as warm_up_all
 from service.runner.runner import Handle, Runner
@@ -38,8 +40,15 @@ WITH_PICTURES = replace(
 )
 
 
-def runner_of(config: ModelConfig, max_sequences: int = 70, max_batch_tokens: int = 128) -> tuple[Runner, Limits]:
-    runner = build_runner(config, select_ops("triton"), device=torch.device("cpu"), dtype=torch.bfloat16, num_blocks=64)
+def runner_of(config: ModelConfig, weights: Literal["dense", "int8"] = "dense") -> tuple[Runner, Limits]:
+    """As it would be on a GPU, but for the device."""
+    device, ops, max_sequences, max_batch_tokens = torch.device("cpu"), select_ops("triton"), 70, 128
+    with torch.inference_mode():
+        precision = Precision(torch.bfloat16, weights)
+        model = build_transformer(config, RandomSource(config, device), ops, precision=precision, device=device)
+    layout = partition_layers(config)
+    cache = KVCache(config, layout, num_blocks=64, block_size=16, dtype=torch.bfloat16, device=device)
+    runner = Runner(model, cache, num_groups=len(layout.groups), device=device)
     runner.cache.views = [(pool[0], pool[1]) for pool in runner.cache.pool]  # as keys lie on a GPU
     limits = Limits(runner.num_groups, 16, max_batch_tokens, max_sequences, config.max_context, config.vocab_size, config.pictures)
     return runner, limits
@@ -83,9 +92,11 @@ def params_of(rng: random.Random) -> SamplingParams:
     )
 
 
-@pytest.mark.parametrize("config", [TINY, WITH_PICTURES], ids=["text", "pictures"])
-def test_traffic_needs_no_kernel_that_warm_up_has_not_met(config: ModelConfig) -> None:
-    runner, limits = runner_of(config)
+@pytest.mark.parametrize(
+    ("config", "weights"), [(TINY, "dense"), (WITH_PICTURES, "dense"), (TINY, "int8")], ids=["text", "pictures", "int8"]
+)
+def test_traffic_needs_no_kernel_that_warm_up_has_not_met(config: ModelConfig, weights: Literal["dense", "int8"]) -> None:
+    runner, limits = runner_of(config, weights)
     with recorded_keys() as warm:
         warm_up(runner, limits)
     with recorded_keys() as met:
@@ -222,6 +233,25 @@ def test_a_kernel_compiled_in_a_step_is_counted_and_named(caplog: pytest.LogCapt
     assert watch.num_warmed == 2
     assert "norm_kernel" in caplog.text
     assert earlier == ["k"] * 3
+
+
+def test_a_draw_that_finds_no_memory_does_not_end_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    class Steps:
+        num_sampled = 0
+
+        def forward(self, plan: StepPlan) -> Handle:
+            return Handle(plan)
+
+        def sample(self, handle: Handle, masks: Any = None) -> None:
+            self.num_sampled += 1
+            if handle.plan.samples[0].params.logprobs is not None:
+                raise torch.OutOfMemoryError("no room")
+
+    steps, fractions = Steps(), list[float]()
+    warm_up(steps, Limits(1, 16, 64, 3, 128, 509), fractions.append)
+    assert fractions[-1] == 1
+    assert "3 sequences" in caplog.text
+    assert steps.num_sampled > 30
 
 
 def test_kernels_are_kept_where_that_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
