@@ -57,7 +57,8 @@ def _launch(x_RD: Tensor, head: Weight, rows: SampleRows, scores: Tensor | None)
     x_scales = weight_scales = None
     if isinstance(head, Int8Weight):
         x_RD, x_scales = _quantized(x_RD)
-        head, weight_scales = head.values, head.scales
+        weight_scales = head.scales
+        head = head.values
     num_tiles = triton.cdiv(vocab_size, TILE)
     first = torch.empty((num_rows, num_tiles), dtype=torch.float32, device=device)
     second = torch.empty((num_rows, num_tiles), dtype=torch.int32 if scores is None else torch.float32, device=device)
