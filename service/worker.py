@@ -18,7 +18,7 @@ from functools import partial
 from typing import Protocol
 
 from service.engine.drafting import Drafting, make_tables
-from service.engine.engine import BrokenEngineError, Engine, Lane, Painter, Runner
+from service.engine.engine import Ahead, BrokenEngineError, Engine, Lane, Painter, Runner
 from service.engine.mailbox import Mailbox
 from service.engine.messages import Failed, Load, ModelInfo, Progress, Ready
 from service.engine.pace import BeatThread
@@ -57,6 +57,10 @@ class Loaded(Protocol):
     @property
     def draft(self) -> Loaded | None:
         """What guesses ids for it."""
+
+    @property
+    def ahead(self) -> Ahead | None:
+        """The runner, where steps are begun one ahead."""
 
 
 LoadModels = Callable[[Load, Callable[[str, float], None]], Sequence[Loaded]]
@@ -139,7 +143,9 @@ def build_lane(loaded: Loaded, load: Load) -> Lane:
     )
     drafting = None if loaded.draft is None else build_drafting(loaded.draft, load)
     pace = PromptPace(load.max_prefill_s)
-    return Lane(info, scheduler, loaded.runner, loaded.painter, pace=pace, drafting=drafting, counts=loaded.counts)
+    return Lane(
+        info, scheduler, loaded.runner, loaded.painter, pace=pace, drafting=drafting, ahead=loaded.ahead, counts=loaded.counts
+    )
 
 
 def build_drafting(draft: Loaded, load: Load) -> Drafting:

@@ -57,8 +57,8 @@ def scripted_vector(last: int) -> bytes:
 
 
 class ScriptedRunner:
-    """Draws by `scripted_token`, sleeps step_s per step, and fails where a prompt says so. Remembers the sizes of its steps, and of how many
-    it did not know the last ids when they were begun. last: the id that was drawn last for each sequence."""
+    """Draws by `scripted_token`, sleeps step_s per step, and fails where a prompt says so. Remembers the sizes of its steps, and how many
+    were begun before their ids were known. last: the id that was drawn last for each sequence."""
 
     def __init__(self, step_s: float = 0.0) -> None:
         self.step_s = step_s
@@ -149,6 +149,7 @@ class ScriptedModel:
     groups: tuple[KVGroup, ...] = (KVGroup(),)
     painter: None = None
     draft: None = None
+    ahead: None = None
     counts: type[RunnerCounts] = RunnerCounts
 
 

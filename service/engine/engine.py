@@ -10,8 +10,7 @@ Long, because every way a request can come in or end leads through one loop and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -416,7 +415,7 @@ class Engine:
             self._take(lane.scheduler.commit_pictures(results, started))
         before, lane.flying = lane.flying, None
         plan = self._plan(lane, started, is_ahead=before is not None)
-        steps = [step for step in (plan, before and before.plan) if step is not None]
+        steps = [step for step in (plan, None if before is None else before.plan) if step is not None]
         if not steps:
             if self._events:
                 self._deliver(0, 0.0)
@@ -473,44 +472,43 @@ class Engine:
     # A failure of any of the three ends the requests that are in the step and nothing else.
 
     def _begin(self, lane: Lane, plan: StepPlan, now: float) -> Flying | None:
-        with self._guarded(lane, plan):
+        try:
             return Flying(plan, now, lane.runner.forward(plan))
-        return None
+        except Exception:
+            self._fail(lane, plan)
+            return None
 
     def _draw(self, lane: Lane, flying: Flying) -> bool:
-        """Every step in front of this one is known."""
-        with self._guarded(lane, flying.plan):
+        """False when it failed. Every step in front of this one is known."""
+        try:
             masks = self._masks(lane, flying.plan)
             if lane.ahead is None:
                 flying.drawn = lane.runner.sample(flying.handle, masks)
             else:
                 flying.drawing = lane.ahead.draw(flying.handle, masks)
-            return True
-        return False
+        except Exception:
+            self._fail(lane, flying.plan)
+            return False
+        return True
 
     def _finish(self, lane: Lane, flying: Flying) -> None:
         """Waits for what the step has brought, and commits it."""
         plan = flying.plan
-        with self._guarded(lane, plan):
+        try:
             drawn = flying.drawn if flying.drawing is None else flying.drawing.wait()
             check_drawn(plan, drawn, lane.info.vocab_size)
             readings = lane.runner.read(flying.handle) if plan.reads else []
             check_readings(plan, readings)
             self._take(lane.scheduler.commit(plan, drawn, self._clock(), readings))
-            self._num_failures = 0
-            lane.learn(flying, self._clock())
-
-    @contextmanager
-    def _guarded(self, lane: Lane, plan: StepPlan) -> Iterator[None]:
-        try:
-            yield
         except Exception:
-            log.exception(
-                "step %d of %s failed (%d tokens of %d sequences)", plan.step_id, lane.info.name, plan.num_tokens, len(plan.slices)
-            )
             self._fail(lane, plan)
+            return
+        self._num_failures = 0
+        lane.learn(flying, self._clock())
 
     def _fail(self, lane: Lane, plan: StepPlan) -> None:
+        """Called where the exception is handled."""
+        log.exception("step %d of %s failed (%d tokens of %d sequences)", plan.step_id, lane.info.name, plan.num_tokens, len(plan.slices))
         try:
             self._take(lane.scheduler.fail(plan, self._clock()))
         except Exception as error:

@@ -31,8 +31,9 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     """The first message down. memory_bytes: for weights and K/V of all models; 0 lets the engine decide. dtype, kv_dtype and device as
     the flags say. max_context 0: the model's own. draft: a small model with the same tokens, which guesses ids for the first model.
     max_prefill_s: that prompts may add to a step beside decoding sequences; 0: no bound. prepared_folder: where at most
-    max_prepared_bytes of weights are kept as later starts want them; 0: none are, and none are looked for. kernel_folder: where compiled
-    GPU kernels are kept; "" leaves it to Triton. tensor_parallel: processes that share each model's matrices."""
+    max_prepared_bytes of weights are kept as later starts want them; 0: none are, and none are looked for. tensor_parallel:
+    processes that share each model's matrices. async_scheduling: are steps begun one ahead? deterministic: no row of a step may depend
+    on the others. kernel_folder: where compiled GPU kernels are kept; "" leaves it to Triton."""
 
     models: tuple[ModelSource, ...]
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"]
@@ -50,6 +51,8 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     prepared_folder: str = ""
     max_prepared_bytes: int = 0
     tensor_parallel: int = 1
+    async_scheduling: Literal["auto", "on", "off"] = "auto"
+    deterministic: bool = False
     kernel_folder: str = ""
 
 

@@ -16,8 +16,13 @@ from service.scheduling.plan import Drawn, Sample
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """Host values on the device, in order with what it was told before. From memory that is not pinned a copy would wait for all of that."""
-    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+    """Host values on the device, in order with what it was told before. A copy from memory that is not pinned would wait for all of it."""
+    return pinned(values, device).to(device, non_blocking=True)
+
+
+def pinned(values: Tensor, device: torch.device) -> Tensor:
+    """Memory that a copy to a GPU reads without the host's help: torch hands it to nobody else before that copy is done."""
+    return values.pin_memory() if device.type == "cuda" and values.numel() else values
 
 
 class Drawing:
@@ -31,7 +36,7 @@ class Drawing:
         self._parts = [None if part is None else part.to("cpu", non_blocking=True) for part in parts]
         self._is_there: torch.cuda.Event | None = None
         if drawn.ids.is_cuda:
-            self._is_there = torch.cuda.Event()
+            self._is_there = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._is_there.record()
 
     def wait(self) -> list[Drawn]:

@@ -33,7 +33,7 @@ from service.runner.image_tokenizer import Painter
 from service.runner.kv_cache import KVCache, KVLayout, partition_layers
 from service.runner.parallel import Leader, Peers, Share, ShareSource, add_up, gather_head, join, lead, split_ops
 from service.runner.runner import Runner
-from service.runner.warmup import CompileWatch, Limits, keep_kernels, warm_up
+from service.runner.warmup import CompileWatch, Limits, keep_kernels, run_steps, warm_up
 from service.scheduling.plan import KVGroup, RunnerCounts, Slice, StepPlan
 
 BLOCK_SIZE = 16
@@ -49,13 +49,15 @@ _DRAFT_NAME = "/draft"  # no model has a slash at its front
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model that can run: what the engine makes a lane of. draft: another, which guesses ids for it. counts: of its runner."""
+    """A model that can run: what the engine makes a lane of. draft: another, which guesses ids for it. ahead: the runner, where its steps
+    may be begun one ahead. counts: of its runner."""
 
     info: ModelInfo
     runner: Runner | EncoderRunner | Leader
     groups: tuple[KVGroup, ...]
     painter: Painter | None = None
     draft: Loaded | None = None
+    ahead: Runner | None = None
     counts: Callable[[], RunnerCounts] = RunnerCounts
 
 
@@ -120,7 +122,9 @@ def load_models(load: Load, progress: Callable[[str, float], None], peers: Peers
     device = choose_device(load.device)
     if device.type == "cuda":
         keep_kernels(load.kernel_folder)
-    ops = select_ops("cpu" if device.type == "cpu" else "triton")
+    if load.deterministic and device.type == "cpu" and load.dtype in ("float32", "bfloat16"):
+        raise StartupError(f"--deterministic with --dtype {load.dtype} needs a GPU; on a CPU int8 and int4 are deterministic")
+    ops = select_ops("cpu" if device.type == "cpu" else "triton", load.deterministic)
     rank = 0
     if peers is not None:
         rank, device, ops = peers.rank, join(peers, device), split_ops(ops, add_up)
@@ -162,9 +166,11 @@ def load_models(load: Load, progress: Callable[[str, float], None], peers: Peers
             return loaded  # rank 0's warm-up is everybody's
     _warm_up_all(loaded, load, device, progress)
     _keep_prepared(models)
+    if load.async_scheduling == "on" or (load.async_scheduling == "auto" and device.type == "cuda"):
+        loaded = [replace(one, ahead=one.runner) if isinstance(one.runner, Runner) else one for one in loaded]
     if load.draft is None:
         return loaded
-    first, *others, draft = loaded
+    first, *others, draft = (replace(one, ahead=None) for one in loaded)
     return [replace(first, draft=draft), *others]
 
 
@@ -352,32 +358,33 @@ def _most_blocks(config: ModelConfig, layout: KVLayout, num_sequences: int) -> i
 
 
 def _warm_up_all(loaded: Sequence[Loaded], load: Load, device: torch.device, progress: Callable[[str, float], None]) -> None:
-    """On a GPU in two phases: what is compiled for one model is then there for the next, and graphs record no compiling."""
+    """On a GPU in three phases: steps, so that nothing is compiled while a graph is recorded; graphs; and steps as they will be."""
     watch = CompileWatch()
     if device.type == "cuda":
         watch.install()
     for number, one in enumerate(loaded):
-        share = _share_of(progress, "warm_up", number, len(loaded))
-        share(0.0)
-        _warm_up(one, load, device, share)
+        progress("warm_up", number / len(loaded) / 2)
+        _warm_up(one, load, device)
+    if device.type == "cuda":
+        for number, one in enumerate(loaded):
+            if not isinstance(one.runner, EncoderRunner):
+                one.runner.capture_graphs(load.max_sequences, progress=_share_of(progress, "graphs", number / len(loaded), 1 / len(loaded)))
+        for number, one in enumerate(loaded):
+            if not isinstance(one.runner, EncoderRunner):
+                share = _share_of(progress, "warm_up", 0.5 + number / len(loaded) / 2, 0.5 / len(loaded))
+                warm_up(one.runner, _limits_of(one, load), share)
+                one.runner.watch_compiles(watch)
+        watch.report()
     progress("warm_up", 1.0)
-    if device.type != "cuda":
-        return
-    for number, one in enumerate(loaded):
-        if not isinstance(one.runner, EncoderRunner):
-            one.runner.capture_graphs(load.max_sequences, _share_of(progress, "graphs", number, len(loaded)))
-            one.runner.watch_compiles(watch)
-    progress("graphs", 1.0)
-    watch.report()
 
 
-def _share_of(progress: Callable[[str, float], None], phase: str, number: int, count: int) -> Callable[[float], None]:
-    return lambda fraction: progress(phase, (number + fraction) / count)
+def _share_of(progress: Callable[[str, float], None], phase: str, start: float, part: float) -> Callable[[float], None]:
+    return lambda fraction: progress(phase, start + fraction * part)
 
 
-def _warm_up(loaded: Loaded, load: Load, device: torch.device, progress: Callable[[float], None]) -> None:
+def _warm_up(loaded: Loaded, load: Load, device: torch.device) -> None:
     """One prefill and one decode step, and a prefill of codes where there are any, so that the first request meets warm code; on a GPU
-    all that may come.
+    every kind of forward pass.
 
     Writes block 0, which no sequence owns yet: what it holds is never read before it is written again.
     """
@@ -389,7 +396,7 @@ def _warm_up(loaded: Loaded, load: Load, device: torch.device, progress: Callabl
     if loaded.painter is not None and pictures is not None:
         loaded.painter.warm_up()
     if device.type == "cuda":
-        warm_up(loaded.runner, _limits_of(loaded, load), progress)
+        run_steps(loaded.runner, _limits_of(loaded, load))
         return
     tables = tuple((0,) for _ in loaded.groups)
     count = min(BLOCK_SIZE, load.max_batch_tokens)

@@ -33,9 +33,10 @@ from service.errors import StartupError
 from service.model.config import ModelConfig
 from service.model.transformer import Transformer
 from service.model.weights import WeightSource
+from service.runner.graphs import Recorder
 from service.runner.runner import Handle, Runner
 from service.runner.warmup import CompileWatch
-from service.scheduling.plan import Drawn, PromptReading, Slice, StepPlan
+from service.scheduling.plan import PENDING, Drawn, PromptReading, Slice, StepPlan
 
 log = logging.getLogger("braid.parallel")
 
@@ -234,7 +235,9 @@ class Leader:
         self._give_up = give_up
 
     def forward(self, plan: StepPlan) -> Handle:
-        """As `Runner.forward`."""
+        """As `Runner.forward`. Raises: ValueError for a pending id: the other ranks are told ids, and draw none."""
+        if any(piece.tokens[-1] == PENDING for piece in plan.slices):
+            raise ValueError("the slices of a split model must hold ids, and one waits for an id that was drawn")
         with _together(self._give_up):
             if plan.slices:
                 self._tell(plan.slices)
@@ -250,7 +253,9 @@ class Leader:
         """As `Runner.watch_compiles`, of this rank alone."""
         self.runner.watch_compiles(watch)
 
-    def capture_graphs(self, max_sequences: int, progress: Callable[[float], None] = lambda fraction: None) -> None:
+    def capture_graphs(
+        self, max_sequences: int, recorder: Recorder | None = None, progress: Callable[[float], None] = lambda fraction: None
+    ) -> None:
         """None: a graph that holds sums over GPUs has not been tried yet. `join` has said so."""
 
 

@@ -1,4 +1,4 @@
-"""Runs plans: builds inputs, calls the model, samples. Owns the device: weights, K/V pool, graphs, sampler.
+"""Runs plans: builds inputs, calls the model, samples. Owns the device: weights, K/V pool, state between steps, graphs, sampler.
 
 What may not come in: requests, text, queues, clocks, anything of one model family. Called by the engine loop with the verbs
 `forward(plan)`, `draw(handle)` (or `sample`, which waits) and `read(handle)`, so that masks may arrive late, and the next step be planned
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from service.model.transformer import Transformer
 from service.runner.drawing import Drawing
-from service.runner.graphs import DecodeGraphs
+from service.runner.graphs import CudaRecorder, DecodeGraphs, GraphLimits, Recorder
 from service.runner.inputs import StepInputs, build_inputs
 from service.runner.kv_cache import KVCache
 from service.runner.reader import Reader
 from service.runner.sampler import Sampler, can_draw
-from service.scheduling.plan import PENDING, Drawn, PromptReading, RunnerCounts, StepPlan
+from service.runner.state import Rows, StateTable
+from service.scheduling.plan import Drawn, PromptReading, RunnerCounts, StepPlan
 
 if TYPE_CHECKING:  # it runs runners
     from service.runner.warmup import CompileWatch
@@ -45,8 +46,8 @@ class Runner:
         self.cache = cache
         self.num_groups = num_groups
         self.device = device
-        self.sampler = Sampler(model.ops, model.config.vocab_size, device, self._last_id)
-        self._last: dict[int, Tensor] = {}
+        self.state = StateTable(device)
+        self.sampler = Sampler(model.ops, model.config.vocab_size, device, self.state.last_id)
         self.reader = Reader(model, device)
         self.graphs: DecodeGraphs | None = None
         self.compiles: CompileWatch | None = None
@@ -58,49 +59,55 @@ class Runner:
         return RunnerCounts(self.graphs.num_replays, self.graphs.num_misses, self.num_compiles)
 
     def watch_compiles(self, watch: CompileWatch) -> None:
-        """From now on a kernel that has to be compiled in one of this runner's steps is counted."""
+        """Counts from now on, also kernels that have to be compiled in one of this runner's steps."""
         self.compiles = watch
+        if self.graphs is not None:
+            self.graphs.num_replays = self.graphs.num_misses = 0
 
-    def capture_graphs(self, max_sequences: int, progress: Callable[[float], None] = lambda fraction: None) -> None:
-        """Records decode steps as CUDA graphs, up to the final hidden states; call once, before the first plan.
+    def capture_graphs(
+        self, max_sequences: int, recorder: Recorder | None = None, progress: Callable[[float], None] = lambda fraction: None
+    ) -> None:
+        """Records decode steps as CUDA graphs, up to the final hidden states; call once, before the first plan. recorder: another one than
+        CUDA's.
 
         What follows depends on what the samples ask for, and need not be in the graph: the head's kernel and the choice are two launches,
         four with filters. In the graph, every step would write logits twice, and read them once, for rows that nobody may sample: of 64
         rows and 128,256 ids 66 MB, beside 33 MB of scores where there are filters and nothing where there are none.
+
+        Raises: ValueError when the back end has no kernels that prepare a step on the device.
         """
+        step_ops, config = self.model.ops.step, self.model.config
+        if step_ops is None:
+            raise ValueError(f"the back end {self.model.ops.name!r} does not prepare steps on the device")
+        limits = GraphLimits(self.num_groups, self.cache.block_size, config.max_context, max_sequences, config.pictures is not None)
         with torch.inference_mode():
-            self.graphs = DecodeGraphs(
-                self._compute,
-                num_groups=self.num_groups,
-                has_pictures=self.model.config.pictures is not None,
-                max_context=self.model.config.max_context,
-                block_size=self.cache.block_size,
-                max_sequences=max_sequences,
-                device=self.device,
-            )
+            self.graphs = DecodeGraphs(self._compute, limits, self.state, step_ops, recorder or CudaRecorder())
             self.graphs.capture(progress)
 
     def forward(self, plan: StepPlan) -> Handle:
-        """Mutates: the K/V pool, at the plan's slots."""
+        """Mutates: the K/V pool, at the plan's slots. Raises: ValueError for a pending id that was not drawn here."""
         self.sampler.release(plan.released)
         self.reader.release(plan.released)
-        for sequence_id in plan.released:
-            self._last.pop(sequence_id, None)
+        self.state.release(plan.released)
         if not plan.slices:  # a step may only encode pictures
             return Handle(plan)
         if self.compiles is not None:
             self.compiles.of = self
         with torch.inference_mode():
-            inputs = build_inputs(plan, self.num_groups, self.cache.block_size, self.device)
-            self._resolve(plan, inputs)
-            if plan.reads:  # a graph keeps final hidden states alone
-                x, residual = self._run_layers(inputs)
-                return Handle(plan, self._hidden(x, residual, inputs), states=(x, residual))
-            if self.graphs is not None and inputs.is_all_decode:
-                if self.graphs.can_run(inputs):
-                    return Handle(plan, self.graphs.run(inputs)[inputs.rows])
-                self.graphs.num_misses += 1
-            return Handle(plan, self._hidden(*self._run_layers(inputs), inputs))
+            rows = self.state.admit(plan.slices)
+            hidden = None if self.graphs is None else self.graphs.run(plan, rows)
+            if hidden is not None:
+                return Handle(plan, hidden if plan.samples else None)
+            inputs = self._build(plan, rows)
+            x, residual = self._run_layers(inputs)
+            return Handle(plan, self._hidden(x, residual, inputs), states=(x, residual) if plan.reads else None)
+
+    def _build(self, plan: StepPlan, rows: Rows) -> StepInputs:
+        """Of a step that no graph runs."""
+        tables = None if self.state.tables is None else self.state.block_tables(plan.slices, rows)
+        inputs = build_inputs(plan, self.num_groups, self.cache.block_size, self.device, tables)
+        self.state.resolve(plan.slices, rows, inputs.ids)
+        return inputs
 
     def sample(self, handle: Handle, masks: NDArray[np.int32] | None = None) -> list[Drawn]:
         """One `Drawn` per sample of the plan, in its order. masks int32 [R, ceil(V / 32)], a row per sample, or None."""
@@ -109,13 +116,8 @@ class Runner:
     def draw(self, handle: Handle, masks: NDArray[np.int32] | None = None) -> Drawing:
         """`sample`, of which `wait` is the rest. The ids are those that later plans mean by `PENDING`."""
         drawing = self._draw(handle, masks)
-        for row, sample in enumerate(handle.plan.samples):
-            for index in sample.slice_indexes:
-                self._last[handle.plan.slices[index].sequence_id] = drawing.ids[row : row + 1]
+        self.state.keep(handle.plan, drawing.ids)
         return drawing
-
-    def _last_id(self, sequence_id: int) -> Tensor:
-        return self._last[sequence_id]
 
     def _draw(self, handle: Handle, masks: NDArray[np.int32] | None) -> Drawing:
         with torch.inference_mode():
@@ -136,14 +138,6 @@ class Runner:
             return []
         with torch.inference_mode():
             return self.reader.read(handle.plan, *handle.states)
-
-    def _resolve(self, plan: StepPlan, inputs: StepInputs) -> None:
-        """Puts the ids in that the host does not know yet."""
-        end = 0
-        for piece in plan.slices:
-            end += len(piece.tokens)
-            if piece.tokens[-1] == PENDING:
-                inputs.ids[end - 1 : end] = self._last[piece.sequence_id]
 
     def _compute(self, inputs: StepInputs) -> Tensor:
         """The final hidden states [R, D] of inputs.rows."""

@@ -2,7 +2,7 @@
 that counts those that had to.
 
 Kernels are compiled by what their launch is specialised on (docs/operations.md, "No compiling in traffic"); tests/runner/test_warmup.py
-holds these steps to all of it. Called by `load` once the K/V pool is there, before graphs are recorded.
+holds these steps to all of it. Called by `load` once the K/V pool is there, before graphs are recorded, and with them again.
 """
 
 from __future__ import annotations
@@ -64,14 +64,10 @@ class Limits:
 def warm_up(runner: Steps, limits: Limits, progress: Callable[[float], None] = lambda fraction: None) -> None:
     """Runs them all. Mutates: block 0 of the K/V pool, which no sequence owns yet: what it holds is never read before it is written again.
     What steps and samples leave behind of their sequences is released."""
-    plans = list(steps_of(limits))
+    run_steps(runner, limits, lambda fraction: progress(fraction / 2))
     draws = list(draws_of(limits))
-    for number, plan in enumerate(plans):
-        progress(number / (len(plans) + len(draws)))
-        runner.forward(plan)
-        _forget(runner, plan)
     for number, (plan, rows) in enumerate(draws):
-        progress((len(plans) + number) / (len(plans) + len(draws)))
+        progress(0.5 + number / len(draws) / 2)
         handle = runner.forward(plan)
         for samples, masks in rows:
             try:
@@ -80,6 +76,15 @@ def warm_up(runner: Steps, limits: Limits, progress: Callable[[float], None] = l
                 log.warning("%d sequences that all draw from whole rows of logits find no memory; give less --memory", len(samples))
         _forget(runner, plan)
     progress(1.0)
+
+
+def run_steps(runner: Steps, limits: Limits, progress: Callable[[float], None] = lambda fraction: None) -> None:
+    """The forward passes alone. Mutates: as `warm_up`."""
+    plans = list(steps_of(limits))
+    for number, plan in enumerate(plans):
+        progress(number / len(plans))
+        runner.forward(plan)
+        _forget(runner, plan)
 
 
 def _forget(runner: Steps, plan: StepPlan) -> None:

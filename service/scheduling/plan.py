@@ -51,8 +51,9 @@ class PictureResult:
 class Slice:
     """A run of tokens of one sequence computed in one step.
 
-    start: position of tokens[0]. tokens: the last one may be `PENDING`. tables: per K/V group, the ids of the blocks that hold positions 0 ... start + len(tokens) - 1
-    (block i holds positions i * block_size onward), and maybe some that wrong guesses left; an entry behind a group's window may be -1.
+    start: position of tokens[0]. tokens: the last one may be `PENDING`. tables: per K/V group, the ids of the blocks that hold positions
+    0 ... start + len(tokens) - 1 (block i holds positions i * block_size onward), and maybe some that wrong guesses left; an entry behind a
+    group's window may be -1.
     grid_starts: per token, where the picture that it is a code of begins (the position of its first code), -1 for other tokens; empty
     when none of them is a code.
     is_first_known: the K/V of tokens[0] is in its place already, in a block that others may share: it must not be written.
@@ -136,7 +137,7 @@ class Drawn:
 
 class RunnerCounts(NamedTuple):
     """Of a runner since it was ready. graph_replays: steps that ran as a recorded graph; graph_misses: those of one token a sequence that
-    no graph fitted; kernel_compiles: kernels that warm-up had not compiled or fetched from disk, and a step had to."""
+    had to do without; kernel_compiles: kernels that warm-up had not compiled or fetched from disk, and a step had to."""
 
     graph_replays: int = 0
     graph_misses: int = 0

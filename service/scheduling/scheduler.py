@@ -1,8 +1,8 @@
 """The scheduler's face: requests in, plans out, drawn ids in, outputs out. Called by the engine loop alone.
 
-Each `plan` is followed by its `commit` (or `fail`), in the order of the plans. One step may be planned ahead of the commit of the one before
-it, when the runner computes in the order in which it is told: a block that a step writes and that is given away meanwhile is written by its
-next holder later than that. `add` and `abort` may come at any time. Who runs is `roster`'s affair, blocks are `tables`'s;
+Each `plan` is followed by its `commit` (or `fail`), in the order of the plans. One step may be planned ahead of the commit of the one
+before it, when the runner computes in the order in which it is told: a block that a step writes and that is given away meanwhile is written
+by its next holder later than that. `add` and `abort` may come at any time. Who runs is `roster`'s affair, blocks are `tables`'s;
 here are requests and their ends. No clock (time is the argument `now`, in seconds), no thread, no I/O.
 Long, because add, abort, plan, commit and fail are the transitions of one table of live requests.
 """
