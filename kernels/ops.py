@@ -203,6 +203,7 @@ class SampleRows:
     counts int32 [R, V] or None: how often the sequence has generated v; `seen` bool [R, V] or None: v is in prompt or output.
     repetition (1 is off), presence, frequency (0 is off) float32 [R]; read only when `counts` and `seen` are given.
     num_top: how many of the likeliest tokens to report with their logprobs; 0 reports none. logprobs: report any at all.
+    is_filtered: may a row that is not greedy have top_k, top_p or min_p on? Known to the host, which must not wait for the tensors.
     """
 
     temperature: Tensor
@@ -219,6 +220,7 @@ class SampleRows:
     frequency: Tensor | None = None
     num_top: int = 0
     logprobs: bool = False
+    is_filtered: bool = True
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -18,6 +18,7 @@ from kernels.linear.reference import embed, pack
 from kernels.linear.triton import deterministic_linear, linear
 from kernels.norm.triton import rms_norm
 from kernels.ops import Ops, StepOps
+from kernels.sample.head_triton import draw
 from kernels.sample.triton import sample
 from kernels.step.triton import apply, prepare
 
@@ -31,5 +32,5 @@ def triton_ops(deterministic: bool = False) -> Ops:
         own = replace(TRITON_FINE_OPS, linear=deterministic_linear, experts=deterministic_experts(deterministic_linear))
         ops = compose("triton", own)
     else:
-        ops = fused(compose("triton", TRITON_FINE_OPS))
+        ops = fused(replace(compose("triton", TRITON_FINE_OPS), draw=draw))
     return replace(ops, step=StepOps(apply, prepare))

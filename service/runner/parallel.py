@@ -34,7 +34,9 @@ from service.errors import StartupError
 from service.model.config import Experts, ModelConfig
 from service.model.transformer import Transformer
 from service.model.weights import WeightSource
+from service.runner.graphs import Recorder
 from service.runner.runner import Handle, Runner
+from service.runner.warmup import CompileWatch
 from service.scheduling.plan import PENDING, Drawn, PromptReading, Slice, StepPlan
 
 log = logging.getLogger("braid.parallel")
@@ -282,7 +284,13 @@ class Leader:
     def read(self, handle: Handle) -> list[PromptReading]:
         return self.runner.read(handle)
 
-    def capture_graphs(self, max_sequences: int) -> None:
+    def watch_compiles(self, watch: CompileWatch) -> None:
+        """As `Runner.watch_compiles`, of this rank alone."""
+        self.runner.watch_compiles(watch)
+
+    def capture_graphs(
+        self, max_sequences: int, recorder: Recorder | None = None, progress: Callable[[float], None] = lambda fraction: None
+    ) -> None:
         """None: a graph that holds sums over GPUs has not been tried yet. `join` has said so."""
 
 
