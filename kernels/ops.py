@@ -85,7 +85,8 @@ class GroupedWeight:
     """A matrix [out, in] as unsigned whole numbers of `bits` bits (4 or 8), with a scale and an offset for every 32 inputs of an output:
     weight ~ values * scale + offset. The blocks of GGUF's Q4_0, Q4_1 and Q8_0 are this, number by number.
 
-    Products quantise x to int8 with a scale for every 32 inputs too. packed: as in `Int8Weight`.
+    Products quantise x to int8 with a scale for every 32 inputs too; a back end may keep x as it is, which is more exact. packed: as in
+    `Int8Weight`.
     """
 
     out_features: int
@@ -97,7 +98,21 @@ class GroupedWeight:
     packed: object | None = None
 
 
-Weight = Tensor | Int8Weight | GroupedWeight
+@dataclass(frozen=True, eq=False, slots=True)
+class Fp8Weight:
+    """A matrix [out, in] as 8-bit floats with one scale per output row: weight ~ values * scales[:, None]. No value is NaN.
+
+    Products keep x as it is; a back end may quantise each row of x by its own scale where the rows are many. packed: as in `Int8Weight`.
+    """
+
+    out_features: int
+    in_features: int
+    values: Tensor  # float8_e4m3fn [out, in]
+    scales: Tensor  # float32 [out]
+    packed: object | None = None
+
+
+Weight = Tensor | Int8Weight | GroupedWeight | Fp8Weight
 """A matrix [out, in]: dense, or quantised."""
 
 
