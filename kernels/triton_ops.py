@@ -10,8 +10,7 @@ from kernels.attention.triton import attend
 from kernels.compose import FineOps, compose
 from kernels.gated.triton import gated
 from kernels.kv_write.triton import kv_write
-from kernels.linear.reference import embed, pack
-from kernels.linear.triton import linear
+from kernels.linear.triton import embed, linear, pack
 from kernels.norm.triton import rms_norm
 from kernels.ops import Ops
 from kernels.sample.triton import sample
