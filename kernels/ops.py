@@ -238,7 +238,7 @@ class Ops:
       draw(x [R, D], head [V, D], rows) -> Sampled: sample(linear(x, head)), whose logits a back end need not write.
     Fine.
       linear(x [M, in], weight) -> [M, out], x's dtype; an int8 weight quantises each row of x by its own scale, so that a row's
-          result is bit-equal whatever the other rows are.
+          result is bit-equal whatever the other rows are. What the other weights do with x stands with them.
       embed(ids int64 [T], weight [V, D], dtype) -> [T, D]
       rms_norm(x [T, D], residual or None, weight [D], eps) -> (normed [T, D], residual [T, D])
       kv_write(qkv [T, (N + 2K) * H], weights, positions, kv) -> q [T, N, H]

@@ -35,7 +35,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     processes that share each model's matrices."""
 
     models: tuple[ModelSource, ...]
-    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"]
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4", "fp8"]
     device: str
     memory_bytes: int
     max_context: int
