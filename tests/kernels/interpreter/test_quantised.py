@@ -7,11 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernels.compose import compose
 from kernels.linear import reference, triton
 from kernels.linear.cases import FLOAT_CASES, FloatCase, LinearCase, build
 from kernels.linear.fp8_triton import quantize_fp8_rows
 from kernels.ops import Fp8Weight, GroupedWeight, select_ops
+from kernels.reference_ops import REFERENCE_FINE_OPS, reference_ops
+from service.model.transformer import Precision, build_transformer
 from tests.kernels import checks_quantised as checks
+from tests.model.checkpoints import TINY
+from tests.model.test_precision import Numbers
+from tests.parity.steps import Steps
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MARKS = {"tiny": (), "small": (pytest.mark.long,)}
@@ -90,3 +96,17 @@ def test_the_back_end_packs_once_and_drops_what_it_does_not_read() -> None:
     x = torch.ones((2, 64))
     assert torch.equal(ops.linear(x, fp8), ops.linear(x, replace(fp8, packed=None)))
     assert ops.linear(x[:0], packed).shape == ops.linear(x[:0], fp8).shape == (0, 40)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])
+def test_a_model_with_post_norms_reads_as_its_dense_self(weights: str) -> None:
+    """int8 and int4 in groups, the table among them, and fp8: all products and tables from here, the rest in plain PyTorch."""
+    config = replace(TINY, layers=TINY.layers[:1], has_post_norms=True)
+    source = Numbers(config)
+    ours = compose("products", replace(REFERENCE_FINE_OPS, linear=triton.linear, embed=triton.embed, pack=triton.pack))
+    logits = {}
+    for name, ops in (("dense", reference_ops()), (weights, ours)):
+        model = build_transformer(config, source, ops, precision=Precision(torch.float32, name))  # type: ignore[arg-type]
+        logits[name] = Steps(model, block_size=16, num_blocks=8).run([(0, [1, 5, 9, 3])])[0]
+    error = (logits[weights] - logits["dense"]).norm() / logits["dense"].norm()
+    assert error < {"int8": 0.02, "int4": 0.2, "fp8": 0.1}[weights]
