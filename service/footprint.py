@@ -57,7 +57,8 @@ def weight_bytes(config: ModelConfig, storage: Storage, source: WeightSource | N
 def _fp8_bytes(config: ModelConfig, storage: Storage) -> int:
     matrices = [(name, *shape) for name, shape in expected_shapes(config).items() if len(shape) == 2]
     sizes = (
-        rows * (columns + 4 if name.startswith("layers.") else columns * storage.precision.dtype.itemsize) for name, rows, columns in matrices
+        rows * (columns + 4 if name.startswith("layers.") else columns * storage.precision.dtype.itemsize)
+        for name, rows, columns in matrices
     )
     return sum(sizes)
 

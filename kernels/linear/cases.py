@@ -1,4 +1,4 @@
-"""Named inputs of the products by quantised weights as data, and how to build their tensors: one list a kind for tests, benchmarks and docs.
+"""Named inputs of the products by quantised weights as data, and how to build their tensors: for tests, benchmarks and docs.
 
 No expectations here; dense products are the vendor's and need no case. Called by `tests/kernels` and `bench/kernels`.
 """

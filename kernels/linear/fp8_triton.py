@@ -60,7 +60,7 @@ def vendor_multiplies(index: int) -> bool:
     try:
         found = vendor_product(side, scales, side, scales)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        log.info("products of 8-bit floats go through bfloat16 for many rows: %s", str(error).splitlines()[0])
+        log.info("products of 8-bit floats go through bfloat16 for many rows: %s", str(error)[:200])
         return False
     return bool((found == 32).all())
 
@@ -145,12 +145,11 @@ def decoded(bytes, DTYPE: tl.constexpr):
     Exponent and mantissa are put where float32 or bfloat16 have theirs, which gives the number times 2 ** -120, for their exponent is
     less by 7 and not by 127. So it takes no chip with such floats, and the interpreter has no other way.
     """
-    if DTYPE == tl.bfloat16 and not IS_INTERPRETED:
+    if tl.bfloat16 == DTYPE and not IS_INTERPRETED:
         return tl.inline_asm_elementwise(FOUR_NUMBERS, "=r,=r,r", [bytes], dtype=tl.bfloat16, is_pure=True, pack=4)
-    else:
-        wide = bytes.to(tl.int32)
-        bits = ((wide & 0x7F) << 20) | ((wide & 0x80) << 24)
-        return (bits.to(tl.float32, bitcast=True) * 1.329227995784916e36).to(DTYPE)
+    wide = bytes.to(tl.int32)
+    bits = ((wide & 0x7F) << 20) | ((wide & 0x80) << 24)
+    return (bits.to(tl.float32, bitcast=True) * 1.329227995784916e36).to(DTYPE)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

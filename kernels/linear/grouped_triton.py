@@ -35,8 +35,8 @@ SCRATCH_NUMBERS = 128 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class PackedGroups:
-    """words int16 [C, N, 32]: word j of a chunk holds, from its low bits on, the numbers of input j of each of the chunk's 16 / bits groups;
-    the inputs are filled up to whole chunks with zeros. grids int32 [groups, N]: scale (low half) and offset as float16."""
+    """words int16 [C, N, 32]: word j of a chunk holds, from its low bits on, the numbers of input j of each of the chunk's 16 / bits
+    groups; the inputs are filled up to whole chunks with zeros. grids int32 [groups, N]: scale (low half) and offset as float16."""
 
     words: Tensor
     grids: Tensor
@@ -124,21 +124,19 @@ def numbers(words, index: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr)
 
     As the highest bits of a mantissa below the exponent of 16, four bits are 16 + number without any conversion.
     """
-    if DTYPE == tl.bfloat16 and not IS_INTERPRETED:
+    if tl.bfloat16 == DTYPE and not IS_INTERPRETED:
         if BITS == 4:
             return tl.inline_asm_elementwise(PAIRS_OF_4_BITS[index], "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
-        else:
-            return tl.inline_asm_elementwise(PAIRS_OF_8_BITS[index], "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
-    elif BITS == 8:
+        return tl.inline_asm_elementwise(PAIRS_OF_8_BITS[index], "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
+    if BITS == 8:
         return ((words >> (8 * index)) & 255).to(tl.float32).to(DTYPE)
-    elif DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         bits = words << 3 if index == 0 else words >> (4 * index - 3)
         return ((bits & 0x78) | 0x4180).to(tl.bfloat16, bitcast=True)
-    elif DTYPE == tl.float16:
+    if tl.float16 == DTYPE:
         bits = words << (6 - 4 * index) if index < 2 else words >> (4 * index - 6)
         return ((bits & 0x3C0) | 0x4C00).to(tl.float16, bitcast=True)
-    else:
-        return ((words >> (4 * index)) & 15).to(tl.float32)
+    return ((words >> (4 * index)) & 15).to(tl.float32)
 
 
 @triton.jit
@@ -162,7 +160,7 @@ def grouped_kernel(
     PER_WORD: tl.constexpr = 16 // BITS
     SPAN: tl.constexpr = GROUP * PER_WORD
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    BIAS: tl.constexpr = 16 if BITS == 4 and DTYPE != tl.float32 else 0
+    BIAS: tl.constexpr = 16 if BITS == 4 and tl.float32 != DTYPE else 0
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.program_id(2)

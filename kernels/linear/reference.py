@@ -75,6 +75,13 @@ def quantize_grouped(weight: Tensor, bits: int) -> GroupedWeight:
     is then smaller: with few bits cutting an outlier off can cost less than coarse steps for all others.
     """
     out_features, in_features = weight.shape
+    parts = zip(*(_quantize_groups(rows, bits) for rows in torch.split(weight, _ROWS_AT_ONCE)), strict=True)
+    return GroupedWeight(out_features, in_features, bits, *map(torch.cat, parts))
+
+
+def _quantize_groups(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, scales, offsets) as a `GroupedWeight` has them."""
+    out_features, in_features = weight.shape
     groups = weight.float().view(-1, GROUP)
     least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     best = _grid(groups, least, most, bits)
@@ -84,8 +91,7 @@ def quantize_grouped(weight: Tensor, bits: int) -> GroupedWeight:
         best = tuple(torch.where(is_better, new, old) for new, old in zip(other, best, strict=True))
     _, values, scales, offsets = best
     shape = (out_features, in_features // GROUP)
-    numbers = values.to(torch.uint8).view(out_features, in_features)
-    return GroupedWeight(out_features, in_features, bits, numbers, scales.half().view(shape), offsets.half().view(shape))
+    return values.to(torch.uint8).view(out_features, in_features), scales.half().view(shape), offsets.half().view(shape)
 
 
 def _grid(groups: Tensor, least: Tensor, most: Tensor, bits: int) -> tuple[Tensor, ...]:

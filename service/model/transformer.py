@@ -218,7 +218,9 @@ class _Builder:
         return self.ops.pack(quantize_int8(dense))
 
     def _dense(self, name: str) -> Weight:
-        return self._kept(name, lambda: self.ops.pack(self.source.get(name).to(device=self.device, dtype=self.precision.dtype).contiguous()))
+        return self._kept(
+            name, lambda: self.ops.pack(self.source.get(name).to(device=self.device, dtype=self.precision.dtype).contiguous())
+        )
 
     def tables(self) -> tuple[Weight, Weight]:
         """Embedding and head. A step reads only some rows of the embedding, so beside rotated weights it stays dense, in bfloat16. Of a

@@ -273,6 +273,7 @@ def _kv_budget(load: Load, device: torch.device, weight_bytes: int, mapped_bytes
             )
         return left
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what quantising took lies there, and would count as taken
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * 0.85)
     return min(available_bytes(mapped_bytes) // 2, MOST_KV_BYTES_CPU) // load.tensor_parallel

@@ -30,7 +30,7 @@ def check_float_product(case: FloatCase, dtype: torch.dtype, device: str, monkey
         plain = F.linear((values.float() * scales[:, None]).to(dtype), dense.to(dtype))
     else:
         plain = F.linear(x, dense.to(dtype))
-        if case.name != "fp8_dense":
+        if isinstance(weight, GroupedWeight) or len(x) <= fp8_triton.MOST_ROWS:  # else only PyTorch's own products write
             guards.check()
     assert_earned(got, plain, x.double() @ dense.double().T)
     assert int(state.arrivals.abs().sum()) == 0

@@ -39,9 +39,9 @@ def test_products(kind: str, num_rows: int, capability: int, monkeypatch: pytest
 def test_rows_of_tables(kind: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _, weight = cases.build_float(FloatCase("", "", kind, 1, 288, 64), torch.bfloat16)  # type: ignore[arg-type]
     packed, ids = linear.pack(weight), torch.zeros(3, dtype=torch.int64)
-    launches = record(monkeypatch, grouped_triton, lambda: linear.embed(ids, packed, torch.bfloat16))
     x = torch.zeros((grouped_triton.MOST_ROWS + 1, 288), dtype=torch.bfloat16)
-    launches += record(monkeypatch, grouped_triton, lambda: linear.linear(x, packed))
+    calls = (lambda: linear.embed(ids, packed, torch.bfloat16), lambda: linear.linear(x, packed))
+    launches = record(monkeypatch, grouped_triton, lambda: [call() for call in calls])
     assert [launch.arguments["ids_ptr"] is None for launch in launches] == [False, True]
     for launch in launches:
         assert_fits(launch, capability, kind)

@@ -1,4 +1,4 @@
-"""Products by quantised weights on the device: the same cases and rule as on the interpreter, and rows that don't know how many they are."""
+"""Products by quantised weights on the device: the same cases and rule as on the interpreter, and rows that know no others."""
 
 from __future__ import annotations
 

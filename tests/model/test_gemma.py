@@ -15,7 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import save_file
 
-from kernels.ops import GroupedWeight, Int8Weight, select_ops
+from kernels.ops import GroupedWeight, select_ops
 from service.checkpoint import open_gguf
 from service.errors import WeightsError
 from service.footprint import weight_bytes

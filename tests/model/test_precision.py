@@ -20,6 +20,7 @@ from service.runner.load import Storage, choose_storage
 from tests.model.checkpoints import TINY, random_tensors, write_gguf
 from tests.parity.steps import Steps
 
+
 class Numbers:
     """A source of random tensors without a file, of the size that trained ones have."""
 
