@@ -83,8 +83,8 @@ FLOAT_CASES = (
     FloatCase("fp8_tiles", "more rows than the largest tile holds", "fp8", 40, 96, 48),
     FloatCase("fp8_dense", "more rows than the kernel takes, in a shape that no vendor's product has", "fp8", 70, 72, 40),
     FloatCase("fp8_vendor", "more rows than the kernel takes, in a shape for the vendor's product", "fp8", 70, 256, 64, size="small"),
-    FloatCase("int4_large", "all eight splits, of a large model", "int4", 16, 4096, 4096, size="small"),
-    FloatCase("fp8_large", "the same in 8-bit floats", "fp8", 16, 4096, 4096, size="small"),
+    FloatCase("int4_deep", "all eight splits, as a large model has them", "int4", 16, 4096, 256, size="small"),
+    FloatCase("fp8_deep", "the same in 8-bit floats", "fp8", 16, 4096, 256, size="small"),
     *(
         FloatCase(f"bench_{kind}_{num_rows}_{name}", "a large model's widest and deepest products", kind, num_rows, *shape, size="bench")
         for kind in ("int4", "fp8")

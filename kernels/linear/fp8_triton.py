@@ -146,10 +146,12 @@ def decoded(bytes, DTYPE: tl.constexpr):
     less by 7 and not by 127. So it takes no chip with such floats, and the interpreter has no other way.
     """
     if tl.bfloat16 == DTYPE and not IS_INTERPRETED:
-        return tl.inline_asm_elementwise(FOUR_NUMBERS, "=r,=r,r", [bytes], dtype=tl.bfloat16, is_pure=True, pack=4)
-    wide = bytes.to(tl.int32)
-    bits = ((wide & 0x7F) << 20) | ((wide & 0x80) << 24)
-    return (bits.to(tl.float32, bitcast=True) * 1.329227995784916e36).to(DTYPE)
+        found = tl.inline_asm_elementwise(FOUR_NUMBERS, "=r,=r,r", [bytes], dtype=tl.bfloat16, is_pure=True, pack=4)
+    else:
+        wide = bytes.to(tl.int32)
+        bits = ((wide & 0x7F) << 20) | ((wide & 0x80) << 24)
+        found = (bits.to(tl.float32, bitcast=True) * 1.329227995784916e36).to(DTYPE)
+    return found
 
 
 @triton.jit(do_not_specialize=["num_rows"])

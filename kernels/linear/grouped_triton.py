@@ -125,18 +125,19 @@ def numbers(words, index: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr)
     As the highest bits of a mantissa below the exponent of 16, four bits are 16 + number without any conversion.
     """
     if tl.bfloat16 == DTYPE and not IS_INTERPRETED:
-        if BITS == 4:
-            return tl.inline_asm_elementwise(PAIRS_OF_4_BITS[index], "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
-        return tl.inline_asm_elementwise(PAIRS_OF_8_BITS[index], "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
-    if BITS == 8:
-        return ((words >> (8 * index)) & 255).to(tl.float32).to(DTYPE)
-    if tl.bfloat16 == DTYPE:
+        asm: tl.constexpr = PAIRS_OF_4_BITS[index] if BITS == 4 else PAIRS_OF_8_BITS[index]
+        found = tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
+    elif BITS == 8:
+        found = ((words >> (8 * index)) & 255).to(tl.float32).to(DTYPE)
+    elif tl.bfloat16 == DTYPE:
         bits = words << 3 if index == 0 else words >> (4 * index - 3)
-        return ((bits & 0x78) | 0x4180).to(tl.bfloat16, bitcast=True)
-    if tl.float16 == DTYPE:
+        found = ((bits & 0x78) | 0x4180).to(tl.bfloat16, bitcast=True)
+    elif tl.float16 == DTYPE:
         bits = words << (6 - 4 * index) if index < 2 else words >> (4 * index - 6)
-        return ((bits & 0x3C0) | 0x4C00).to(tl.float16, bitcast=True)
-    return ((words >> (4 * index)) & 15).to(tl.float32)
+        found = ((bits & 0x3C0) | 0x4C00).to(tl.float16, bitcast=True)
+    else:
+        found = ((words >> (4 * index)) & 15).to(tl.float32)
+    return found
 
 
 @triton.jit
@@ -220,7 +221,7 @@ def embed_grouped(ids_T: Tensor, weight: GroupedWeight, dtype: torch.dtype) -> T
 
 def _rows(out: Tensor, ids_T: Tensor | None, packed: PackedGroups, weight: GroupedWeight, start: int) -> None:
     block = 16
-    grid = (triton.cdiv(out.shape[0], block), packed.words.shape[0])
+    grid = (packed.words.shape[0], triton.cdiv(out.shape[0], block))  # what is written, the larger side, lies one behind the other
     rows_kernel[grid](
         ids_T, packed.words, packed.grids, out, start, out.shape[0],
         OUT=weight.out_features, IN=weight.in_features, BITS=weight.bits, ROWS=block, num_warps=1,
@@ -235,8 +236,8 @@ def rows_kernel(
     """One chunk of ROWS rows, dense: those at the ids, or from `start` on where ids_ptr is None."""
     GROUP: tl.constexpr = 32
     PER_WORD: tl.constexpr = 16 // BITS
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    chunk = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    chunk = tl.program_id(0).to(tl.int64)
     is_row = place < num_rows
     row = place.to(tl.int64) + start
     if ids_ptr is not None:
