@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import itertools
 import struct
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import triton
 
 from kernels.linear import cases, fp8_triton, grouped_triton
 from kernels.linear import triton as linear
 from kernels.linear.cases import FloatCase, LinearCase
+from kernels.linear.split_triton import LEAST_CHUNKS, MOST_SPLITS, split_inputs
 from tests.kernels.launches import CHIPS, assert_fits, record
 from tests.kernels.ptx import run
 
@@ -22,6 +26,18 @@ FLOATS = [
 ]
 
 
+MARKS = {"int4": "0x41804180", "groups8": "0fCB000000", "fp8": "0x7B807B80"}
+"""Of the assembly that unpacks several numbers at once."""
+
+
+def _keeping(compile_it: Callable[..., Any], kept: list[Any]) -> Callable[..., Any]:
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        kept.append(compile_it(*args, **kwargs))
+        return kept[-1]
+
+    return keep
+
+
 @pytest.mark.parametrize("capability", CHIPS)
 @pytest.mark.parametrize(("kind", "num_rows"), FLOATS)
 def test_products(kind: str, num_rows: int, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +46,13 @@ def test_products(kind: str, num_rows: int, capability: int, monkeypatch: pytest
     packed, module = linear.pack(weight), fp8_triton if kind == "fp8" else grouped_triton
     (launch,) = record(monkeypatch, module, lambda: linear.linear(x, packed))
     assert launch.arguments["SPLITS"] > 1
+    compiled = []
+    monkeypatch.setattr(triton, "compile", _keeping(triton.compile, compiled))
     assert_fits(launch, capability, f"{kind} {num_rows}")
+    ptx = compiled[0].asm["ptx"]
+    assert MARKS[kind] in ptx, "numbers are unpacked one by one"
+    assert "cp.async" in ptx, "nothing is loaded ahead"
+    assert "wgmma" not in ptx
 
 
 @pytest.mark.long
@@ -61,6 +83,15 @@ def test_int8(num_rows: int, capability: int, monkeypatch: pytest.MonkeyPatch) -
     launches = record(monkeypatch, linear, lambda: linear.linear(x, linear.pack(weight)))
     assert [launch.name for launch in launches] == ["quantize_kernel", "int8_kernel" if num_rows > 16 else "few_int8_kernel"]
     assert_fits(launches[1], capability, f"{num_rows}")
+
+
+@pytest.mark.parametrize("num_tiles", [1, 9, 64, 448, 2004])
+def test_splits_cover_all_inputs_once(num_tiles: int) -> None:
+    for num_chunks in range(1, 130):
+        split = split_inputs(num_tiles, num_chunks)
+        assert (split.count - 1) * split.chunks < num_chunks <= split.count * split.chunks, "none is empty, none is left out"
+        assert split.count <= MOST_SPLITS
+        assert split.count == 1 or split.chunks >= LEAST_CHUNKS
 
 
 # --- what stands in them as PTX -----------------------------------------------------------------------------------------------------
