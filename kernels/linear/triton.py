@@ -22,8 +22,9 @@ from kernels.ops import Fp8Weight, GroupedWeight, Int8Weight, Weight
 
 COLUMNS, DEPTH = 64, 128
 """Output columns and input columns of a small tile. Sums are whole numbers, so tiles may follow M without changing a bit of a result."""
-FEW_ROWS = 16
-"""Of x, for which the inputs are split: with so little to do for each number, more programs have to be reading."""
+FEW_ROWS = 32
+"""Of x, for which the inputs are split: with so little to do for each number, more programs have to be reading. A tile of 64 rows would
+need more registers than there are."""
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -103,7 +104,7 @@ def _multiply_few(values: Tensor, scales: Tensor, weight: Int8Weight, out: Tenso
         num_rows,
         OUT=weight.out_features,
         IN=depth,
-        ROWS=8 if num_rows <= 8 else 16,
+        ROWS=max(8, triton.next_power_of_2(num_rows)),
         COLUMNS=COLUMNS,
         DEPTH=DEPTH,
         CHUNKS=split.chunks,

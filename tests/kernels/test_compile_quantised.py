@@ -77,11 +77,11 @@ def test_rows_become_8_bit_floats(capability: int, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("capability", CHIPS)
-@pytest.mark.parametrize("num_rows", [16, pytest.param(1, marks=pytest.mark.long), pytest.param(512, marks=pytest.mark.long)])
+@pytest.mark.parametrize("num_rows", [16, *(pytest.param(rows, marks=pytest.mark.long) for rows in (1, 32, 64, 512))])
 def test_int8(num_rows: int, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = cases.build(LinearCase("", "", num_rows, 1024, 256), torch.bfloat16)
     launches = record(monkeypatch, linear, lambda: linear.linear(x, linear.pack(weight)))
-    assert [launch.name for launch in launches] == ["quantize_kernel", "int8_kernel" if num_rows > 16 else "few_int8_kernel"]
+    assert [launch.name for launch in launches] == ["quantize_kernel", "int8_kernel" if num_rows > linear.FEW_ROWS else "few_int8_kernel"]
     assert_fits(launches[1], capability, f"{num_rows}")
 
 
