@@ -100,10 +100,12 @@ FLOAT_CASES = (
 def build_float(
     case: FloatCase, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> tuple[Tensor, GroupedWeight | Fp8Weight]:
-    """(x [M, in], weight) of a case. The weight's numbers lie around a third of their spread, so that groups have offsets."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn((case.num_rows, case.in_features), generator=generator).to(device, dtype)
-    dense = (torch.randn((case.out_features, case.in_features), generator=generator) + 0.3).to(device)
+    """(x [M, in], weight) of a case. The weight's numbers lie around a third of their spread, so that groups have offsets. Those of a
+    timing are drawn on the device, which takes no time there."""
+    at = torch.device(device if case.size == "bench" else "cpu")
+    generator = torch.Generator(at).manual_seed(seed)
+    x = torch.randn((case.num_rows, case.in_features), generator=generator, device=at).to(device, dtype)
+    dense = (torch.randn((case.out_features, case.in_features), generator=generator, device=at) + 0.3).to(device)
     if case.zero_row:
         x[0], dense[0] = 0, 0
     if case.kind == "fp8":
