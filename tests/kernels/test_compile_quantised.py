@@ -76,13 +76,24 @@ def test_rows_become_8_bit_floats(capability: int, monkeypatch: pytest.MonkeyPat
     assert_fits(launch, capability)
 
 
+INT8 = (
+    (1, 2048, ["fused_int8_kernel"]),
+    (16, 1024, ["quantize_kernel", "few_int8_kernel"]),
+    (32, 4096, ["quantize_kernel", "few_int8_kernel"]),
+    (64, 4096, ["quantize_kernel", "int8_kernel"]),
+    (512, 4096, ["quantize_kernel", "int8_kernel"]),
+)
+
+
 @pytest.mark.parametrize("capability", CHIPS)
-@pytest.mark.parametrize("num_rows", [16, *(pytest.param(rows, marks=pytest.mark.long) for rows in (1, 32, 64, 512))])
-def test_int8(num_rows: int, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = cases.build(LinearCase("", "", num_rows, 1024, 256), torch.bfloat16)
+@pytest.mark.parametrize(
+    ("num_rows", "depth", "names"), [pytest.param(*case, marks=pytest.mark.long if case[0] > 16 else ()) for case in INT8]
+)
+def test_int8(num_rows: int, depth: int, names: list[str], capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = cases.build(LinearCase("", "", num_rows, depth, 256), torch.bfloat16)
     launches = record(monkeypatch, linear, lambda: linear.linear(x, linear.pack(weight)))
-    assert [launch.name for launch in launches] == ["quantize_kernel", "int8_kernel" if num_rows > linear.FEW_ROWS else "few_int8_kernel"]
-    assert_fits(launches[1], capability, f"{num_rows}")
+    assert [launch.name for launch in launches] == names
+    assert_fits(launches[-1], capability, f"{num_rows}")
 
 
 @pytest.mark.parametrize("num_tiles", [1, 9, 64, 448, 2004])

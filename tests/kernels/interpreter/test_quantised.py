@@ -74,10 +74,11 @@ def test_rows_become_8_bit_floats_as_plain_pytorch_makes_them() -> None:
     assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
 
 
-@pytest.mark.parametrize("num_rows", [1, 9, 20])
+@pytest.mark.parametrize("num_rows", [1, 8, 9, 20])
 def test_few_rows_by_int8_in_splits(num_rows: int) -> None:
-    """Packed or not, the sums are whole numbers: equal to the last bit."""
+    """Packed or not, quantised by the product itself or before it, the sums are whole numbers: equal to the last bit."""
     x, weight = build(LinearCase("splits", "", num_rows, 1100, 65), torch.float32)
+    x[0] = 0
     packed = triton.pack(weight)
     expected = reference.linear(x, weight)
     assert torch.equal(triton.linear(x, packed), expected)
