@@ -36,7 +36,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     on the others. kernel_folder: where compiled GPU kernels are kept; "" leaves it to Triton."""
 
     models: tuple[ModelSource, ...]
-    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"]
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4", "fp8"]
     device: str
     memory_bytes: int
     max_context: int

@@ -72,7 +72,7 @@ class Storage:
 
 def choose_storage(dtype: str, device: torch.device, kv_dtype: str = "auto") -> Storage:
     """auto is bfloat16 on a GPU and int8 on a CPU, also for files of 4 bits: it reads prompts and serves crowds faster. Beside int8 and
-    int4 K/V is int8 on a CPU. Raises: StartupError for what a GPU does not have yet: int4, and K/V in int8."""
+    int4 K/V is int8 on a CPU. Raises: StartupError for what a device does not have: fp8 on a CPU, and K/V in int8 on a GPU."""
     if dtype == "auto":
         dtype = "int8" if device.type == "cpu" else "bfloat16"
     storage = _choose_weights(dtype, device)
@@ -91,9 +91,13 @@ def _choose_weights(dtype: str, device: torch.device) -> Storage:
             return Storage(dtype, Precision(torch.float32, "int8"), torch.int8)
         return Storage(dtype, Precision(torch.bfloat16, "int8"), torch.bfloat16)
     if dtype == "int4":
-        if device.type != "cpu":
-            raise StartupError("--dtype int4 runs on the CPU alone so far; use bfloat16 or int8 on a GPU")
-        return Storage(dtype, Precision(torch.float32, "int4"), torch.int8)
+        if device.type == "cpu":
+            return Storage(dtype, Precision(torch.float32, "int4"), torch.int8)
+        return Storage(dtype, Precision(torch.bfloat16, "int4"), torch.bfloat16)
+    if dtype == "fp8":
+        if device.type == "cpu":
+            raise StartupError("--dtype fp8 runs on a GPU alone; on a CPU there are float32, bfloat16, int8 and int4")
+        return Storage(dtype, Precision(torch.bfloat16, "fp8"), torch.bfloat16)
     return Storage(dtype, Precision(torch.bfloat16), torch.bfloat16)
 
 
@@ -278,6 +282,7 @@ def _kv_budget(load: Load, device: torch.device, weight_bytes: int, mapped_bytes
             )
         return left
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what quantising took lies there, and would count as taken
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * 0.85)
     return min(available_bytes(mapped_bytes) // 2, MOST_KV_BYTES_CPU) // load.tensor_parallel
