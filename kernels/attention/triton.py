@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.kv_write.pool import pool_tensors
 from kernels.ops import AttentionSpec, PagedBatch, PagedKV
 
 SPLIT = 256
@@ -70,11 +71,9 @@ def attend(q_TNH: Tensor, kv: PagedKV, spec: AttentionSpec) -> Tensor:
     """y [T, N * H] in q's dtype: decodes first, then prefills, a launch for each kind that the step has.
 
     Lengths are read on the device and the grid comes from the host's upper bounds, so a captured launch stays right. Rows that belong
-    to no sequence are left as they are. Raises: ValueError when keys and values are strided differently. Source: Dao et al. 2023
+    to no sequence are left as they are. Raises: ValueError of `pool_tensors`. Source: Dao et al. 2023
     (FlashAttention-2), section 3.1; Dao et al. 2023 (Flash-Decoding) for the split.
     """
-    if kv.keys.stride() != kv.values.stride() or kv.keys.stride(3) != 1:
-        raise ValueError("keys and values must have equal strides and a contiguous last dimension")
     q_TNH = q_TNH.contiguous()
     out = torch.empty_like(q_TNH)
     batch = kv.batch
@@ -93,6 +92,7 @@ def num_splits_of(max_context_len: int, window: int | None, tile: int) -> int:
 
 def _decode(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
     batch = kv.batch
+    keys, values, key_scales, value_scales = pool_tensors(kv)
     _, num_heads, width = q.shape
     num_kv_heads = kv.keys.shape[1]
     tiling = decode_tiling(num_heads // num_kv_heads, width, q.element_size())
@@ -100,16 +100,18 @@ def _decode(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
     num_splits = num_splits_of(batch.max_context_len, spec.window, tiling.keys)
     sums = torch.empty((batch.num_decodes, num_heads, num_splits, width), dtype=torch.float32, device=q.device)
     stats = torch.empty((batch.num_decodes, num_heads, num_splits, 2), dtype=torch.float32, device=q.device)
-    shared = {"H": width, "WIDTH": triton.next_power_of_2(width), "TILE": tiling.keys, "WINDOW": spec.window or 0, "SPLIT": SPLIT}
+    shared = {"H": width, "TILE": tiling.keys, "SPLIT": SPLIT, "MAX_SPLITS": MAX_SPLITS}
     decode_kernel[(batch.num_decodes, num_kv_heads, num_splits)](
         q,
-        kv.keys,
-        kv.values,
+        keys,
+        values,
         batch.block_table,
         batch.context_len,
         batch.context_len if near is None else batch.grid_start,
         sums,
         stats,
+        key_scales,
+        value_scales,
         batch.block_table.stride(0),
         *kv.keys.stride()[:3],
         spec.scale,
@@ -117,20 +119,20 @@ def _decode(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
         G=num_heads // num_kv_heads,
         ROWS=tiling.rows,
         P=kv.keys.shape[2],
-        SINK=spec.sink,
+        SPAN=(spec.window or 0, spec.sink),
         SOFTCAP=spec.softcap,
         NEAR=near,
-        MAX_SPLITS=MAX_SPLITS,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )
     reduce_kernel[(batch.num_decodes, num_heads)](
-        sums, stats, batch.context_len, out, num_splits, **shared, MAX_SPLITS=MAX_SPLITS, num_warps=4
+        sums, stats, batch.context_len, out, num_splits, **shared, WINDOW=spec.window or 0, num_warps=4
     )
 
 
 def _prefill(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
     batch = kv.batch
+    keys, values, key_scales, value_scales = pool_tensors(kv)
     num_tokens, num_heads, width = q.shape
     num_kv_heads = kv.keys.shape[1]
     group = num_heads // num_kv_heads
@@ -140,13 +142,15 @@ def _prefill(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
     num_query_blocks = (num_tokens - batch.num_decodes) // (tiling.rows // group) + num_prefills
     prefill_kernel[(num_query_blocks, num_kv_heads)](
         q,
-        kv.keys,
-        kv.values,
+        keys,
+        values,
         batch.block_table,
         batch.query_start,
         batch.context_len,
         batch.context_len if near is None else batch.grid_start,
         out,
+        key_scales,
+        value_scales,
         batch.num_decodes,
         num_prefills,
         batch.block_table.stride(0),
@@ -155,11 +159,9 @@ def _prefill(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
         G=group,
         ROWS=tiling.rows,
         H=width,
-        WIDTH=triton.next_power_of_2(width),
         P=kv.keys.shape[2],
         TILE=tiling.keys,
-        WINDOW=spec.window or 0,
-        SINK=spec.sink,
+        SPAN=(spec.window or 0, spec.sink),
         SOFTCAP=spec.softcap,
         NEAR=near,
         num_warps=tiling.num_warps,
@@ -199,12 +201,26 @@ def _in_bounds(live, at, position, WINDOW: tl.constexpr, SINK: tl.constexpr):
 
 
 @triton.jit
+def _widened(x, like):
+    """Numbers of a quantised pool in the dtype of `like`: int8, or e4m3 as its bits in uint8."""
+    if x.dtype == tl.uint8:
+        return x.to(tl.float8e4nv, bitcast=True).to(like.dtype)
+    return x.to(tl.float32).to(like.dtype)
+
+
+@triton.jit
 def _attend_tile(
     q, peak, total, acc, start, limit, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
     H: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
     WINDOW: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr, MASKED: tl.constexpr,
+    k_scale_ptr=None, v_scale_ptr=None,
 ):  # fmt: skip
     """One tile of keys into the running softmax (peak [M], total [M], acc [M, WIDTH]); scores are in units of log 2.
+
+    k_scale_ptr, v_scale_ptr: of the head, None for a plain pool. Numbers of a quantised pool are widened in registers to q's dtype, which
+    holds int8 and e4m3 alike without rounding; a key's scale is folded into its scores, a value's into its weights. So both products are
+    those of a plain pool, summed in float32 over a tile and added to acc in float32: of fp8 products the tensor cores of sm_90 would keep
+    about 14 bits of a sum.
 
     With MASKED, keys at or past limit, those below low that no sink keeps, and those that a neighbourhood leaves to no row are neither
     read nor counted: their block may be another sequence's, or never written.
@@ -221,11 +237,20 @@ def _attend_tile(
         readable = live[:, None] & (columns < H)[None, :]
     else:
         block = tl.load(table_ptr + at // P).to(tl.int64)
-        readable = (at >= 0)[:, None] & (columns < H)[None, :]
+        live = at >= 0
+        readable = live[:, None] & (columns < H)[None, :]
     offsets = (block * stride_block + (at % P) * stride_place)[:, None] + columns[None, :]
-    k = tl.load(k_ptr + offsets, mask=readable, other=0.0)
-    v = tl.load(v_ptr + offsets, mask=readable, other=0.0)
+    k = tl.load(k_ptr + offsets, mask=readable, other=0)
+    v = tl.load(v_ptr + offsets, mask=readable, other=0)
+    if k_scale_ptr is not None:
+        row = block * (stride_block // H) + (at % P) * (stride_place // H)  # scales lie as the rows do
+        k_scale = tl.load(k_scale_ptr + row, mask=live, other=0.0)
+        v_scale = tl.load(v_scale_ptr + row, mask=live, other=0.0)
+        k = _widened(k, q)
+        v = _widened(v, q)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if k_scale_ptr is not None:
+        scores = scores * k_scale[None, :]
     if SOFTCAP > 0:
         scores = _tanh(scores * (scale / SOFTCAP)) * (SOFTCAP * LOG2_E)
     else:
@@ -239,6 +264,8 @@ def _attend_tile(
     weights = tl.exp2(scores - base[:, None])
     decay = tl.exp2(peak - base)
     total = total * decay + tl.sum(weights, 1)
+    if v_scale_ptr is not None:
+        weights = weights * v_scale[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new_peak, total, acc
 
@@ -255,15 +282,19 @@ def _split_bounds(context, WINDOW: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.c
 
 @triton.jit(do_not_specialize=["table_stride"])
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, context_ptr, grid_ptr, sums_ptr, stats_ptr, table_stride,
+    q_ptr, k_ptr, v_ptr, table_ptr, context_ptr, grid_ptr, sums_ptr, stats_ptr, k_scale_ptr, v_scale_ptr, table_stride,
     stride_block, stride_head, stride_place, scale,
-    G: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
-    WINDOW: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    G: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
+    SPAN: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One (sequence, key/value head, split): all G query heads of the group share each key that is read.
 
     Writes unnormalised sums [S, N, splits, H] and (peak, total) [S, N, splits, 2], both float32. Splits past the row's end write nothing.
+    SPAN: window (0 without one) and sink.
     """
+    WINDOW: tl.constexpr = SPAN[0]
+    SINK: tl.constexpr = SPAN[1]
+    WIDTH: tl.constexpr = triton.next_power_of_2(H)
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context = tl.load(context_ptr + sequence)
     low, base, size = _split_bounds(context, WINDOW, TILE, SPLIT, MAX_SPLITS)
@@ -280,6 +311,9 @@ def decode_kernel(
     q = tl.load(q_ptr + head_row[:, None] * H + columns[None, :], mask=stored, other=0.0)
     k_ptr += kv_head.to(tl.int64) * stride_head
     v_ptr += kv_head.to(tl.int64) * stride_head
+    if k_scale_ptr is not None:
+        k_scale_ptr += kv_head.to(tl.int64) * (stride_head // H)
+        v_scale_ptr += kv_head.to(tl.int64) * (stride_head // H)
     table_ptr += sequence.to(tl.int64) * table_stride
     position = tl.zeros([ROWS], dtype=tl.int32) + (context - 1)
     grid_start = position
@@ -293,12 +327,12 @@ def decode_kernel(
         for start in range(0, sink_end, TILE):
             peak, total, acc = _attend_tile(
                 q, peak, total, acc, start, sink_end, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
-                H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True,
+                H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True, k_scale_ptr, v_scale_ptr,
             )  # fmt: skip
     for start in range(begin, end, TILE):  # masked throughout: a decode waits for memory, not for comparisons
         peak, total, acc = _attend_tile(
             q, peak, total, acc, start, end, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
-            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True,
+            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True, k_scale_ptr, v_scale_ptr,
         )  # fmt: skip
     partial = head_row * tl.num_programs(2) + split
     tl.store(sums_ptr + partial[:, None] * H + columns[None, :], acc, mask=stored)
@@ -309,9 +343,10 @@ def decode_kernel(
 @triton.jit(do_not_specialize=["num_splits"])
 def reduce_kernel(
     sums_ptr, stats_ptr, context_ptr, out_ptr, num_splits,
-    H: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    H: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Merges the splits of one (sequence, query head). The tile is always MAX_SPLITS wide, so its order of summing is fixed too."""
+    WIDTH: tl.constexpr = triton.next_power_of_2(H)
     sequence, head = tl.program_id(0), tl.program_id(1)
     context = tl.load(context_ptr + sequence)
     _, base, size = _split_bounds(context, WINDOW, TILE, SPLIT, MAX_SPLITS)
@@ -348,12 +383,15 @@ def _find_sequence(query_start_ptr, num_decodes, num_prefills, block_index, BLOC
 
 @triton.jit(do_not_specialize=["num_decodes", "num_prefills", "table_stride"])
 def prefill_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, query_start_ptr, context_ptr, grid_ptr, out_ptr, num_decodes, num_prefills, table_stride,
-    stride_block, stride_head, stride_place, scale,
-    G: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
-    WINDOW: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, table_ptr, query_start_ptr, context_ptr, grid_ptr, out_ptr, k_scale_ptr, v_scale_ptr,
+    num_decodes, num_prefills, table_stride, stride_block, stride_head, stride_place, scale,
+    G: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
+    SPAN: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
-    """One (block of queries of one sequence, key/value head). Row r is query r // G of head r % G of the group."""
+    """One (block of queries of one sequence, key/value head). Row r is query r // G of head r % G of the group. SPAN: window (0 without one), sink."""
+    WINDOW: tl.constexpr = SPAN[0]
+    SINK: tl.constexpr = SPAN[1]
+    WIDTH: tl.constexpr = triton.next_power_of_2(H)
     BLOCK_Q: tl.constexpr = ROWS // G
     block_index = tl.num_programs(0) - 1 - tl.program_id(0)  # a prompt's last queries see the most keys: start them first
     kv_head = tl.program_id(1)
@@ -375,6 +413,9 @@ def prefill_kernel(
     q = tl.load(q_ptr + head_row[:, None] * H + columns[None, :], mask=stored, other=0.0)
     k_ptr += kv_head.to(tl.int64) * stride_head
     v_ptr += kv_head.to(tl.int64) * stride_head
+    if k_scale_ptr is not None:
+        k_scale_ptr += kv_head.to(tl.int64) * (stride_head // H)
+        v_scale_ptr += kv_head.to(tl.int64) * (stride_head // H)
     table_ptr += sequence.to(tl.int64) * table_stride
 
     first_position = context - query_len + first_query
@@ -402,22 +443,22 @@ def prefill_kernel(
             for start in range(0, sink_end, TILE):
                 peak, total, acc = _attend_tile(
                     q, peak, total, acc, start, sink_end, low, position, grid_start, k_ptr, v_ptr, table_ptr,
-                    stride_block, stride_place, scale, H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True,
+                    stride_block, stride_place, scale, H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True, k_scale_ptr, v_scale_ptr,
                 )  # fmt: skip
         for start in range(base, tl.minimum(full_begin, end), TILE):
             peak, total, acc = _attend_tile(
                 q, peak, total, acc, start, end, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
-                H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True,
+                H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True, k_scale_ptr, v_scale_ptr,
             )  # fmt: skip
     for start in range(full_begin, full_end, TILE):
         peak, total, acc = _attend_tile(
             q, peak, total, acc, start, end, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
-            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, False,
+            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, False, k_scale_ptr, v_scale_ptr,
         )  # fmt: skip
     for start in range(full_end, end, TILE):
         peak, total, acc = _attend_tile(
             q, peak, total, acc, start, end, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
-            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True,
+            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True, k_scale_ptr, v_scale_ptr,
         )  # fmt: skip
     y = acc / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out_ptr + head_row[:, None] * H + columns[None, :], y.to(out_ptr.dtype.element_ty), mask=stored)

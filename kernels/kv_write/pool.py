@@ -1,0 +1,34 @@
+"""A paged pool as the Triton kernels take it: checked, and e4m3 as its bits.
+
+No kernel here. Called by the wrappers of `kv_write/triton.py` and `attention/triton.py`.
+Shape suffixes: B blocks, K key/value heads, P places in a block, H head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.ops import PagedKV
+
+
+def pool_tensors(kv: PagedKV) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(keys, values [B, K, P, H], key_scales, value_scales [B, K, P] or None). float8_e4m3fn comes as uint8, so that the pointer's type
+    tells the kernels what a pool holds, on chips without e4m3 too.
+
+    Raises: ValueError when keys and values are strided differently, or scales otherwise than the rows of H numbers that they belong to:
+    the kernels know one set of strides.
+    """
+    keys, values, key_scales, value_scales = kv.keys, kv.values, kv.key_scales, kv.value_scales
+    if keys.stride() != values.stride() or keys.stride(3) != 1:
+        raise ValueError("keys and values must have equal strides and a contiguous last dimension")
+    if (keys.element_size() == 1) != (key_scales is not None) or (key_scales is None) != (value_scales is None):
+        raise ValueError("a pool of int8 or float8_e4m3fn, and no other, must have scales of keys and of values")
+    if key_scales is None or value_scales is None:
+        return keys, values, None, None
+    for scales in (key_scales, value_scales):
+        if tuple(stride * keys.shape[3] for stride in scales.stride()) != keys.stride()[:3]:
+            raise ValueError(f"scales must lie as rows do: strides {scales.stride()} beside {keys.stride()} of numbers")
+    if keys.dtype is torch.float8_e4m3fn:
+        keys, values = keys.view(torch.uint8), values.view(torch.uint8)
+    return keys, values, key_scales, value_scales
