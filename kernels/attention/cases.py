@@ -225,7 +225,7 @@ def build(case: AttentionCase, dtype: torch.dtype, device: torch.device | str = 
             if scales is None:
                 side[where] = rows.to(device, dtype)
                 continue
-            sizes = torch.randn((len(positions), case.num_kv_heads, 1), generator=generator).exp()
+            sizes = 0.5 + torch.rand((len(positions), case.num_kv_heads, 1), generator=generator)
             numbers, of_rows = quantize_heads(rows * sizes, side.dtype)
             side[where], scales[where] = numbers.to(device), of_rows.to(device)
     num_tokens = sum(num_queries for num_queries, _ in case.sequences)

@@ -15,14 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.kv_write.pool import pool_tensors
+from kernels.kv_write.pool import pool_words
 from kernels.ops import AttentionSpec, PagedBatch, PagedKV
 
 SPLIT = 256
 """Keys one decode program reads. Fixed in tokens, so that a row's sum never depends on its neighbours or on the batch's size."""
+PACKED_STAGES = 4
+"""Of a decode over a quantised pool, whose tiles have twice the keys and so a plain pool's bytes: with fewer, a program would take longer
+to unpack and to scale than its bytes take to arrive (sm_90, compiled: 752 instructions for 64 keys of width 64, 965 for 128)."""
 MAX_SPLITS = 32
 """A row with more than SPLIT * MAX_SPLITS keys reads a multiple of SPLIT per program (a function of its own length alone): this bounds
 the grid and the scratch of a graph captured for long contexts."""
+E4M3_BIAS = tl.constexpr(2.0**120)
+"""What e4m3 in the places of bfloat16 is short of."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 """Scores are kept in units of log 2, because exp2 is the exponential that the hardware has."""
 
@@ -71,7 +76,7 @@ def attend(q_TNH: Tensor, kv: PagedKV, spec: AttentionSpec) -> Tensor:
     """y [T, N * H] in q's dtype: decodes first, then prefills, a launch for each kind that the step has.
 
     Lengths are read on the device and the grid comes from the host's upper bounds, so a captured launch stays right. Rows that belong
-    to no sequence are left as they are. Raises: ValueError of `pool_tensors`. Source: Dao et al. 2023
+    to no sequence are left as they are. Raises: ValueError of `pool_words`. Source: Dao et al. 2023
     (FlashAttention-2), section 3.1; Dao et al. 2023 (Flash-Decoding) for the split.
     """
     q_TNH = q_TNH.contiguous()
@@ -92,10 +97,12 @@ def num_splits_of(max_context_len: int, window: int | None, tile: int) -> int:
 
 def _decode(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
     batch = kv.batch
-    keys, values, key_scales, value_scales = pool_tensors(kv)
+    keys, values, key_scales, value_scales = pool_words(kv)
     _, num_heads, width = q.shape
     num_kv_heads = kv.keys.shape[1]
     tiling = decode_tiling(num_heads // num_kv_heads, width, q.element_size())
+    if key_scales is not None and q.element_size() == 2:
+        tiling = tiling._replace(keys=2 * tiling.keys, num_stages=PACKED_STAGES)
     near = near_of(batch, spec)
     num_splits = num_splits_of(batch.max_context_len, spec.window, tiling.keys)
     sums = torch.empty((batch.num_decodes, num_heads, num_splits, width), dtype=torch.float32, device=q.device)
@@ -113,7 +120,7 @@ def _decode(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
         key_scales,
         value_scales,
         batch.block_table.stride(0),
-        *kv.keys.stride()[:3],
+        *keys.stride()[:3],
         spec.scale,
         **shared,
         G=num_heads // num_kv_heads,
@@ -132,7 +139,7 @@ def _decode(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
 
 def _prefill(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
     batch = kv.batch
-    keys, values, key_scales, value_scales = pool_tensors(kv)
+    keys, values, key_scales, value_scales = pool_words(kv)
     num_tokens, num_heads, width = q.shape
     num_kv_heads = kv.keys.shape[1]
     group = num_heads // num_kv_heads
@@ -154,7 +161,7 @@ def _prefill(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
         batch.num_decodes,
         num_prefills,
         batch.block_table.stride(0),
-        *kv.keys.stride()[:3],
+        *keys.stride()[:3],
         spec.scale,
         G=group,
         ROWS=tiling.rows,
@@ -201,11 +208,31 @@ def _in_bounds(live, at, position, WINDOW: tl.constexpr, SINK: tl.constexpr):
 
 
 @triton.jit
-def _widened(x, like):
-    """Numbers of a quantised pool in the dtype of `like`: int8, or e4m3 as its bits in uint8."""
-    if x.dtype == tl.uint8:
-        return x.to(tl.float8e4nv, bitcast=True).to(like.dtype)
-    return x.to(tl.float32).to(like.dtype)
+def _halves(pairs):
+    """Two bfloat16 each of 32 bits, the lower first."""
+    low, high = (pairs & 0xFFFF).to(tl.uint16), (pairs >> 16).to(tl.uint16)
+    return low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def unpacked(words, like):
+    """[TILE, 4 * W] in the dtype of `like`, which holds them without rounding, of words [TILE, W] of four numbers: int8 in int32, e4m3 in
+    uint32. In whole numbers, two to an instruction, on every chip alike: conversions of single numbers, and loads of single bytes from
+    shared memory, would take longer than the numbers take to arrive.
+    """
+    even = words.to(tl.uint32, bitcast=True)
+    odd = even >> 8
+    if words.dtype == tl.uint32:  # sign, exponent and mantissa where bfloat16 has them; the exponent's bias is 7 and not 127
+        n0, n2 = _halves(((even << 8) & 0x80008000) | ((even << 4) & 0x07F007F0))
+        n1, n3 = _halves((even & 0x80008000) | ((odd << 4) & 0x07F007F0))
+        numbers = tl.join(tl.join(n0, n2), tl.join(n1, n3)) * E4M3_BIAS
+    else:  # the lower seven bits are the mantissa of 128 + n, the eighth makes 128 to 256, which is taken away
+        n0, n2 = _halves((even & 0x007F007F) | 0x43004300)
+        n1, n3 = _halves((odd & 0x007F007F) | 0x43004300)
+        m0, m2 = _halves((even & 0x00800080) | 0x43004300)
+        m1, m3 = _halves((odd & 0x00800080) | 0x43004300)
+        numbers = tl.join(tl.join(n0 - m0, n2 - m2), tl.join(n1 - m1, n3 - m3))
+    return tl.reshape(numbers, [words.shape[0], 4 * words.shape[1]]).to(like.dtype)
 
 
 @triton.jit
@@ -217,15 +244,15 @@ def _attend_tile(
 ):  # fmt: skip
     """One tile of keys into the running softmax (peak [M], total [M], acc [M, WIDTH]); scores are in units of log 2.
 
-    k_scale_ptr, v_scale_ptr: of the head, None for a plain pool. Numbers of a quantised pool are widened in registers to q's dtype, which
-    holds int8 and e4m3 alike without rounding; a key's scale is folded into its scores, a value's into its weights. So both products are
-    those of a plain pool, summed in float32 over a tile and added to acc in float32: of fp8 products the tensor cores of sm_90 would keep
-    about 14 bits of a sum.
+    k_scale_ptr, v_scale_ptr: of the head, None for a plain pool. A quantised pool comes in words of four numbers, strides in words too.
+    Its numbers become q's dtype in registers, unrounded; a key's scale goes into its scores, a value's into its weights. So both products
+    are a plain pool's, summed in float32, tile by tile: products of e4m3 itself would be faster, and keep but 14 bits of a sum on sm_90.
 
     With MASKED, keys at or past limit, those below low that no sink keeps, and those that a neighbourhood leaves to no row are neither
     read nor counted: their block may be another sequence's, or never written.
     """
-    columns = tl.arange(0, WIDTH)
+    PACK: tl.constexpr = 1 if k_scale_ptr is None else 4
+    columns = tl.arange(0, WIDTH // PACK)
     at = start + tl.arange(0, TILE)
     if MASKED:
         live = (at < limit) & ((at >= low) | (at < SINK))
@@ -234,23 +261,23 @@ def _attend_tile(
             seen = seen & _is_near(position[:, None], grid_start[:, None], at[None, :], NEAR)
             live = tl.max(seen.to(tl.int32), 0) > 0
         block = tl.load(table_ptr + at // P, mask=live, other=0).to(tl.int64)
-        readable = live[:, None] & (columns < H)[None, :]
+        readable = live[:, None] & (columns < H // PACK)[None, :]
     else:
         block = tl.load(table_ptr + at // P).to(tl.int64)
         live = at >= 0
-        readable = live[:, None] & (columns < H)[None, :]
+        readable = live[:, None] & (columns < H // PACK)[None, :]
     offsets = (block * stride_block + (at % P) * stride_place)[:, None] + columns[None, :]
     k = tl.load(k_ptr + offsets, mask=readable, other=0)
     v = tl.load(v_ptr + offsets, mask=readable, other=0)
-    if k_scale_ptr is not None:
-        row = block * (stride_block // H) + (at % P) * (stride_place // H)  # scales lie as the rows do
-        k_scale = tl.load(k_scale_ptr + row, mask=live, other=0.0)
-        v_scale = tl.load(v_scale_ptr + row, mask=live, other=0.0)
-        k = _widened(k, q)
-        v = _widened(v, q)
+    if PACK > 1:
+        k = unpacked(k, q)
+        v = unpacked(v, q)
+        # Scales lie as rows do. A sum over one column brings them to where scores are through shared memory; loaded there at once, every
+        # thread would ask for 32 of them by itself, and a prefill's inner loop have 902 instructions and not 672 (sm_90, width 128).
+        rows = (block * (stride_block // (H // PACK)) + (at % P) * (stride_place // (H // PACK)))[:, None]
+        scale = (tl.sum(tl.load(k_scale_ptr + rows, mask=live[:, None], other=0.0), 1) * scale)[None, :]
+        v_scale = tl.sum(tl.load(v_scale_ptr + rows, mask=live[:, None], other=0.0), 1)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if k_scale_ptr is not None:
-        scores = scores * k_scale[None, :]
     if SOFTCAP > 0:
         scores = _tanh(scores * (scale / SOFTCAP)) * (SOFTCAP * LOG2_E)
     else:
@@ -264,7 +291,7 @@ def _attend_tile(
     weights = tl.exp2(scores - base[:, None])
     decay = tl.exp2(peak - base)
     total = total * decay + tl.sum(weights, 1)
-    if v_scale_ptr is not None:
+    if PACK > 1:
         weights = weights * v_scale[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new_peak, total, acc
@@ -312,8 +339,8 @@ def decode_kernel(
     k_ptr += kv_head.to(tl.int64) * stride_head
     v_ptr += kv_head.to(tl.int64) * stride_head
     if k_scale_ptr is not None:
-        k_scale_ptr += kv_head.to(tl.int64) * (stride_head // H)
-        v_scale_ptr += kv_head.to(tl.int64) * (stride_head // H)
+        k_scale_ptr += kv_head.to(tl.int64) * (stride_head // (H // 4))
+        v_scale_ptr += kv_head.to(tl.int64) * (stride_head // (H // 4))
     table_ptr += sequence.to(tl.int64) * table_stride
     position = tl.zeros([ROWS], dtype=tl.int32) + (context - 1)
     grid_start = position
@@ -414,8 +441,8 @@ def prefill_kernel(
     k_ptr += kv_head.to(tl.int64) * stride_head
     v_ptr += kv_head.to(tl.int64) * stride_head
     if k_scale_ptr is not None:
-        k_scale_ptr += kv_head.to(tl.int64) * (stride_head // H)
-        v_scale_ptr += kv_head.to(tl.int64) * (stride_head // H)
+        k_scale_ptr += kv_head.to(tl.int64) * (stride_head // (H // 4))
+        v_scale_ptr += kv_head.to(tl.int64) * (stride_head // (H // 4))
     table_ptr += sequence.to(tl.int64) * table_stride
 
     first_position = context - query_len + first_query

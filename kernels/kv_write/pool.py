@@ -32,3 +32,17 @@ def pool_tensors(kv: PagedKV) -> tuple[Tensor, Tensor, Tensor | None, Tensor | N
     if keys.dtype is torch.float8_e4m3fn:
         keys, values = keys.view(torch.uint8), values.view(torch.uint8)
     return keys, values, key_scales, value_scales
+
+
+def pool_words(kv: PagedKV) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`pool_tensors`, of a quantised pool with four numbers to a word [B, K, P, H / 4]: int8 in int32, e4m3 in uint32.
+
+    Raises: ValueError for a head width that is no multiple of four too.
+    """
+    keys, values, key_scales, value_scales = pool_tensors(kv)
+    if key_scales is None:
+        return keys, values, None, None
+    if keys.shape[3] % 4:
+        raise ValueError(f"a quantised pool needs a head width that is a multiple of 4, and this is {keys.shape[3]}")
+    word = torch.int32 if keys.dtype is torch.int8 else torch.uint32
+    return keys.view(word), values.view(word), key_scales, value_scales

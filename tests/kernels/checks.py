@@ -23,7 +23,7 @@ from kernels.norm import reference as norm_reference
 from kernels.ops import PagedKV
 from kernels.sample import cases as sample_cases
 from kernels.sample import reference as sample_reference
-from tests.kernels.checks_kv import check_quantised_write, widened
+from tests.kernels.checks_kv import check_quantised_write, dequantised, widened
 from tests.kernels.rule import assert_earned, assert_guards_whole, guard_module, guarded
 
 
@@ -35,7 +35,7 @@ def check_attention(case: attention_cases.AttentionCase, dtype: torch.dtype, dev
     got = triton.attend(q, kv, case.spec)
     guards.check()
     exact = attention_reference.attend(q.double(), widened(kv), case.spec)
-    assert_earned(got, attention_reference.attend(q, kv, case.spec), exact)
+    assert_earned(got, attention_reference.attend(q, dequantised(kv, dtype), case.spec), exact)
 
 
 def check_kv_write(case: kv_write_cases.KVWriteCase, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:

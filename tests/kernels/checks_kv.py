@@ -24,6 +24,14 @@ def widened(kv: PagedKV) -> PagedKV:
     return PagedKV(kv.keys.double(), kv.values.double(), kv.batch, *scales)
 
 
+def dequantised(kv: PagedKV, dtype: torch.dtype) -> PagedKV:
+    """What plain PyTorch would attend to: numbers times scales, held in the dtype of queries."""
+    if kv.key_scales is None or kv.value_scales is None:
+        return kv
+    keys, values = ((x.float() * scales[..., None]).to(dtype) for x, scales in ((kv.keys, kv.key_scales), (kv.values, kv.value_scales)))
+    return PagedKV(keys, values, kv.batch)
+
+
 def check_quantised_write(case: kv_write_cases.KVWriteCase, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each number is the nearest to the exact one by the scale that stands beside it, each scale that of the exact head, to the rounding
     of the norm and the rotation in front; q is what it is beside a plain pool."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.triton import _widened
+from kernels.attention.triton import unpacked
 from kernels.kv_write.triton import e4m3_bits
 
 
@@ -17,10 +18,11 @@ def encode_kernel(x_ptr, codes_ptr, N: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit
-def decode_kernel(codes_ptr, y_ptr, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.arange(0, N)
+def decode_kernel(words_ptr, y_ptr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.arange(0, N)[:, None]
+    at = row * 4 + tl.arange(0, 4)[None, :]
     y = tl.load(y_ptr + at)
-    tl.store(y_ptr + at, _widened(tl.load(codes_ptr + at), y))
+    tl.store(y_ptr + at, unpacked(tl.load(words_ptr + row), y))
 
 
 def encoded(x: torch.Tensor) -> torch.Tensor:
@@ -57,9 +59,18 @@ def test_random_numbers_are_encoded_as_torch_does() -> None:
     assert torch.equal(encoded(x), x.to(torch.float8_e4m3fn).view(torch.uint8))
 
 
-def test_every_code_is_widened_without_rounding() -> None:
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def decoded(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    y = torch.zeros(256, dtype=dtype)
+    decode_kernel[(1,)](words, y, N=64)
+    return y.float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_number_is_unpacked_without_rounding(dtype: torch.dtype) -> None:
     codes, values = numbers()
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        y = torch.zeros(256, dtype=dtype)
-        decode_kernel[(1,)](codes, y, N=256)
-        assert torch.equal(y.float(), values)
+    assert torch.equal(decoded(codes.view(torch.uint32), dtype), values)
+    whole = torch.arange(-128, 128, dtype=torch.int8)
+    assert torch.equal(decoded(whole.view(torch.int32), dtype), whole.float())
