@@ -271,12 +271,10 @@ def _attend_tile(
     v = tl.load(v_ptr + offsets, mask=readable, other=0)
     if PACK > 1:
         k = unpacked(k, q)
-        v = unpacked(v, q)
         # Scales lie as rows do. A sum over one column brings them to where scores are through shared memory; loaded there at once, every
         # thread would ask for 32 of them by itself, and a prefill's inner loop have 902 instructions and not 672 (sm_90, width 128).
         rows = (block * (stride_block // (H // PACK)) + (at % P) * (stride_place // (H // PACK)))[:, None]
         scale = (tl.sum(tl.load(k_scale_ptr + rows, mask=live[:, None], other=0.0), 1) * scale)[None, :]
-        v_scale = tl.sum(tl.load(v_scale_ptr + rows, mask=live[:, None], other=0.0), 1)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP > 0:
         scores = _tanh(scores * (scale / SOFTCAP)) * (SOFTCAP * LOG2_E)
@@ -292,7 +290,8 @@ def _attend_tile(
     decay = tl.exp2(peak - base)
     total = total * decay + tl.sum(weights, 1)
     if PACK > 1:
-        weights = weights * v_scale[None, :]
+        v = unpacked(v, q)
+        weights = weights * tl.sum(tl.load(v_scale_ptr + rows, mask=live[:, None], other=0.0), 1)[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new_peak, total, acc
 

@@ -94,8 +94,10 @@ def _quantized(low, high, kind: tl.constexpr):
     high = tl.minimum(tl.maximum(tl.div_rn(high, scale[:, None]), -LARGEST), LARGEST)
     if kind == tl.int8:
         # Adding and taking away 1.5 * 2 ** 23 rounds to the nearest whole number, ties to even, in plain float32 arithmetic.
-        return ((low + 12582912.0) - 12582912.0).to(kind), ((high + 12582912.0) - 12582912.0).to(kind), scale
-    return e4m3_bits(low), e4m3_bits(high), scale
+        kept_low, kept_high = ((low + 12582912.0) - 12582912.0).to(kind), ((high + 12582912.0) - 12582912.0).to(kind)
+    else:
+        kept_low, kept_high = e4m3_bits(low), e4m3_bits(high)
+    return kept_low, kept_high, scale
 
 
 @triton.jit
@@ -147,13 +149,15 @@ def kv_write_kernel(
         written = (slot >= 0)[:, None] & is_column[None, :]
         kv_head = tl.where(head < N + K, head - N, head - N - K).to(tl.int64)
         if k_scale_ptr is not None:
-            low, high, scale = _quantized(low, high, k_ptr.dtype.element_ty)
+            kept_low, kept_high, scale = _quantized(low, high, k_ptr.dtype.element_ty)
             row = (slot // P) * (stride_block // H) + (slot % P) * (stride_place // H) + kv_head * (stride_head // H)
             if head < N + K:
                 tl.store(k_scale_ptr + row, scale, mask=slot >= 0)
             else:
                 tl.store(v_scale_ptr + row, scale, mask=slot >= 0)
-        if head < N + K:
-            _stored(low, high, k_ptr + kv_head * stride_head + place[:, None] + column[None, :], written, H)
         else:
-            _stored(low, high, v_ptr + kv_head * stride_head + place[:, None] + column[None, :], written, H)
+            kept_low, kept_high = low, high
+        if head < N + K:
+            _stored(kept_low, kept_high, k_ptr + kv_head * stride_head + place[:, None] + column[None, :], written, H)
+        else:
+            _stored(kept_low, kept_high, v_ptr + kv_head * stride_head + place[:, None] + column[None, :], written, H)
