@@ -275,6 +275,8 @@ def _attend_tile(
         # thread would ask for 32 of them by itself, and a prefill's inner loop have 902 instructions and not 672 (sm_90, width 128).
         rows = (block * (stride_block // (H // PACK)) + (at % P) * (stride_place // (H // PACK)))[:, None]
         scale = (tl.sum(tl.load(k_scale_ptr + rows, mask=live[:, None], other=0.0), 1) * scale)[None, :]
+    else:
+        k = k.to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP > 0:
         scores = _tanh(scores * (scale / SOFTCAP)) * (SOFTCAP * LOG2_E)
@@ -292,6 +294,8 @@ def _attend_tile(
     if PACK > 1:
         v = unpacked(v, q)
         weights = weights * tl.sum(tl.load(v_scale_ptr + rows, mask=live[:, None], other=0.0), 1)[None, :]
+    else:
+        v = v.to(q.dtype)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new_peak, total, acc
 

@@ -84,6 +84,21 @@ def test_without_the_library_groups_become_dense(grouped_file: Path, monkeypatch
 def test_what_a_gpu_does_not_have_yet_is_refused() -> None:
     gpu = torch.device("cuda")
     assert choose_storage("auto", gpu).name == "bfloat16"
-    for dtype, kv_dtype in (("int4", "auto"), ("auto", "int8")):
-        with pytest.raises(StartupError, match="on the CPU alone so far"):
-            choose_storage(dtype, gpu, kv_dtype)
+    with pytest.raises(StartupError, match="on the CPU alone so far"):
+        choose_storage("int4", gpu)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("int8", torch.int8), ("fp8", torch.float8_e4m3fn)])
+def test_a_gpu_quantises_keys_of_layers_that_see_everything(name: str, dtype: torch.dtype) -> None:
+    gpu = torch.device("cuda")
+    storage = choose_storage("auto", gpu, name)
+    assert (storage.name, storage.kv_dtype, storage.local_kv_dtype) == ("bfloat16", dtype, torch.bfloat16)
+    assert choose_storage("float32", gpu, name).local_kv_dtype == torch.float32
+    assert choose_storage("auto", gpu).kv_dtype == torch.bfloat16
+    assert choose_storage("auto", gpu, "bfloat16").local_kv_dtype is None
+
+
+def test_a_cpu_has_no_fp8_and_quantises_all_layers() -> None:
+    with pytest.raises(StartupError, match="use int8, bfloat16 or float32 on a CPU"):
+        choose_storage("auto", torch.device("cpu"), "fp8")
+    assert choose_storage("bfloat16", torch.device("cpu"), "int8").local_kv_dtype is None

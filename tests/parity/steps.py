@@ -16,9 +16,17 @@ from service.scheduling.plan import Slice, StepPlan
 class Steps:
     """A model with a small K/V pool. Sequence s owns blocks spread through the pool, so that a wrong table shows."""
 
-    def __init__(self, model: Transformer, *, block_size: int = 4, num_blocks: int = 96, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        block_size: int = 4,
+        num_blocks: int = 96,
+        dtype: torch.dtype = torch.float32,
+        local_dtype: torch.dtype | None = None,
+    ) -> None:
         self.model = model
-        self.layout = partition_layers(model.config)
+        self.layout = partition_layers(model.config, local_dtype)
         self.cache = KVCache(
             model.config, self.layout, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=torch.device("cpu")
         )
@@ -37,7 +45,7 @@ class Steps:
     def forget(self, sequence: int) -> None:
         """Gives the blocks back as preemption does; their content is overwritten with rubbish."""
         for table in self.tables.pop(sequence):
-            self.cache.pool[:, :, table] = 1e3
+            self.cache.pool[:, :, table] = 1e3 if self.cache.pool.itemsize > 1 else 100
             self.free.extend(table)
         del self.lengths[sequence], self.grid_starts[sequence]
 
