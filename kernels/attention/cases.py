@@ -192,6 +192,10 @@ CASES = (
         "bench_decode_long", "one sequence, long context: the split must fill the device", ((1, 32768),), 32, 8, 128, size="bench"
     ),
     AttentionCase("bench_decode_window", "a local layer of a hybrid model", ((1, 8192),) * 32, 8, 1, 256, window=512, size="bench"),
+    AttentionCase("bench_decode_fp8", "a full batch over e4m3", ((1, 1024),) * 64, 9, 3, pool="fp8", size="bench"),
+    AttentionCase("bench_decode_long_fp8", "one sequence, long context, e4m3", ((1, 32768),), 32, 8, 128, pool="fp8", size="bench"),
+    AttentionCase("bench_decode_long_int8", "the same in int8", ((1, 32768),), 32, 8, 128, pool="int8", size="bench"),
+    AttentionCase("bench_prefill_fp8", "one long fresh prompt over e4m3", ((4096, 4096),), 32, 8, 128, pool="fp8", size="bench"),
     AttentionCase("bench_prefill", "one long fresh prompt", ((4096, 4096),), 32, 8, 128, size="bench"),
     AttentionCase("bench_chunks", "a step of chunked prefill beside decodes", ((1, 2048),) * 32 + ((512, 2048),) * 4, 9, 3, size="bench"),
 )

@@ -1,76 +1,37 @@
-"""Bits of e4m3 on Triton's interpreter: every code there and back, against torch. The cases of quantised pools run with all the others."""
+"""Quantised keys and values on Triton's interpreter, beside the cases, which run with all the others: every number, and a whole model."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
-from kernels.attention.triton import unpacked
-from kernels.kv_write.triton import e4m3_bits
-
-
-@triton.jit
-def encode_kernel(x_ptr, codes_ptr, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.arange(0, N)
-    tl.store(codes_ptr + at, e4m3_bits(tl.load(x_ptr + at)))
+from kernels.attention import cases as attention_cases
+from kernels.attention.reference import attend as attend_plainly
+from kernels.attention.triton import attend
+from tests.kernels import checks_e4m3
+from tests.runner.hybrid import FP8, desk_of, hybrid, logits, moved
 
 
-@triton.jit
-def decode_kernel(words_ptr, y_ptr, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.arange(0, N)[:, None]
-    at = row * 4 + tl.arange(0, 4)[None, :]
-    y = tl.load(y_ptr + at)
-    tl.store(y_ptr + at, unpacked(tl.load(words_ptr + row), y))
+def test_e4m3_is_written_as_torch_writes_it() -> None:
+    checks_e4m3.check_encoding("cpu")
 
 
-def encoded(x: torch.Tensor) -> torch.Tensor:
-    codes = torch.zeros(len(x), dtype=torch.uint8)
-    encode_kernel[(1,)](x, codes, N=len(x))
-    return codes
-
-
-def numbers() -> tuple[torch.Tensor, torch.Tensor]:
-    """All codes but the two of NaN, and what they stand for."""
-    codes = torch.arange(256, dtype=torch.uint8)
-    codes = torch.where((codes & 0x7F) == 0x7F, 0, codes).to(torch.uint8)
-    return codes, codes.view(torch.float8_e4m3fn).float()
-
-
-def test_every_code_is_encoded_as_itself() -> None:
-    codes, values = numbers()
-    assert torch.equal(encoded(values), codes)
-
-
-def test_rounding_is_to_the_nearest_and_ties_are_even() -> None:
-    _, values = numbers()
-    ordered = values.unique()
-    middles = (ordered[1:] + ordered[:-1]) / 2  # exact in float32
-    for x in (middles, torch.nextafter(middles, middles + 1000), torch.nextafter(middles, middles - 1000)):
-        x = torch.nn.functional.pad(x, (0, 256 - len(x)))
-        assert torch.equal(encoded(x), x.to(torch.float8_e4m3fn).view(torch.uint8))
-
-
-def test_random_numbers_are_encoded_as_torch_does() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4096, generator=generator) * torch.randn(4096, generator=generator).mul(4).exp()
-    x = x.clamp(-448, 448)
-    assert torch.equal(encoded(x), x.to(torch.float8_e4m3fn).view(torch.uint8))
-
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def decoded(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    y = torch.zeros(256, dtype=dtype)
-    decode_kernel[(1,)](words, y, N=64)
-    return y.float()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_every_number_is_unpacked_without_rounding(dtype: torch.dtype) -> None:
-    codes, values = numbers()
-    assert torch.equal(decoded(codes.view(torch.uint32), dtype), values)
-    whole = torch.arange(-128, 128, dtype=torch.int8)
-    assert torch.equal(decoded(whole.view(torch.int32), dtype), whole.float())
+    checks_e4m3.check_unpacking(dtype, "cpu")
+
+
+def test_queries_may_be_wider_than_a_plain_pool() -> None:
+    """--dtype float32 beside --kv-dtype bfloat16."""
+    case = next(case for case in attention_cases.CASES if case.name == "odd_block")
+    q, kv = attention_cases.build(case, torch.bfloat16)
+    torch.testing.assert_close(attend(q.float(), kv, case.spec), attend_plainly(q.float(), kv, case.spec), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.int8, FP8], ids=str)
+def test_a_model_with_windows_is_the_references(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number on the edge between two may fall to either side; all others are the same."""
+    monkeypatch.setattr("service.runner.kv_cache.as_kept", lambda keys: keys)  # as on a GPU
+    expected = logits(desk_of(hybrid(), dtype), count=53)
+    assert moved(logits(desk_of(hybrid("triton"), dtype), count=53), expected) < 1e-3
