@@ -147,9 +147,10 @@ def print_plan(model: Resolved, memory_bytes: int, max_context: int) -> None:
 
 
 def _storages() -> dict[str, Storage]:
-    """By the name of their row: each precision of a CPU with its own K/V, and what a GPU has beside them."""
-    on_cpu = {name: choose_storage(name, torch.device("cpu")) for name in ("int4", "int8", "bfloat16", "float32")}
-    return {**on_cpu, "bfloat16, K/V fp8": choose_storage("bfloat16", torch.device("cuda"), "fp8")}
+    """By the name of their row: each precision of a CPU with its own K/V, and bfloat16 with what a GPU has beside it."""
+    storages = {name: choose_storage(name, torch.device("cpu")) for name in ("int4", "int8", "bfloat16")}
+    storages["fp8 K/V"] = choose_storage("bfloat16", torch.device("cuda"), "fp8")
+    return {**storages, "float32": choose_storage("float32", torch.device("cpu"))}
 
 
 def _print_encoder(console: Console, name: str, config: EncoderConfig, memory_bytes: int) -> None:

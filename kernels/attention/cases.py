@@ -217,8 +217,8 @@ def build(case: AttentionCase, dtype: torch.dtype, device: torch.device | str = 
     pool[::stride] = 99 if case.pool == "int8" else float("nan")
     kv = PagedKV(pool[:, 0], pool[:, 1], _batch(case, table.to(device), device))
     if case.pool != "plain":
-        scales = torch.full(shape[:-1], float("nan"), device=device)
-        kv.key_scales, kv.value_scales = scales[:, 0], scales[:, 1]
+        of_rows = torch.full(shape[:-1], float("nan"), device=device)
+        kv.key_scales, kv.value_scales = of_rows[:, 0], of_rows[:, 1]
     for index, (num_queries, context) in enumerate(case.sequences):
         starts = torch.tensor(case.grid_starts(index)[context - num_queries :], dtype=torch.int32) if case.pictures and context else None
         positions, _ = visible(num_queries, context, case.spec, starts, "cpu")
@@ -230,8 +230,7 @@ def build(case: AttentionCase, dtype: torch.dtype, device: torch.device | str = 
                 side[where] = rows.to(device, dtype)
                 continue
             sizes = 0.5 + torch.rand((len(positions), case.num_kv_heads, 1), generator=generator)
-            numbers, of_rows = quantize_heads(rows * sizes, side.dtype)
-            side[where], scales[where] = numbers.to(device), of_rows.to(device)
+            side[where], scales[where] = (x.to(device) for x in quantize_heads(rows * sizes, side.dtype))
     num_tokens = sum(num_queries for num_queries, _ in case.sequences)
     q = torch.randn((num_tokens, case.num_heads, case.head_width), generator=generator)
     return q.to(device, dtype), kv

@@ -252,6 +252,8 @@ def _attend_tile(
     read nor counted: their block may be another sequence's, or never written.
     """
     PACK: tl.constexpr = 1 if k_scale_ptr is None else 4
+    if PACK > 1 and H % 16 == 0:
+        stride_place = stride_place // 4 * 4  # it is that, which the compiler must know to read 16 bytes at once of 96 or 80
     columns = tl.arange(0, WIDTH // PACK)
     at = start + tl.arange(0, TILE)
     if MASKED:
@@ -418,7 +420,8 @@ def prefill_kernel(
     G: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
     SPAN: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
-    """One (block of queries of one sequence, key/value head). Row r is query r // G of head r % G of the group. SPAN: window (0 without one), sink."""
+    """One (block of queries of one sequence, key/value head). Row r is query r // G of head r % G of the group. SPAN: window (0 without
+    one) and sink."""
     WINDOW: tl.constexpr = SPAN[0]
     SINK: tl.constexpr = SPAN[1]
     WIDTH: tl.constexpr = triton.next_power_of_2(H)

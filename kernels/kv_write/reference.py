@@ -20,7 +20,8 @@ def kv_write(qkv: Tensor, weights: LayerWeights, positions_T: Tensor, kv: PagedK
     """q [T, N, H] in the input's dtype from qkv [T, (N + 2K) * H], whose bias is already in. positions int64 [T].
 
     Norm and rotation are float32 or wider and rounded once. A row whose slot is -1 is returned but not stored.
-    A pool of int8 or float8_e4m3fn gets each head of a token by its own scale (`quantize_heads`). Mutates: kv.keys, kv.values and their scales at the batch's slots.
+    A pool of int8 or float8_e4m3fn gets each head of a token by its own scale (`quantize_heads`).
+    Mutates: kv.keys, kv.values and their scales at the batch's slots.
     """
     spec = weights.spec
     wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).view(len(qkv), -1, spec.head_width)

@@ -20,7 +20,6 @@ from kernels.ops import PagedBatch, PagedKV
 from service.model.config import ModelConfig
 from service.scheduling.plan import KVGroup
 
-
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
 """Kept with a float32 scale for each head of a token."""
 

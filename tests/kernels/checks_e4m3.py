@@ -13,13 +13,13 @@ from kernels.attention.triton import unpacked
 from kernels.kv_write.triton import e4m3_bits
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def encode_kernel(x_ptr, codes_ptr, N: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.arange(0, N)
     tl.store(codes_ptr + at, e4m3_bits(tl.load(x_ptr + at)))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def decode_kernel(words_ptr, y_ptr, N: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.arange(0, N)[:, None]
     at = row * 4 + tl.arange(0, 4)[None, :]
@@ -50,7 +50,7 @@ def check_encoding(device: str) -> None:
     """Each code is its own; what lies between is rounded to the nearest, ties to even, and random numbers as torch rounds them."""
     codes, values = numbers(device)
     assert torch.equal(encoded(values), codes)
-    ordered = values.cpu().unique()
+    ordered = torch.unique(values.cpu())
     middles = (ordered[1:] + ordered[:-1]) / 2  # exact in float32
     generator = torch.Generator().manual_seed(0)
     spread = torch.randn(4096, generator=generator) * torch.randn(4096, generator=generator).mul(4).exp()

@@ -38,7 +38,8 @@ def test_attention(shape: str, pool: PoolKind, capability: int, monkeypatch: pyt
 @pytest.mark.parametrize("capability", CHIPS)
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "width"), [pytest.param(9, 3, 64, marks=pytest.mark.long), (32, 8, 128), pytest.param(4, 1, 256, marks=pytest.mark.long)]
+    ("heads", "kv_heads", "width"),
+    [pytest.param(9, 3, 64, marks=pytest.mark.long), (32, 8, 128), pytest.param(4, 1, 256, marks=pytest.mark.long)],
 )
 def test_write(heads: int, kv_heads: int, width: int, pool: PoolKind, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = kv_write_cases.build(kv_write_cases.KVWriteCase("", "", 8, heads, kv_heads, width, pool=pool), torch.bfloat16)

@@ -29,9 +29,7 @@ class Steps:
         self.device = torch.device(device)
         self.model = model
         self.layout = partition_layers(model.config, local_dtype)
-        self.cache = KVCache(
-            model.config, self.layout, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=self.device
-        )
+        self.cache = KVCache(model.config, self.layout, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=self.device)
         self.free = list(range(num_blocks))[::-2] + list(range(num_blocks))[num_blocks % 2 :: 2]
         self.tables: dict[int, list[list[int]]] = {}
         self.lengths: dict[int, int] = {}

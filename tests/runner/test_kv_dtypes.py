@@ -1,4 +1,4 @@
-"""A model with windows, its keys and values in each dtype: how far logits move, and that blocks may pass from one kind of layer to another."""
+"""A model with windows, its keys and values in each dtype: how far logits move, and that blocks may pass between kinds of layers."""
 
 from __future__ import annotations
 
