@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.models import SHAPES, build_runner, step_of
 from kernels.attention import cases as attention_cases
-from kernels.ops import PagedBatch, PagedKV
+from kernels.ops import PagedBatch, PagedKV, select_ops
 from tests.runner.hybrid import FP8, desk_of, hybrid, logits, moved
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+NO_IDS = torch.zeros(0, dtype=torch.int32)
+NOTHING = PagedBatch(NO_IDS, NO_IDS, NO_IDS, NO_IDS, num_decodes=0, max_query_len=0, max_context_len=0)
 
 
 def test_e4m3_is_written_as_torch_writes_it() -> None:
@@ -49,3 +52,22 @@ def test_a_model_with_windows_is_as_close_as_plain_pytorch(dtype: torch.dtype) -
         moved(logits(desk_of(hybrid(ops, torch.bfloat16, "cuda"), dtype, device="cuda")), exact) for ops in ("triton", "reference")
     )
     assert ours <= 2 * plain
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, FP8], ids=str)
+def test_a_captured_step_is_the_eager_one(dtype: torch.dtype) -> None:
+    """Two sequences of 200 tokens, and one more each, whose keys and values are written twice."""
+    runner = build_runner(
+        SHAPES["tiny"],
+        select_ops("triton"),
+        device=torch.device("cuda"),
+        dtype=torch.bfloat16,
+        num_blocks=2 * 3 * 32,
+        kv_dtype=dtype,
+    )
+    assert {kv.keys.dtype for kv in runner.cache.of_layers([NOTHING] * runner.num_groups)} == {torch.bfloat16, dtype}
+    runner.forward(step_of(runner, [(0, list(range(3, 203))), (0, list(range(103, 303)))], 512))
+    step = step_of(runner, [(200, [7]), (200, [8])], 512)
+    eager = runner.logits(runner.forward(step)).clone()
+    runner.capture_graphs(2)
+    assert torch.equal(runner.logits(runner.forward(step)), eager)
