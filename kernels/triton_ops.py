@@ -1,12 +1,12 @@
 """The GPU back end: Triton kernels, cuBLAS for dense products, plain PyTorch for a table's rows.
 
-No formula here. Called through `kernels.ops.select_ops("triton")`. `verified.json` beside this file records which kernels passed
-`tests/kernels/test_gpu.py`: {GPU name: {kernel folder: commit}}; it is empty until a GPU has run them.
+No formula here. Called through `kernels.ops.select_ops("triton")`. `verified.json` beside this file (`verified.py`) says which variants
+of a kernel are used on which GPU.
 """
 
 from __future__ import annotations
 
-from kernels.attention.triton import attend
+from kernels.attention.variants import attend
 from kernels.compose import FineOps, compose
 from kernels.gated.triton import gated
 from kernels.kv_write.triton import kv_write

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import triton
 
-Phase = Literal["decode", "prefill"]
+Phase = Literal["decode", "prefill", "mixed"]
 MAX_SPLITS = 32
 """A row with more keys than this many splits hold reads a multiple of the split per program (a function of its own length alone): this
 bounds the grid and the scratch of a graph captured for long contexts."""
@@ -59,6 +59,9 @@ TILES: dict[tuple[Phase, int], tuple[Tile, ...]] = {
     ("decode", 4): (Tile(256, 16, 16, 4),),
     ("prefill", 2): (Tile(128, 128, 64, 8), Tile(256, 64, 32, 8), Tile(512, 32, 16, 8)),
     ("prefill", 4): (Tile(64, 32, 32, 8), Tile(256, 32, 16, 8)),
+    # The prefills of the kernel for both: the keys of a prefill, the warps of a decode, whose sums are spread over them.
+    ("mixed", 2): (Tile(128, 64, 64, 4),),
+    ("mixed", 4): (Tile(64, 32, 32, 4), Tile(128, 32, 16, 4)),
 }
 # A neighbourhood's mask is known before keys are read and held until they are multiplied: with 64 keys a tile it would spill.
 NEAR_KEYS = 32
@@ -73,6 +76,8 @@ STAGES: dict[tuple[Phase, int], tuple[Stages, ...]] = {
     ("decode", 4): (Stages(0, 0, 0, 3),),
     ("prefill", 2): (Stages(128, 0, 0, 3), Stages(0, 0, 0, 2)),
     ("prefill", 4): (Stages(0, 0, 0, 2),),
+    ("mixed", 2): (Stages(64, 0, 0, 5), Stages(0, 0, 0, 4)),
+    ("mixed", 4): (Stages(0, 0, 0, 2),),
 }
 
 
@@ -86,6 +91,11 @@ def prefill_tiling(group: int, head_width: int, itemsize: int, has_near: bool = 
     """batch: prefills. has_near: of the layer, not of the step, so that a row's order of summing never depends on its neighbours."""
     tiling = _tiling("prefill", group, head_width, itemsize, batch, context)
     return tiling._replace(keys=min(tiling.keys, NEAR_KEYS)) if has_near else tiling
+
+
+def mixed_tiling(group: int, head_width: int, itemsize: int) -> Tiling:
+    """Of the prefills in `mixed_triton.py`."""
+    return _tiling("mixed", group, head_width, itemsize, 1, 1 << 30)
 
 
 def split_of(head_width: int, itemsize: int, window: int | None) -> int:
