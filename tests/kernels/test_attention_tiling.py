@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from kernels.attention.tiling import MAX_SPLITS, STAGES, TILES, decode_tiling, num_splits_of, prefill_tiling, split_of
+from kernels.attention.tiling import MAX_SPLITS, STAGES, TILES, Phase, decode_tiling, mixed_tiling, num_splits_of, prefill_tiling, split_of
 
 WIDTHS = (48, 64, 80, 96, 128, 192, 256, 512, 576)
 BATCHES = (1, 2, 16, 31, 32, 64, 256)
@@ -32,7 +32,7 @@ def test_stages_do_follow_company() -> None:
 
 
 @pytest.mark.parametrize("table", [*TILES, *STAGES], ids=str)
-def test_the_tables_are_in_order(table: tuple[str, int]) -> None:
+def test_the_tables_are_in_order(table: tuple[Phase, int]) -> None:
     """Lines go from narrow to wide, and the last of the stages holds for whatever none before does."""
     widths = [line.head_width for line in TILES[table]]
     assert widths == sorted(widths)
@@ -65,3 +65,10 @@ def test_a_large_window_is_split_as_a_context_is() -> None:
     assert num_splits_of(1 << 20, 4096, tile, split_of(256, 2, 4096)) == 17
     assert num_splits_of(1 << 20, None, tile, split_of(256, 2, None)) == MAX_SPLITS
     assert num_splits_of(1, None, tile, 256) == 1
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("width", [64, 128])
+def test_one_launch_for_both_sums_as_two_do(width: int, itemsize: int) -> None:
+    assert mixed_tiling(4, width, itemsize).keys == prefill_tiling(4, width, itemsize).keys
+    assert mixed_tiling(4, width, itemsize).num_warps == decode_tiling(4, width, itemsize).num_warps
