@@ -30,7 +30,7 @@ STAGES = {64: 3, 128: 2, 256: 2}
 
 
 def can_run(q_TNH: Tensor, kv: PagedKV, spec: AttentionSpec) -> bool:
-    """What the kernel takes, by the layer and by how its keys and values lie, never by the step: a row's bits are not to depend on it.
+    """What the kernel takes, by the GPU, the layer and how its keys and values lie, never by the step: a row's bits must not depend on it.
 
     Half-width numbers, no sink, softcap or neighbourhood, up to 64 query heads a key/value head, blocks of 8 to 128 places (of 64 at width
     256) whose rows of H numbers lie one behind the other, and fewer than 2 ** 31 such rows.
@@ -38,6 +38,8 @@ def can_run(q_TNH: Tensor, kv: PagedKV, spec: AttentionSpec) -> bool:
     keys, group = kv.keys, q_TNH.shape[1] // kv.keys.shape[1]
     places, width = keys.shape[2:]
     is_plain = spec.sink == 0 and spec.softcap == 0 and spec.neighbourhood is None and spec.scale > 0
+    if q_TNH.is_cuda and torch.cuda.get_device_capability(q_TNH.device)[0] != 9:
+        return False
     is_half = q_TNH.dtype in (torch.bfloat16, torch.float16) and keys.dtype == kv.values.dtype == q_TNH.dtype
     if not (is_plain and is_half and group <= 64 and width in KEYS and places >= 8 and KEYS[width] % places == 0):
         return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from kernels.attention import reference
 from kernels.attention.cases import AttentionCase
 from kernels.ops import PagedKV
 from tests.kernels.rule import assert_earned, assert_guards_whole, guard_module, guarded
+
+Check = Callable[[AttentionCase, torch.dtype, str, pytest.MonkeyPatch], None]
 
 
 def check_mixed(case: AttentionCase, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +82,9 @@ HOPPER_CASES = (
     AttentionCase("wide_heads", "tiles of 64 keys", ((1, 40), (150, 290)), 4, 1, 256),
 )
 """What `prefill_hopper` takes, and what may go wrong in it: tile edges, idle rows, hidden keys, the turn of its ring of tiles."""
+VARIANT_CHECKS: dict[str, tuple[tuple[AttentionCase, ...], Check, tuple[torch.dtype, ...]]] = {
+    "attention/hopper_prefill": (HOPPER_CASES, check_hopper, (torch.bfloat16, torch.float16)),
+    "attention/mixed": (MIXED_CASES, check_mixed, (torch.bfloat16, torch.float32)),
+    "attention/two_streams": (MIXED_CASES, check_two_streams, (torch.bfloat16, torch.float32)),
+}
+"""By the names that `verified.json` has: what a variant is to pass on a GPU before it stands there."""

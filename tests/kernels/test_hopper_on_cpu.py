@@ -1,8 +1,6 @@
-"""The prefill written for Hopper, run as it stands on a CPU: what no interpreter does for it. Its layouts and its speed are not tested here."""
+"""The prefill written for Hopper, run as it stands on a CPU, which no interpreter does. Its layouts and its speed are not tested here."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -32,11 +30,9 @@ def test_hopper_prefill(case: AttentionCase, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def run(q: torch.Tensor, kv: PagedKV, case: AttentionCase, out: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    grids: list[Any] = []
     kernel = prefill_hopper.hopper_prefill_kernel
     (launch,) = record(monkeypatch, prefill_hopper, lambda: prefill_hopper.prefill(q, kv, case.spec, out))
     monkeypatch.setattr(prefill_hopper, "hopper_prefill_kernel", kernel)
-    group = q.shape[1] // kv.keys.shape[1]
     num_prefills = kv.batch.context_len.shape[0] - kv.batch.num_decodes
-    grids.append(((q.shape[0] - kv.batch.num_decodes) // (128 // group) + num_prefills, kv.keys.shape[1]))
-    gluon_on_cpu.run_launch(launch, prefill_hopper, grids[0])
+    num_blocks = (q.shape[0] - kv.batch.num_decodes) // (128 // launch.arguments["G"]) + num_prefills
+    gluon_on_cpu.run_launch(launch, prefill_hopper, (num_blocks, kv.keys.shape[1]))
