@@ -2,7 +2,7 @@
 
 The same tiles in the same order as the two kernels of `triton.py`, so the same bits; the list needs no host: an item's number says whose
 block of queries or split it is, by the starts and lengths on the device. Not the default: one kernel with two bodies may be pipelined
-worse than each alone, so `attend` takes it only where `verified.json` lists it. Called by `triton.attend`, tests and bench.
+worse than each alone, so it is used only where `verified.json` lists it. Called by `variants` and tests.
 Shape suffixes: T tokens, S sequences, N query heads, K key/value heads, G = N / K, H head width, P places in a block.
 """
 

@@ -1,8 +1,9 @@
 """Prefill attention for Hopper in Gluon: one warp fetches blocks of keys and values, two groups of four warps multiply.
 
-The fetching warp follows the block table with the chip's copy engine (a copy a block, completion counted by a barrier in shared memory).
+The fetching warp follows the block table with the chip's copy engine (a copy a block, completion counted by a barrier in shared memory)
+and runs ahead into the next block of queries while the others end the last: a program a multiprocessor, each with a list of work.
 Each multiplying group holds 64 rows and has its next product of queries and keys under way while it takes the softmax of the one at hand.
-Triton's interpreter can't run this, so `attend` takes it only on a GPU for which `verified.json` lists it. Called by `triton.attend`.
+Triton's interpreter can't run this, so it is used only on a GPU for which `verified.json` lists it. Called by `variants`.
 Longer than most files because the three roles, what they share and when they may be launched have to be read together.
 Shape suffixes: N query heads, K key/value heads, G = N / K, H head width, P places in a block.
 """
@@ -60,7 +61,7 @@ def prefill(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
     group = num_heads // num_kv_heads
     num_prefills = batch.context_len.shape[0] - batch.num_decodes
     num_query_blocks = (num_tokens - batch.num_decodes) // (2 * GROUP_ROWS.value // group) + num_prefills
-    hopper_prefill_kernel[(num_query_blocks, num_kv_heads)](
+    hopper_prefill_kernel[(min(num_query_blocks * num_kv_heads, _num_programs(q.device)),)](
         q,
         _descriptor(keys),
         _descriptor(kv.values),
@@ -70,6 +71,8 @@ def prefill(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
         out,
         batch.num_decodes,
         num_prefills,
+        num_query_blocks,
+        num_kv_heads,
         batch.block_table.stride(0),
         keys.stride(0) // width,
         keys.stride(1) // width,
@@ -82,6 +85,11 @@ def prefill(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
         WINDOW=spec.window or 0,
         num_warps=4,
     )
+
+
+def _num_programs(device: torch.device) -> int:
+    """One a multiprocessor; without a GPU, so few that each has several items."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def _num_rows(side: Tensor) -> int:
@@ -98,32 +106,79 @@ def _descriptor(side: Tensor) -> TensorDescriptor:
 
 
 @gluon.jit
-def _fetch(
-    k_desc, v_desc, k_blocks, v_blocks, bars, table_ptr, head_row, block_rows, first_tile, num_tiles, last_entry,
+def _find_sequence(query_start_ptr, num_decodes, num_prefills, block_index, BLOCK_Q: gl.constexpr):
+    """As in `triton.py`: prefill i owns the blocks of queries from (its first row) // BLOCK_Q + i on."""
+    left = num_decodes * 0
+    right = num_prefills
+    while right - left > 1:
+        middle = (left + right) // 2
+        first = gl.load(query_start_ptr + num_decodes + middle) - num_decodes
+        is_at_or_before = first // BLOCK_Q + middle <= block_index
+        left = gl.where(is_at_or_before, middle, left)
+        right = gl.where(is_at_or_before, right, middle)
+    return left
+
+
+@gluon.jit
+def _item(turn, work, G: gl.constexpr, TILE: gl.constexpr, WINDOW: gl.constexpr):
+    """What this program does in its turn: (key/value head, sequence, its first row, how many of its queries there are, the first of them
+    here, its context, the first tile of keys, how many tiles). No tiles for a block of queries that belongs to nobody.
+
+    A prompt's last queries see the most keys, so blocks are taken from the last; every other turn goes through the programs backwards,
+    which evens out what each of them gets.
+    """
+    query_start_ptr, context_ptr, num_decodes, num_prefills, num_query_blocks, num_kv_heads = work
+    BLOCK_Q: gl.constexpr = 2 * GROUP_ROWS // G
+    num_programs = gl.num_programs(0)
+    place = gl.where(turn % 2 == 0, gl.program_id(0), num_programs - 1 - gl.program_id(0))
+    unit = (turn * num_programs + place) // num_kv_heads
+    block_index = gl.maximum(num_query_blocks - 1 - unit, 0)
+    prefill = _find_sequence(query_start_ptr, num_decodes, num_prefills, block_index, BLOCK_Q)
+    sequence = num_decodes + prefill
+    row_start = gl.load(query_start_ptr + sequence)
+    query_len = gl.load(query_start_ptr + sequence + 1) - row_start
+    context = gl.load(context_ptr + sequence)
+    first_query = (block_index - ((row_start - num_decodes) // BLOCK_Q + prefill)) * BLOCK_Q
+    first_position = context - query_len + first_query
+    first_tile = gl.maximum(first_position - WINDOW + 1, 0) // TILE if WINDOW > 0 else 0
+    num_tiles = gl.cdiv(gl.minimum(first_position + BLOCK_Q, context), TILE) - first_tile
+    num_tiles = gl.where((unit < num_query_blocks) & (first_query < query_len), num_tiles, 0)
+    kv_head = (turn * num_programs + place) % num_kv_heads
+    return kv_head, sequence, row_start, query_len, first_query, context, first_tile, num_tiles
+
+
+@gluon.jit
+def _fetch_tile(
+    desc, blocks, full, free, at, row_ptr, first_entry, last_entry, block_rows, head_row,
     H: gl.constexpr, P: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The fetching warp. Entries behind the context repeat its last block: what lies there is masked."""
-    BLOCKS: gl.constexpr = TILE // P
-    CHUNKS: gl.constexpr = H // CHUNK
-    k_full, k_free, v_full, v_free = bars
-    for i in range(num_tiles):
-        slot = i % STAGES
-        was_freed = ((i // STAGES) & 1) ^ 1
-        first_entry = (first_tile + i) * BLOCKS
-        mbarrier.wait(k_free.index(slot), was_freed)
-        mbarrier.expect(k_full.index(slot), TILE * H * 2)
-        for b in gl.static_range(BLOCKS):
-            row = gl.load(table_ptr + gl.minimum(first_entry + b, last_entry)) * block_rows + head_row
-            for c in gl.static_range(CHUNKS):
-                into = k_blocks.index((slot * CHUNKS + c) * BLOCKS + b)
-                tma.async_copy_global_to_shared(k_desc, [row, c * CHUNK], k_full.index(slot), into)
-        mbarrier.wait(v_free.index(slot), was_freed)
-        mbarrier.expect(v_full.index(slot), TILE * H * 2)
-        for b in gl.static_range(BLOCKS):
-            row = gl.load(table_ptr + gl.minimum(first_entry + b, last_entry)) * block_rows + head_row
-            for c in gl.static_range(CHUNKS):
-                into = v_blocks.index((slot * CHUNKS + c) * BLOCKS + b)
-                tma.async_copy_global_to_shared(v_desc, [row, c * CHUNK], v_full.index(slot), into)
+    """Of keys or of values, the at-th tile of the program. Entries behind the context repeat its last block: what lies there is masked."""
+    slot = at % STAGES
+    mbarrier.wait(free.index(slot), ((at // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(slot), TILE * H * 2)
+    for b in gl.static_range(TILE // P):
+        row = gl.load(row_ptr + gl.minimum(first_entry + b, last_entry)) * block_rows + head_row
+        for c in gl.static_range(H // CHUNK):
+            into = blocks.index((slot * (H // CHUNK) + c) * (TILE // P) + b)
+            tma.async_copy_global_to_shared(desc, [row, c * CHUNK], full.index(slot), into)
+
+
+@gluon.jit
+def _fetch(
+    k_desc, v_desc, k_blocks, v_blocks, bars, work, table_ptr, table_stride, block_rows, head_rows, num_turns,
+    G: gl.constexpr, H: gl.constexpr, P: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr,
+):  # fmt: skip
+    """The fetching warp, ahead of the others by STAGES tiles, past the end of an item too."""
+    fetched = 0
+    for turn in range(num_turns):
+        kv_head, sequence, _, _, _, context, first_tile, num_tiles = _item(turn, work, G, TILE, WINDOW)
+        row_ptr = table_ptr + sequence.to(gl.int64) * table_stride
+        last_entry, head_row = (context - 1) // P, kv_head * head_rows
+        for i in range(num_tiles):
+            at, first_entry = fetched + i, (first_tile + i) * (TILE // P)
+            _fetch_tile(k_desc, k_blocks, bars[0], bars[1], at, row_ptr, first_entry, last_entry, block_rows, head_row, H, P, TILE, STAGES)
+            _fetch_tile(v_desc, v_blocks, bars[2], bars[3], at, row_ptr, first_entry, last_entry, block_rows, head_row, H, P, TILE, STAGES)
+        fetched += num_tiles
 
 
 @gluon.jit
@@ -171,18 +226,20 @@ def _mend(v_tile, start, low, context, ROW: gl.constexpr):
 
 @gluon.jit
 def _next_tile(
-    q_rows, k_tiles, v_tiles, bars, i, weights, acc, peak, total, first_tile, position, low, context, scale,
+    q_rows, k_tiles, v_tiles, bars, i, weights, acc, peak, total, used, first_tile, position, low, context, scale,
     WINDOW: gl.constexpr, STAGES: gl.constexpr, ROW: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Tile i's scores and tile i - 1's share of the sums are under way together; then the softmax of i. i > 0."""
+    """Tile i's scores and tile i - 1's share of the sums are under way together; then the softmax of i. i > 0; used: tiles of the items
+    before this one, which the rings have turned by."""
     k_full, k_free, v_full, v_free = bars
     TILE: gl.constexpr = k_tiles.shape[1]
-    slot, before = i % STAGES, (i - 1) % STAGES
-    mbarrier.wait(k_full.index(slot), (i // STAGES) & 1)
+    at = used + i
+    slot, before = at % STAGES, (at - 1) % STAGES
+    mbarrier.wait(k_full.index(slot), (at // STAGES) & 1)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     zeros = gl.zeros([GROUP_ROWS, TILE], gl.float32, layout)
     scores = warpgroup_mma(q_rows, k_tiles.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
+    mbarrier.wait(v_full.index(before), ((at - 1) // STAGES) & 1)
     acc = warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_free.index(slot))
@@ -195,18 +252,19 @@ def _next_tile(
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
     weights = new_weights
     if MASKED:
-        mbarrier.wait(v_full.index(slot), (i // STAGES) & 1)
+        mbarrier.wait(v_full.index(slot), (at // STAGES) & 1)
         _mend(v_tiles.index(slot), start, low, context, ROW)
     return weights, acc, peak, total
 
 
 @gluon.jit
-def _multiply(
-    q_ptr, out_ptr, q_rows, k_tiles, v_tiles, bars, row_start, query_len, first_query, context, first_tile, num_tiles,
-    head_start, num_heads, scale, G: gl.constexpr, H: gl.constexpr, WINDOW: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+def _multiply_item(
+    q_ptr, out_ptr, q_rows, k_tiles, v_tiles, bars, used, item, num_heads, scale,
+    G: gl.constexpr, H: gl.constexpr, WINDOW: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """One group of four warps: rows GROUP * 64 ... GROUP * 64 + 63 of the program's. Row r is query r // G of head r % G."""
-    k_full, k_free, v_full, _ = bars
+    """One group of four warps: rows GROUP * 64 ... GROUP * 64 + 63 of the item's. Row r is query r // G of head r % G."""
+    kv_head, _, row_start, query_len, first_query, context, first_tile, num_tiles = item
+    k_full, k_free, v_full, v_free = bars
     TILE: gl.constexpr = k_tiles.shape[1]
     BLOCK_Q: gl.constexpr = 2 * GROUP_ROWS // G
     ROW: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (CHUNK // 8), CHUNK // 8], [4, 1], [1, 0])
@@ -215,7 +273,7 @@ def _multiply(
     member = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, ROW))
     query = first_query + member // G
     is_row = (member < BLOCK_Q * G) & (query < query_len)
-    offsets = (((row_start + query).to(gl.int64) * num_heads + head_start + member % G) * H)[:, None]
+    offsets = (((row_start + query).to(gl.int64) * num_heads + kv_head * G + member % G) * H)[:, None]
     offsets = offsets + gl.arange(0, H, gl.SliceLayout(0, ROW))[None, :]
     q_rows.store(gl.load(q_ptr + offsets, mask=is_row[:, None], other=0.0))
     fence_async_shared()
@@ -227,14 +285,15 @@ def _multiply(
     peak = gl.full([GROUP_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     total = gl.zeros([GROUP_ROWS], gl.float32, gl.SliceLayout(1, SCORES))
     acc = gl.zeros([GROUP_ROWS, H], gl.float32, SUMS)
-    mbarrier.wait(k_full.index(0), 0)
+    slot, parity = used % STAGES, (used // STAGES) & 1
+    mbarrier.wait(k_full.index(slot), parity)
     zeros = gl.zeros([GROUP_ROWS, TILE], gl.float32, SCORES)
-    scores = warpgroup_mma(q_rows, k_tiles.index(0).permute((1, 0)), zeros, use_acc=False)
-    mbarrier.arrive(k_free.index(0))
+    scores = warpgroup_mma(q_rows, k_tiles.index(slot).permute((1, 0)), zeros, use_acc=False)
+    mbarrier.arrive(k_free.index(slot))
     numbers, _, peak, total = _softmax(scores, peak, total, first_tile * TILE, position, scale, WINDOW, True)
     weights = gl.convert_layout(numbers.to(v_tiles.dtype), gl.DotOperandLayout(0, SUMS, 2))
-    mbarrier.wait(v_full.index(0), 0)
-    _mend(v_tiles.index(0), first_tile * TILE, low, context, ROW)
+    mbarrier.wait(v_full.index(slot), parity)
+    _mend(v_tiles.index(slot), first_tile * TILE, low, context, ROW)
 
     # Whole tiles: all queries of the program see all their keys.
     whole_end = gl.maximum((first_position + 1) // TILE - first_tile, 1)
@@ -246,63 +305,50 @@ def _multiply(
         whole_end = gl.maximum(whole_end, whole_begin)
         for i in range(1, whole_begin):
             weights, acc, peak, total = _next_tile(
-                q_rows, k_tiles, v_tiles, bars, i, weights, acc, peak, total, first_tile, position, low, context, scale,
+                q_rows, k_tiles, v_tiles, bars, i, weights, acc, peak, total, used, first_tile, position, low, context, scale,
                 WINDOW, STAGES, ROW, True,
             )  # fmt: skip
     for i in range(whole_begin, whole_end):
         weights, acc, peak, total = _next_tile(
-            q_rows, k_tiles, v_tiles, bars, i, weights, acc, peak, total, first_tile, position, low, context, scale,
+            q_rows, k_tiles, v_tiles, bars, i, weights, acc, peak, total, used, first_tile, position, low, context, scale,
             WINDOW, STAGES, ROW, False,
         )  # fmt: skip
     for i in range(whole_end, num_tiles):
         weights, acc, peak, total = _next_tile(
-            q_rows, k_tiles, v_tiles, bars, i, weights, acc, peak, total, first_tile, position, low, context, scale,
+            q_rows, k_tiles, v_tiles, bars, i, weights, acc, peak, total, used, first_tile, position, low, context, scale,
             WINDOW, STAGES, ROW, True,
         )  # fmt: skip
-    last = (num_tiles - 1) % STAGES
-    mbarrier.wait(v_full.index(last), ((num_tiles - 1) // STAGES) & 1)
-    acc = warpgroup_mma(weights, v_tiles.index(last), acc)
+    last = used + num_tiles - 1
+    mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
+    acc = warpgroup_mma(weights, v_tiles.index(last % STAGES), acc)
+    mbarrier.arrive(v_free.index(last % STAGES))
     y = acc / gl.convert_layout(total, gl.SliceLayout(1, SUMS))[:, None]
     gl.store(out_ptr + offsets, gl.convert_layout(y.to(out_ptr.dtype.element_ty), ROW), mask=is_row[:, None])
 
 
 @gluon.jit
-def _find_sequence(query_start_ptr, num_decodes, num_prefills, block_index, BLOCK_Q: gl.constexpr):
-    """As in `triton.py`: prefill i owns the blocks of queries from (its first row) // BLOCK_Q + i on."""
-    left = num_decodes * 0
-    right = num_prefills
-    while right - left > 1:
-        middle = (left + right) // 2
-        first = gl.load(query_start_ptr + num_decodes + middle) - num_decodes
-        is_at_or_before = first // BLOCK_Q + middle <= block_index
-        left = gl.where(is_at_or_before, middle, left)
-        right = gl.where(is_at_or_before, right, middle)
-    return left
+def _multiply(
+    q_ptr, out_ptr, q_rows, k_tiles, v_tiles, bars, work, num_turns, scale,
+    G: gl.constexpr, H: gl.constexpr, WINDOW: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """A group of four warps: item after item."""
+    num_heads = work[5] * G
+    used = 0
+    for turn in range(num_turns):
+        item = _item(turn, work, G, k_tiles.shape[1], WINDOW)
+        if item[7] > 0:
+            _multiply_item(q_ptr, out_ptr, q_rows, k_tiles, v_tiles, bars, used, item, num_heads, scale, G, H, WINDOW, STAGES, GROUP)
+        used += item[7]
 
 
-@gluon.jit(do_not_specialize=["num_decodes", "num_prefills", "table_stride"])
+@gluon.jit(do_not_specialize=["num_decodes", "num_prefills", "num_query_blocks", "table_stride"])
 def hopper_prefill_kernel(
-    q_ptr, k_desc, v_desc, table_ptr, query_start_ptr, context_ptr, out_ptr, num_decodes, num_prefills, table_stride,
-    block_rows, head_rows, scale,
+    q_ptr, k_desc, v_desc, table_ptr, query_start_ptr, context_ptr, out_ptr, num_decodes, num_prefills, num_query_blocks, num_kv_heads,
+    table_stride, block_rows, head_rows, scale,
     G: gl.constexpr, H: gl.constexpr, P: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
-    """One (128 rows of queries of one sequence, key/value head). scale: of scores in units of log 2. *_rows: strides in rows of H."""
-    BLOCK_Q: gl.constexpr = 2 * GROUP_ROWS // G
-    block_index = gl.num_programs(0) - 1 - gl.program_id(0)  # a prompt's last queries see the most keys: start them first
-    kv_head = gl.program_id(1)
-    prefill = _find_sequence(query_start_ptr, num_decodes, num_prefills, block_index, BLOCK_Q)
-    sequence = num_decodes + prefill
-    row_start = gl.load(query_start_ptr + sequence)
-    query_len = gl.load(query_start_ptr + sequence + 1) - row_start
-    first_query = (block_index - ((row_start - num_decodes) // BLOCK_Q + prefill)) * BLOCK_Q
-    if first_query >= query_len:
-        return
-    context = gl.load(context_ptr + sequence)
-    first_position = context - query_len + first_query
-    end = gl.minimum(first_position + BLOCK_Q, context)
-    first_tile = gl.maximum(first_position - WINDOW + 1, 0) // TILE if WINDOW > 0 else 0
-    num_tiles = gl.cdiv(end, TILE) - first_tile
-
+    """Items are (128 rows of queries of one sequence, key/value head); a program takes one in each of its turns, so that it fetches for the
+    next while it ends the last. scale: of scores in units of log 2. *_rows: strides in rows of H."""
     SHARED: gl.constexpr = k_desc.layout
     DTYPE: gl.constexpr = k_desc.dtype
     q_all = gl.allocate_shared_memory(DTYPE, [2, GROUP_ROWS, H], SHARED)
@@ -321,16 +367,14 @@ def hopper_prefill_kernel(
         mbarrier.init(v_free.index(stage), count=2)
     fence_async_shared()
     bars = (k_full, k_free, v_full, v_free)
-    head_start, num_heads = kv_head * G, gl.num_programs(1) * G
-    table_ptr += sequence.to(gl.int64) * table_stride
+    work = (query_start_ptr, context_ptr, num_decodes, num_prefills, num_query_blocks, num_kv_heads)
+    num_turns = gl.cdiv(num_query_blocks * num_kv_heads, gl.num_programs(0))
     gl.warp_specialize(
         [
-            (_multiply, (q_ptr, out_ptr, q_all.index(0), k_tiles, v_tiles, bars, row_start, query_len, first_query, context, first_tile,
-                         num_tiles, head_start, num_heads, scale, G, H, WINDOW, STAGES, 0)),
-            (_multiply, (q_ptr, out_ptr, q_all.index(1), k_tiles, v_tiles, bars, row_start, query_len, first_query, context, first_tile,
-                         num_tiles, head_start, num_heads, scale, G, H, WINDOW, STAGES, 1)),
-            (_fetch, (k_desc, v_desc, k_blocks, v_blocks, bars, table_ptr, kv_head * head_rows, block_rows, first_tile, num_tiles,
-                      (context - 1) // P, H, P, TILE, STAGES)),
+            (_multiply, (q_ptr, out_ptr, q_all.index(0), k_tiles, v_tiles, bars, work, num_turns, scale, G, H, WINDOW, STAGES, 0)),
+            (_multiply, (q_ptr, out_ptr, q_all.index(1), k_tiles, v_tiles, bars, work, num_turns, scale, G, H, WINDOW, STAGES, 1)),
+            (_fetch, (k_desc, v_desc, k_blocks, v_blocks, bars, work, table_ptr, table_stride, block_rows, head_rows, num_turns,
+                      G, H, P, TILE, STAGES, WINDOW)),
         ],
         [4, 1],
         [240, 24],

@@ -132,7 +132,7 @@ class Machine:
             arange=lambda start, end, layout: numbers(torch.arange(start, end)),
             full=lambda shape, value, dtype, layout: numbers(torch.full(shape, value, dtype=dtype)),
             zeros=lambda shape, dtype, layout: numbers(torch.zeros(shape, dtype=dtype)),
-            where=lambda condition, a, b: torch.where(condition, numbers(a), numbers(b)),
+            where=lambda condition, a, b: torch.where(numbers(condition), numbers(a), numbers(b)),
             minimum=lambda a, b: torch.minimum(numbers(a), numbers(b)),
             maximum=lambda a, b: torch.maximum(numbers(a), numbers(b)),
             cdiv=lambda a, b: -(-a // b),
