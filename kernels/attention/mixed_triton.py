@@ -36,7 +36,7 @@ def attend_mixed(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> No
     decode = decode_tiling(group, width, q.element_size())
     tiling = mixed_tiling(group, width, q.element_size())
     num_query_blocks = (num_tokens - batch.num_decodes) // (tiling.rows // group) + num_prefills
-    split = split_of(width, q.element_size(), spec.window)
+    split = split_of(width, q.element_size(), spec.window, decode.keys)
     num_splits = num_splits_of(batch.max_context_len, spec.window, decode.keys, split)
     sums, stats = out, None
     if num_splits > 1:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import triton
 
-Phase = Literal["decode", "prefill", "mixed"]
+Phase = Literal["decode", "packed", "prefill", "mixed"]
 MAX_SPLITS = 32
 """A row with more keys than this many splits hold reads a multiple of the split per program (a function of its own length alone): this
 bounds the grid and the scratch of a graph captured for long contexts."""
@@ -57,6 +57,9 @@ class Stages(NamedTuple):
 TILES: dict[tuple[Phase, int], tuple[Tile, ...]] = {
     ("decode", 2): (Tile(64, 16, 128, 4), Tile(128, 16, 64, 4), Tile(256, 16, 32, 4), Tile(512, 16, 16, 4)),
     ("decode", 4): (Tile(256, 16, 16, 4),),
+    # A decode over a pool of one-byte numbers: the bytes of a plain tile are twice the keys.
+    ("packed", 2): (Tile(128, 16, 128, 4), Tile(256, 16, 64, 4), Tile(512, 16, 32, 4)),
+    ("packed", 4): (Tile(256, 16, 16, 4),),
     ("prefill", 2): (Tile(128, 128, 64, 8), Tile(256, 64, 32, 8), Tile(512, 32, 16, 8)),
     ("prefill", 4): (Tile(64, 32, 32, 8), Tile(256, 32, 16, 8)),
     # The prefills of the kernel for both: the keys of a prefill, the warps of a decode, whose sums are spread over them.
@@ -74,6 +77,8 @@ SPLITS = ((64, 512), (256, 256), (512, 128))
 STAGES: dict[tuple[Phase, int], tuple[Stages, ...]] = {
     ("decode", 2): (Stages(0, 0, 128, 3), Stages(0, 31, 0, 7), Stages(0, 0, 0, 5)),
     ("decode", 4): (Stages(0, 0, 0, 3),),
+    ("packed", 2): (Stages(0, 0, 0, 4),),
+    ("packed", 4): (Stages(0, 0, 0, 3),),
     ("prefill", 2): (Stages(128, 0, 0, 3), Stages(0, 0, 0, 2)),
     ("prefill", 4): (Stages(0, 0, 0, 2),),
     ("mixed", 2): (Stages(64, 0, 0, 5), Stages(0, 0, 0, 4)),
@@ -81,10 +86,10 @@ STAGES: dict[tuple[Phase, int], tuple[Stages, ...]] = {
 }
 
 
-def decode_tiling(group: int, head_width: int, itemsize: int, batch: int = 1, context: int = 1 << 30) -> Tiling:
+def decode_tiling(group: int, head_width: int, itemsize: int, batch: int = 1, context: int = 1 << 30, is_packed: bool = False) -> Tiling:
     """group: query heads of a key/value head; itemsize: bytes of a number of q; batch: decodes; context: the longest, as the host
-    knows it (of a captured graph: what it was captured for)."""
-    return _tiling("decode", group, head_width, itemsize, batch, context)
+    knows it (of a captured graph: what it was captured for); is_packed: keys and values are one byte a number."""
+    return _tiling("packed" if is_packed else "decode", group, head_width, itemsize, batch, context)
 
 
 def prefill_tiling(group: int, head_width: int, itemsize: int, has_near: bool = False, batch: int = 1, context: int = 1 << 30) -> Tiling:
@@ -98,9 +103,9 @@ def mixed_tiling(group: int, head_width: int, itemsize: int) -> Tiling:
     return _tiling("mixed", group, head_width, itemsize, 1, 1 << 30)
 
 
-def split_of(head_width: int, itemsize: int, window: int | None) -> int:
-    """Keys that one decode program reads; a window that is not too large is read by one program, whatever the context."""
-    tile = decode_tiling(1, head_width, itemsize).keys
+def split_of(head_width: int, itemsize: int, window: int | None, tile: int) -> int:
+    """Keys that one decode program reads; a window that is not too large is read by one program, whatever the context. tile: keys of
+    the layer's tile."""
     if window is not None and 2 * window * triton.next_power_of_2(head_width) * itemsize <= ONE_SPLIT_BYTES:
         return -(-window // tile) * tile + tile  # the first tile may begin before the window does
     return next((keys for width, keys in SPLITS if head_width <= width), SPLITS[-1][1])

@@ -55,7 +55,7 @@ def _decode(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
     num_kv_heads = kv.keys.shape[1]
     tiling = decode_tiling(num_heads // num_kv_heads, width, q.element_size(), batch.num_decodes, batch.max_context_len)
     near = near_of(batch, spec)
-    split = split_of(width, q.element_size(), spec.window)
+    split = split_of(width, q.element_size(), spec.window, tiling.keys)
     num_splits = num_splits_of(batch.max_context_len, spec.window, tiling.keys, split)
     sums, stats = out, None
     if num_splits > 1:

@@ -39,6 +39,11 @@ def test_the_tables_are_in_order(table: tuple[Phase, int]) -> None:
     assert STAGES[table][-1][:3] == (0, 0, 0)
 
 
+def test_a_tile_of_single_bytes_has_more_keys() -> None:
+    for width in (128, 256):
+        assert decode_tiling(4, width, 2, is_packed=True).keys == 2 * decode_tiling(4, width, 2).keys
+
+
 def test_a_tile_has_room_for_a_whole_group() -> None:
     assert decode_tiling(32, 128, 2).rows == 32
     assert decode_tiling(1, 128, 2).rows == 16
@@ -53,17 +58,19 @@ def test_a_neighbourhood_takes_fewer_keys() -> None:
 @pytest.mark.parametrize(("width", "itemsize", "window"), [(256, 2, 512), (128, 2, 1024), (64, 2, 37), (64, 4, 1000)])
 def test_a_window_is_read_by_one_program(width: int, itemsize: int, window: int) -> None:
     """Wherever the window begins in its first tile, and however long the context."""
-    split, tile = split_of(width, itemsize, window), decode_tiling(1, width, itemsize).keys
+    tile = decode_tiling(1, width, itemsize).keys
+    split = split_of(width, itemsize, window, tile)
     assert split % tile == 0
     assert all((context - (context - window) // tile * tile) <= split for context in range(window, window + 2 * tile))
     assert num_splits_of(1 << 20, window, tile, split) == 1
 
 
 def test_a_large_window_is_split_as_a_context_is() -> None:
-    assert split_of(256, 2, 4096) == split_of(256, 2, None)
     tile = decode_tiling(1, 256, 2).keys
-    assert num_splits_of(1 << 20, 4096, tile, split_of(256, 2, 4096)) == 17
-    assert num_splits_of(1 << 20, None, tile, split_of(256, 2, None)) == MAX_SPLITS
+    split = split_of(256, 2, 4096, tile)
+    assert split == split_of(256, 2, None, tile)
+    assert num_splits_of(1 << 20, 4096, tile, split) == 17
+    assert num_splits_of(1 << 20, None, tile, split) == MAX_SPLITS
     assert num_splits_of(1, None, tile, 256) == 1
 
 
