@@ -59,7 +59,7 @@ def check_two_streams(case: AttentionCase, dtype: torch.dtype, device: str, monk
 
 
 MIXED_CASES = (
-    AttentionCase("mixed", "several blocks of queries a prefill, two heads", ((1, 17), (1, 90), (40, 60), (3, 20)), 4, 2),
+    AttentionCase("mixed", "several blocks of queries a prefill, two heads", ((1, 17), (1, 40), (40, 60), (3, 20)), 4, 2),
     AttentionCase("window_sink", "the sink of a decode and of a prefill", ((1, 130), (1, 12), (9, 100)), window=50, sink=4),
     AttentionCase("window", "full tiles between two edges", ((1, 40), (30, 200)), window=100),
     AttentionCase("splits", "decodes of two splits beside padding and a short prompt", ((1, 5), (1, 0), (1, 530), (2, 2))),
@@ -70,7 +70,7 @@ MIXED_CASES = (
 HOPPER_CASES = (
     AttentionCase("prompt", "whole tiles, and a last one of a few keys", ((300, 300),), 4, 1, 128),
     AttentionCase("one_tile", "prompts of less than a tile; a decode in front", ((1, 90), (2, 2), (33, 33), (5, 5)), 3, 1, 64),
-    AttentionCase("chunk", "queries start past many whole tiles, in the middle of one", ((200, 1100), (130, 513)), 8, 2, 128),
+    AttentionCase("chunk", "queries start past many whole tiles, in the middle of one", ((200, 820), (65, 513)), 4, 2, 128),
     AttentionCase("odd_group", "two rows of each tile of queries are idle", ((130, 130), (60, 300)), 9, 3, 64),
     AttentionCase("window", "whole tiles between two edges; keys before the window are NaN", ((200, 900), (3, 400)), 4, 2, 128, window=300),
     AttentionCase(

@@ -78,7 +78,8 @@ def test_hopper_prefill(case: AttentionCase, monkeypatch: pytest.MonkeyPatch, tm
         assert overlap.count("MUFU.EX2") >= tile // 2  # of a row, each of four threads has a quarter; a thread has two rows
     stack = re.search(r"STACK:(\d+)", resources(tmp_path))
     assert stack is not None
-    assert int(stack[1]) <= 80, "more is spilled than row offsets from a program's begin to its end"
+    # Row offsets and the numbers of an item, put by from its begin to its end; sums of width 256 take half of all registers.
+    assert int(stack[1]) <= (112 if case.head_width == 256 else 64)
 
 
 def test_what_the_hopper_prefill_takes() -> None:
@@ -104,7 +105,8 @@ def compile_gluon(launch: Launch) -> Any:
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
     for index, param in enumerate(launch.kernel.params):
         value = launch.arguments[param.name]
-        if param.is_constexpr:
+        is_one = isinstance(value, int) and value == 1 and not param.do_not_specialize
+        if param.is_constexpr or is_one:
             signature[param.name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, Tensor):
@@ -112,6 +114,8 @@ def compile_gluon(launch: Launch) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[param.name] = "i32"
+            if value % 16 == 0 and not param.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[param.name] = "fp32"
         else:

@@ -22,7 +22,7 @@ def test_one_launch_gives_the_bits_of_two(case: AttentionCase, monkeypatch: pyte
 
 def test_more_programs_than_items(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixed_triton, "num_programs_of", lambda device: 1000)
-    checks_attention.check_mixed(MIXED_CASES[0], torch.float32, "cpu", monkeypatch)
+    checks_attention.check_mixed(MIXED_CASES[1], torch.float32, "cpu", monkeypatch)
 
 
 def test_what_it_does_not_take() -> None:
