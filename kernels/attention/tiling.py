@@ -20,8 +20,9 @@ MAX_SPLITS = 32
 """A row with more keys than this many splits hold reads a multiple of the split per program (a function of its own length alone): this
 bounds the grid and the scratch of a graph captured for long contexts."""
 ONE_SPLIT_BYTES = 512 * 1024
-"""Keys and values that one decode program may read so that a window needs no second one. At 80 GB/s a program that is 6.5 microseconds;
-half of it and a reduction (2.5 + 2.5 in a graph on an H200) would be 5 for one sequence, and more from a few sequences on."""
+"""Keys and values that one decode program may read so that a window needs no second one, nor a reduction. An estimate, to be measured: a
+program reads some 80 GB/s, so these take 6.5 microseconds, where three splits of a window of 512 took 21 with their reduction (32
+sequences on an H200, head width 256); for a single sequence, splits would take about as long."""
 
 
 class Tiling(NamedTuple):
@@ -53,7 +54,8 @@ class Stages(NamedTuple):
 
 # The first line that is wide enough holds; beyond the widest, the last. float32 ("4") takes small tiles: exact products have no tensor
 # core. Decode has 16 rows, the smallest product a tensor core takes; 128 keys of 64 numbers, because a program waits for its chain of
-# products and sums at each tile, and 64 keys (measured: 0.40 of the limit at 64 x 1,024 on an H200) are 16 KB a wait.
+# products and sums at each tile, and 64 keys are 16 KB a wait (64 sequences of 1,024 on an H200: 0.40 of the limit). Beyond what was
+# measured there, the lines are starting values, from the resources that kernels compile to: `bench.tune_attention` finds better ones.
 TILES: dict[tuple[Phase, int], tuple[Tile, ...]] = {
     ("decode", 2): (Tile(64, 16, 128, 4), Tile(128, 16, 64, 4), Tile(256, 16, 32, 4), Tile(512, 16, 16, 4)),
     ("decode", 4): (Tile(256, 16, 16, 4),),
