@@ -63,7 +63,7 @@ CASES = (
     AttentionCase("one_key", "a softmax over a single key must be exactly one", ((1, 1),)),
     AttentionCase("full_block", "a context that ends exactly where a block ends", ((1, 16), (1, 32))),
     AttentionCase(
-        "ragged_decodes", "lengths below, at and above one split, and a padded row in the middle", ((1, 5), (1, 0), (1, 256), (1, 300))
+        "ragged_decodes", "lengths below, at and above one split, and a padded row in the middle", ((1, 5), (1, 0), (1, 512), (1, 530))
     ),
     AttentionCase("equal_heads", "no grouping: one query head per key/value head", ((1, 40), (7, 23)), num_heads=2, num_kv_heads=2),
     AttentionCase("eight_to_one", "a group of eight and a head width of 128", ((1, 70), (9, 50)), num_heads=8, head_width=128),
@@ -82,7 +82,8 @@ CASES = (
     AttentionCase("window_sink", "first positions stay visible far behind the window", ((1, 230), (1, 12), (25, 200)), window=50, sink=4),
     AttentionCase("sink_meets_window", "the sink reaches into the window's first tile", ((1, 80), (10, 90)), window=70, sink=20),
     AttentionCase("window_full_tiles", "a window wide enough to hold whole tiles between its two edges", ((50, 330),), window=150, sink=4),
-    AttentionCase("window_splits", "a window of more than one split: only the first may count the sink", ((1, 600),), window=300, sink=4),
+    AttentionCase("window_splits", "a window of more than one split: only the first may count the sink", ((1, 2500),), window=2200, sink=4),
+    AttentionCase("window_one_split", "a window read by one program, whatever the context", ((1, 600), (1, 40)), window=300, sink=4),
     AttentionCase("window_one", "every query sees itself alone", ((1, 9), (5, 20)), window=1),
     AttentionCase("softcap", "scores beyond the cap, where its tanh bends", ((1, 100), (20, 60)), softcap=2.0),
     AttentionCase(
@@ -167,8 +168,10 @@ CASES = (
         num_heads=9,
         num_kv_heads=3,
     ),
-    AttentionCase("long_decode", "more keys than 32 splits of 256 hold, so a split grows", ((1, 9000), (1, 8193), (1, 8192)), size="small"),
-    AttentionCase("fp8_long", "many tiles of e4m3, in a split that grows", ((1, 8500), (50, 700)), size="small", pool="fp8"),
+    AttentionCase(
+        "long_decode", "more keys than 32 splits of 512 hold, so a split grows", ((1, 17000), (1, 16385), (1, 16384)), size="small"
+    ),
+    AttentionCase("fp8_long", "many tiles of e4m3, in many splits", ((1, 8500), (50, 700)), size="small", pool="fp8"),
     AttentionCase(
         "long_window",
         "a local layer of a long context: few splits, whatever the length",

@@ -8,25 +8,15 @@ Shape suffixes: T tokens, S sequences, N query heads, K key/value heads, G = N /
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention.tiling import MAX_SPLITS, decode_tiling, num_splits_of, prefill_tiling, split_of
 from kernels.kv_write.pool import pool_words
 from kernels.ops import AttentionSpec, PagedBatch, PagedKV
 
-SPLIT = 256
-"""Keys one decode program reads. Fixed in tokens, so that a row's sum never depends on its neighbours or on the batch's size."""
-PACKED_STAGES = 4
-"""Of a decode over a quantised pool, whose tiles have twice the keys and so a plain pool's bytes. Compiled for sm_90 at width 64, a tile
-of 64 keys takes 616 instructions and one of 128 takes 954, while their bytes take about 610 and 1,220 clocks to arrive (3.0 TB/s, 132
-multiprocessors at 1.7 GHz)."""
-MAX_SPLITS = 32
-"""A row with more than SPLIT * MAX_SPLITS keys reads a multiple of SPLIT per program (a function of its own length alone): this bounds
-the grid and the scratch of a graph captured for long contexts."""
 E4M3_BIAS = tl.constexpr(2.0**120)
 """What e4m3 in the places of bfloat16 is short of."""
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -41,36 +31,6 @@ def near_of(batch: PagedBatch, spec: AttentionSpec) -> Near | None:
     """None where no code can be hidden: the kernel is then the one without a neighbourhood."""
     near = spec.neighbourhood
     return None if near is None or batch.grid_start is None else (near.columns, near.row_radius, near.column_radius)
-
-
-class Tiling(NamedTuple):
-    """rows of queries and keys per tile, and how the compiler should lay the program out."""
-
-    rows: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
-
-def decode_tiling(group: int, head_width: int, itemsize: int) -> Tiling:
-    """At least 16 rows, the smallest matrix product a tensor core takes. Of the stages, two go to reading the block table ahead, which
-    leaves three tiles of keys and values in flight."""
-    rows = max(16, triton.next_power_of_2(group))
-    if itemsize > 2:
-        return Tiling(rows, 16, 4, 3)
-    return Tiling(rows, 64 if head_width <= 128 else 32, 4, 5)
-
-
-def prefill_tiling(group: int, head_width: int, itemsize: int, has_near: bool = False) -> Tiling:
-    """128 rows where the accumulator fits in registers; float32 takes small tiles, since its exact product has no tensor core.
-
-    has_near: of the layer, not of the step, so that a row's order of summing never depends on its neighbours. A neighbourhood's mask is
-    known before keys are read and held until they are multiplied: with 64 keys a tile it would spill.
-    """
-    least = max(16, triton.next_power_of_2(group))
-    if itemsize > 2:
-        return Tiling(max(32, least), 32 if head_width <= 64 else 16, 8, 2)
-    return Tiling(max(128, least), 32 if has_near else 64, 8, 3) if head_width <= 128 else Tiling(max(64, least), 32, 8, 2)
 
 
 def attend(q_TNH: Tensor, kv: PagedKV, spec: AttentionSpec) -> Tensor:
@@ -90,25 +50,21 @@ def attend(q_TNH: Tensor, kv: PagedKV, spec: AttentionSpec) -> Tensor:
     return out.flatten(1)
 
 
-def num_splits_of(max_context_len: int, window: int | None, tile: int) -> int:
-    """An upper bound of the splits of any row. A window's own splits are few whatever the context."""
-    span = max_context_len if window is None else min(max_context_len, window + tile)
-    return min(MAX_SPLITS, max(1, -(-span // SPLIT)))
-
-
 def _decode(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
     batch = kv.batch
     keys, values, key_scales, value_scales = pool_words(kv)
     _, num_heads, width = q.shape
     num_kv_heads = kv.keys.shape[1]
-    tiling = decode_tiling(num_heads // num_kv_heads, width, q.element_size())
-    if key_scales is not None and q.element_size() == 2:
-        tiling = tiling._replace(keys=2 * tiling.keys, num_stages=PACKED_STAGES)
+    is_packed, group = key_scales is not None, num_heads // num_kv_heads
+    tiling = decode_tiling(group, width, q.element_size(), batch.num_decodes, batch.max_context_len, is_packed)
     near = near_of(batch, spec)
-    num_splits = num_splits_of(batch.max_context_len, spec.window, tiling.keys)
-    sums = torch.empty((batch.num_decodes, num_heads, num_splits, width), dtype=torch.float32, device=q.device)
-    stats = torch.empty((batch.num_decodes, num_heads, num_splits, 2), dtype=torch.float32, device=q.device)
-    shared = {"H": width, "TILE": tiling.keys, "SPLIT": SPLIT, "MAX_SPLITS": MAX_SPLITS}
+    split = split_of(width, q.element_size(), spec.window, tiling.keys)
+    num_splits = num_splits_of(batch.max_context_len, spec.window, tiling.keys, split)
+    sums, stats = out, None
+    if num_splits > 1:
+        sums = torch.empty((batch.num_decodes, num_heads, num_splits, width), dtype=torch.float32, device=q.device)
+        stats = torch.empty((batch.num_decodes, num_heads, num_splits, 2), dtype=torch.float32, device=q.device)
+    shared = {"H": width, "TILE": tiling.keys, "SPLIT": split, "MAX_SPLITS": MAX_SPLITS}
     decode_kernel[(batch.num_decodes, num_kv_heads, num_splits)](
         q,
         keys,
@@ -133,9 +89,10 @@ def _decode(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )
-    reduce_kernel[(batch.num_decodes, num_heads)](
-        sums, stats, batch.context_len, out, num_splits, **shared, WINDOW=spec.window or 0, num_warps=4
-    )
+    if num_splits > 1:
+        reduce_kernel[(batch.num_decodes, num_heads)](
+            sums, stats, batch.context_len, out, num_splits, **shared, WINDOW=spec.window or 0, num_warps=4
+        )
 
 
 def _prefill(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
@@ -144,9 +101,9 @@ def _prefill(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
     num_tokens, num_heads, width = q.shape
     num_kv_heads = kv.keys.shape[1]
     group = num_heads // num_kv_heads
-    tiling = prefill_tiling(group, width, q.element_size(), spec.neighbourhood is not None)
-    near = near_of(batch, spec)
     num_prefills = batch.context_len.shape[0] - batch.num_decodes
+    tiling = prefill_tiling(group, width, q.element_size(), spec.neighbourhood is not None, num_prefills, batch.max_context_len)
+    near = near_of(batch, spec)
     num_query_blocks = (num_tokens - batch.num_decodes) // (tiling.rows // group) + num_prefills
     prefill_kernel[(num_query_blocks, num_kv_heads)](
         q,
@@ -323,6 +280,7 @@ def decode_kernel(
     """One (sequence, key/value head, split): all G query heads of the group share each key that is read.
 
     Writes unnormalised sums [S, N, splits, H] and (peak, total) [S, N, splits, 2], both float32. Splits past the row's end write nothing.
+    Where the grid has one split, stats_ptr is None and sums_ptr is the output, which gets what the reduction would make of one split.
     SPAN: window (0 without one) and sink.
     """
     WINDOW: tl.constexpr = SPAN[0]
@@ -333,8 +291,9 @@ def decode_kernel(
     low, base, size = _split_bounds(context, WINDOW, TILE, SPLIT, MAX_SPLITS)
     begin = base + split * size
     end = tl.minimum(begin + size, context)
-    if begin >= end:
-        return
+    if stats_ptr is not None:  # noqa: SIM102 (one is decided by the compiler, the other on the device)
+        if begin >= end:
+            return
     num_heads = tl.num_programs(1) * G
     member = tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
@@ -367,10 +326,14 @@ def decode_kernel(
             q, peak, total, acc, start, end, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
             H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True, k_scale_ptr, v_scale_ptr,
         )  # fmt: skip
-    partial = head_row * tl.num_programs(2) + split
-    tl.store(sums_ptr + partial[:, None] * H + columns[None, :], acc, mask=stored)
-    tl.store(stats_ptr + partial * 2, peak, mask=in_group)
-    tl.store(stats_ptr + partial * 2 + 1, total, mask=in_group)
+    if stats_ptr is None:
+        y = acc / tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(sums_ptr + head_row[:, None] * H + columns[None, :], y.to(sums_ptr.dtype.element_ty), mask=stored)
+    else:
+        partial = head_row * tl.num_programs(2) + split
+        tl.store(sums_ptr + partial[:, None] * H + columns[None, :], acc, mask=stored)
+        tl.store(stats_ptr + partial * 2, peak, mask=in_group)
+        tl.store(stats_ptr + partial * 2 + 1, total, mask=in_group)
 
 
 @triton.jit(do_not_specialize=["num_splits"])
