@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.linear.reference import scales_of
 from kernels.norm.reference import rms_norm
 from kernels.ops import LayerWeights, PagedKV
 
@@ -64,7 +65,6 @@ def quantize_heads(x_TKH: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     A scale is a head's absolute maximum by the largest number of the dtype (1 for zeros); rounded to the nearest, ties to even.
     """
     wide = x_TKH.to(torch.promote_types(x_TKH.dtype, torch.float32))
-    scales = wide.abs().amax(-1) / LARGEST[dtype]
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    scales = scales_of(wide.abs().amax(-1), LARGEST[dtype])
     numbers = (wide / scales[..., None]).clamp_(-LARGEST[dtype], LARGEST[dtype])
     return (numbers.round_() if dtype is torch.int8 else numbers).to(dtype), scales.float()

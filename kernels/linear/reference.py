@@ -31,10 +31,16 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(values int8 [M, in], scales [M], float32 or wider) with x ~ values * scales[:, None], symmetric, ties rounded to even."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scales = wide.abs().amax(-1) / 127
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    scales = scales_of(wide.abs().amax(-1), 127)
     values = (wide / scales[:, None]).round_().clamp_(-127, 127)
     return values.to(torch.int8), scales
+
+
+def scales_of(most: Tensor, largest: float) -> Tensor:
+    """most / largest, rounded once; 1 where most is 0. By a tensor: on a GPU PyTorch multiplies by the reciprocal of a plain number, which
+    is another float32 for every second maximum that is divided by 448, and for every 25th by 127."""
+    scales = most / torch.full_like(most, largest)
+    return torch.where(scales > 0, scales, torch.ones_like(scales))
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -114,8 +120,7 @@ def quantize_fp8(weight: Tensor) -> Fp8Weight:
 def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """(values float8_e4m3fn [M, in], scales float32 [M]) with x ~ values * scales[:, None], ties rounded to even."""
     wide = x.float()
-    scales = wide.abs().amax(-1) / MOST_FP8
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    scales = scales_of(wide.abs().amax(-1), MOST_FP8)
     return (wide / scales[:, None]).clamp_(-MOST_FP8, MOST_FP8).to(torch.float8_e4m3fn), scales
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.gated import cases as gated_cases
 from kernels.gated.reference import gated
 from kernels.kv_write import cases as kv_write_cases
-from kernels.kv_write.reference import kv_write
-from kernels.linear.reference import dense_of, embed, linear, quantize_grouped, quantize_int8
+from kernels.kv_write.reference import kv_write, quantize_heads
+from kernels.linear.reference import dense_of, embed, linear, quantize_grouped, quantize_int8, quantize_rows, quantize_rows_fp8
 from kernels.norm import cases as norm_cases
 from kernels.norm.reference import rms_norm
 from kernels.ops import Int8Weight, select_ops
@@ -200,3 +203,28 @@ def test_coarse_ops_are_their_compositions() -> None:
     inner = F.rms_norm(total, (width,), weights.mlp_norm, weights.spec.norm_eps) @ weights.gate_up.T
     torch.testing.assert_close(after, total)
     torch.testing.assert_close(got, (F.silu(inner[:, :hidden]) * inner[:, hidden:]) @ weights.down.T)
+
+
+class _Divisors(TorchDispatchMode):
+    """Writes down what is divided by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[object] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.div:
+            self.found.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_scales_are_divided_and_not_multiplied_by_a_reciprocal() -> None:
+    """As PyTorch does on a GPU with a plain number: kernels that divide would then differ from their reference in a last bit."""
+    x = torch.randn(64, 3, 8)
+    with _Divisors() as divisors:
+        quantize_rows(x[:, 0])
+        quantize_rows_fp8(x[:, 0])
+        quantize_heads(x, torch.int8)
+        quantize_heads(x, torch.float8_e4m3fn)
+    assert len(divisors.found) == 8
+    assert all(isinstance(divisor, torch.Tensor) for divisor in divisors.found)
