@@ -87,6 +87,14 @@ STAGES: dict[tuple[Phase, int], tuple[Stages, ...]] = {
     ("mixed", 4): (Stages(0, 0, 0, 2),),
 }
 
+SMALL_SHARED_BYTES, SMALL_STAGES = 128 * 1024, 5
+"""On chips with less shared memory a decode has at most so many stages: three tiles of 32 KB beside the scores do not fit 99 KB."""
+
+
+def stages_within(num_stages: int, shared_bytes: int) -> int:
+    """Of a decode, on a chip on which a program may have so much shared memory."""
+    return min(num_stages, SMALL_STAGES) if shared_bytes < SMALL_SHARED_BYTES else num_stages
+
 
 def decode_tiling(group: int, head_width: int, itemsize: int, batch: int = 1, context: int = 1 << 30, is_packed: bool = False) -> Tiling:
     """group: query heads of a key/value head; itemsize: bytes of a number of q; batch: decodes; context: the longest, as the host

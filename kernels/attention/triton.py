@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention.tiling import MAX_SPLITS, decode_tiling, num_splits_of, prefill_tiling, split_of
+from kernels.attention.tiling import MAX_SPLITS, decode_tiling, num_splits_of, prefill_tiling, split_of, stages_within
+from kernels.chip import shared_bytes
 from kernels.kv_write.pool import pool_words
 from kernels.ops import AttentionSpec, PagedBatch, PagedKV
 
@@ -87,7 +88,7 @@ def _decode(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
         SOFTCAP=spec.softcap,
         NEAR=near,
         num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
+        num_stages=stages_within(tiling.num_stages, shared_bytes(q.device)),
     )
     if num_splits > 1:
         reduce_kernel[(batch.num_decodes, num_heads)](

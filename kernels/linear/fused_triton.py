@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels.dependent import begin, can_depend
 from kernels.gated.triton import activated
 from kernels.kv_write.triton import _rotated, _stored
-from kernels.linear.narrow_triton import MAX_ROWS, Tiling, normed_lane_sum, padded_rows, prefetch_lines, product, tiling_of
+from kernels.linear.narrow_triton import MAX_ROWS, Tiling, fitting, normed_lane_sum, padded_rows, prefetch_lines, product, tiling_of
 from kernels.ops import LayerWeights, Ops, PagedKV, Weight
 
 POOLS = (torch.float32, torch.float16, torch.bfloat16)
@@ -107,7 +107,7 @@ def normed_qkv(x_TD: Tensor, residual_TD: Tensor | None, weights: LayerWeights, 
         N=spec.num_heads,
         H=spec.head_width,
         P=kv.keys.shape[2],
-        **_tile(tiling, x_TD),
+        **_tile(tiling, x_TD, given),
     )
     return q, total
 
@@ -131,7 +131,7 @@ def normed_product(x_TD: Tensor, residual_TD: Tensor | None, weights: LayerWeigh
         len(x_TD),
         weights.spec.norm_eps,
         OUT=out_features,
-        **_tile(tiling, x_TD),
+        **_tile(tiling, x_TD, given),
     )
     return out, total
 
@@ -155,7 +155,7 @@ def normed_gate_up(x_TD: Tensor, residual_TD: Tensor | None, weights: LayerWeigh
         spec.norm_eps,
         F=width,
         IS_GELU=spec.activation == "gelu_tanh",
-        **_tile(tiling, x_TD),
+        **_tile(tiling, x_TD, given),
     )
     return out, total
 
@@ -174,14 +174,15 @@ def _with_total(x_TD: Tensor, residual_TD: Tensor | None) -> tuple[Tensor, Tenso
     return x_TD, torch.empty_like(x_TD), residual_TD.contiguous()
 
 
-def _tile(tiling: Tiling, x_TD: Tensor) -> dict[str, Any]:
+def _tile(tiling: Tiling, x_TD: Tensor, residual_TD: Tensor | None) -> dict[str, Any]:
     """What every kernel here is launched with."""
-    is_dependent = can_depend(x_TD.device)
+    is_dependent, rows = can_depend(x_TD.device), padded_rows(len(x_TD))
+    tiling = fitting(tiling, rows * (1 if residual_TD is None else 2) + 1, x_TD.device)  # x, the residual, the norm's weight
     return {
         "IN": x_TD.shape[1],
         "COLUMNS": tiling.columns,
         "LANES": tiling.lanes,
-        "ROWS": padded_rows(len(x_TD)),
+        "ROWS": rows,
         "DEPENDENT": is_dependent,
         "num_warps": tiling.num_warps,
         "num_stages": tiling.num_stages,

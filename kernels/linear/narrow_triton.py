@@ -10,13 +10,14 @@ Shape suffixes in comments: C output columns of a program, L lanes, M rows of x 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.chip import shared_bytes
 from kernels.dependent import begin, can_depend, prefetch
 
 MAX_ROWS = 16
@@ -57,6 +58,13 @@ def padded_rows(num_rows: int) -> int:
     return 8 if num_rows <= 8 else MAX_ROWS
 
 
+def fitting(tiling: Tiling, num_lines: int, device: torch.device) -> Tiling:
+    """The tiling with no more stages than shared memory holds, which changes no bit. num_lines: how many are loaded in each stage beside
+    those of the matrix; every lane holds 128 bytes of a line, in one stage less than there are."""
+    stage = 128 * tiling.lanes * (tiling.columns + num_lines)
+    return replace(tiling, num_stages=min(tiling.num_stages, 1 + shared_bytes(device) // stage))
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, tiling: Tiling | None = None) -> Tensor:
     """x [M, in] by the rows of weight [out, in], M <= 16, plus bias [out] and residual [M, out], rounded once: [M, out] in x's dtype.
 
@@ -69,7 +77,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Ten
     x, out_features = x.contiguous(), weight.shape[0]
     out = torch.empty((num_rows, out_features), dtype=x.dtype, device=x.device) if residual is None else residual
     if num_rows:
-        tiling, is_dependent = tiling or tiling_of(out_features), can_depend(x.device)
+        tiling, is_dependent = tiling or fitting(tiling_of(out_features), padded_rows(num_rows), x.device), can_depend(x.device)
         narrow_kernel[(triton.cdiv(out_features, tiling.columns),)](
             x,
             weight,

@@ -36,7 +36,7 @@ TYPES = {
     torch.uint32: "*u32",
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """What one block may have. Source: CUDA C++ Programming Guide, table of technical specifications per compute capability."""
 NEVER_SPILL = {"decode_kernel", "reduce_kernel", "kv_write_kernel", "norm_kernel"} | {
     f"{name}_kernel" for name in ("score", "threshold", "draw", "choose")

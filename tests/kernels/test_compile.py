@@ -26,7 +26,7 @@ from kernels.norm import triton as norm
 from kernels.ops import Activation, Neighbourhood
 from kernels.sample import cases as sample_cases
 from kernels.sample import triton as sample
-from tests.kernels.launches import CHIPS, NEVER_SPILL, SPILLS, Launch, assert_fits, record
+from tests.kernels.launches import CHIPS, NEVER_SPILL, SHARED_BYTES, SPILLS, Launch, assert_fits, compile_launch, record
 
 STEP = ((1, 600), (3, 20))
 ATTENTION = (
@@ -54,6 +54,16 @@ def test_attention(case: AttentionCase, dtype: torch.dtype, capability: int, mon
     assert [launch.name for launch in launches] == ["decode_kernel", *["reduce_kernel"] * is_split, "prefill_kernel"]
     for launch in launches:
         assert_fits(launch, capability, f"{case.name} {dtype}".replace("torch.", ""))
+
+
+@pytest.mark.parametrize("width", [pytest.param(64, marks=pytest.mark.long), 128, pytest.param(256, marks=pytest.mark.long)])
+def test_a_decode_of_few_sequences_fits_99_kb(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the most tiles in flight: 103 KB of them where there is room."""
+    case = AttentionCase("", "", ((1, 600),), 4, 1, width)
+    q, kv = attention_cases.build(case, torch.bfloat16)
+    monkeypatch.setattr(attention, "shared_bytes", lambda device: SHARED_BYTES[89])
+    decode, _ = record(monkeypatch, attention, lambda: attention.attend(q, kv, case.spec))
+    assert compile_launch(decode, 89).shared_bytes <= SHARED_BYTES[89]
 
 
 def small_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launch]:

@@ -15,7 +15,7 @@ import torch
 from kernels.gated import triton as gated
 from kernels.linear import cases, fused_triton, narrow_triton, tiled_triton
 from kernels.norm import triton as norm
-from tests.kernels.launches import CHIPS, Launch, assert_fits, compile_launch, record
+from tests.kernels.launches import CHIPS, SHARED_BYTES, Launch, assert_fits, compile_launch, record
 
 SHAPES = {"head": (128_256, 2048), "gate_up": (16_384, 2048), "qkv": (6144, 4096), "down": (576, 1536)}
 """(out, in): one for each of the tilings."""
@@ -36,13 +36,14 @@ def launches_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Launch]]:
     def recorded(module: ModuleType, capability: int, call: Callable[[], object]) -> list[Launch]:
         with monkeypatch.context() as patch:
             patch.setattr(module, "can_depend", lambda device: capability >= 90)
+            patch.setattr(narrow_triton, "shared_bytes", lambda device: SHARED_BYTES[capability])
             return record(patch, module, call)
 
     return recorded
 
 
 def instruction(capability: int) -> str:
-    return {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
+    return {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
 
 
 @pytest.mark.parametrize("capability", CHIPS)
@@ -113,6 +114,26 @@ def test_fused(case: cases.LayerCase, capability: int, launches_of: Any) -> None
     assert [launch.name for launch in launches] == ["qkv_kernel" if write else "normed_kernel", "gate_up_kernel"]
     for launch in launches:
         assert_fits(launch, capability, case.name)
+
+
+@pytest.mark.parametrize("capability", [80, pytest.param(89, marks=pytest.mark.long)])
+@pytest.mark.parametrize("num_rows", [pytest.param(2, marks=pytest.mark.long), 16])
+def test_a_small_model_fits_chips_with_less_shared_memory(num_rows: int, capability: int, launches_of: Any) -> None:
+    """Few columns, many lanes, and beside them in each stage the rows and their residual: 196 KB with Hopper's stages."""
+    x, residual, weights, _, _ = cases.build_layer(cases.LayerCase("", "", num_rows, 576, 9, 3, 64, 512), torch.bfloat16)
+    (hopper,) = launches_of(fused_triton, 90, lambda: fused_triton.normed_gate_up(x, residual, weights))
+    (launch,) = launches_of(fused_triton, capability, lambda: fused_triton.normed_gate_up(x, residual, weights))
+    assert launch.num_stages < hopper.num_stages == 5 or num_rows <= 8
+    assert compile_launch(launch, capability).shared_bytes <= SHARED_BYTES[capability]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("num_rows", [1, 16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_narrow_fits_99_kb(name: str, num_rows: int, launches_of: Any) -> None:
+    x, weight = torch.empty((num_rows, SHAPES[name][1]), dtype=torch.bfloat16), _weight(SHAPES[name])
+    (launch,) = launches_of(narrow_triton, 89, lambda: narrow_triton.product(x, weight))
+    assert compile_launch(launch, 89).shared_bytes <= SHARED_BYTES[89]
 
 
 def test_norm_and_gated_wait(launches_of: Any) -> None:
