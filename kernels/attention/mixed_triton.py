@@ -1,8 +1,9 @@
 """Attention of a step with decodes and prefills in one launch: as many programs as the device holds, each walking a list of work.
 
-The same tiles in the same order as the two kernels of `triton.py`, so the same bits; the list needs no host: an item's number says whose
-block of queries or split it is, by the starts and lengths on the device. Not the default: one kernel with two bodies may be pipelined
-worse than each alone, so it is used only where `verified.json` lists it. Called by `variants` and tests.
+The tiles of the two kernels of `triton.py`, but blocks of queries of its own: decodes have the bits of the decode kernel, prompts may
+differ from the prefill kernel's in their last ones. The list needs no host: an item's number says whose block of queries or split it is, by
+the starts and lengths on the device. Not the default: one kernel with two bodies may be pipelined worse than each alone, so it is used only
+where `verified.json` lists it. Called by `variants` and tests.
 Shape suffixes: T tokens, S sequences, N query heads, K key/value heads, G = N / K, H head width, P places in a block.
 """
 
@@ -27,7 +28,7 @@ def can_run(q_TNH: Tensor, kv: PagedKV, spec: AttentionSpec) -> bool:
 
 
 def attend_mixed(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
-    """Both kinds of sequences of a batch that has both. Mutates: out [T, N, H], the rows that belong to a sequence."""
+    """The prefills of a batch, and the decodes that it may have. Mutates: out [T, N, H], the rows that belong to a sequence."""
     batch = kv.batch
     num_tokens, num_heads, width = q.shape
     num_kv_heads = kv.keys.shape[1]
@@ -68,7 +69,7 @@ def attend_mixed(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> No
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )
-    if num_splits > 1:
+    if num_splits > 1 and batch.num_decodes:
         shared = {"H": width, "TILE": decode.keys, "WINDOW": spec.window or 0, "SPLIT": split}
         reduce_kernel[(batch.num_decodes, num_heads)](
             sums, stats, batch.context_len, out, num_splits, **shared, MAX_SPLITS=MAX_SPLITS, num_warps=4

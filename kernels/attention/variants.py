@@ -21,7 +21,8 @@ from kernels.verified import verified
 HOPPER_PREFILL = "attention/hopper_prefill"
 """Prefills by `prefill_hopper.py`, where it takes the layer."""
 MIXED = "attention/mixed"
-"""Decodes and prefills of a step by one launch, `mixed_triton.py`."""
+"""Prefills, and the decodes beside them, by one launch, `mixed_triton.py`: prefills alone too, whose tiles of queries are not those of the
+prefill kernel, so a prompt's bits would else depend on whether somebody decodes."""
 TWO_STREAMS = "attention/two_streams"
 """The decodes of a step with both beside its prefills, on a stream of their own."""
 VARIANTS = (HOPPER_PREFILL, MIXED, TWO_STREAMS)
@@ -42,7 +43,7 @@ def attend_by(chosen: frozenset[str], q_TNH: Tensor, kv: PagedKV, spec: Attentio
     has_decodes = batch.num_decodes > 0
     has_prefills = batch.num_decodes < batch.context_len.shape[0] and q.shape[0] > batch.num_decodes
     is_hopper = has_prefills and HOPPER_PREFILL in chosen and _hopper().can_run(q, kv, spec)
-    if has_decodes and has_prefills and MIXED in chosen and not is_hopper and mixed_triton.can_run(q, kv, spec):
+    if has_prefills and MIXED in chosen and not is_hopper and mixed_triton.can_run(q, kv, spec):
         mixed_triton.attend_mixed(q, kv, spec, out)
         return out.flatten(1)
     side = _side_stream(q.device) if has_decodes and has_prefills and TWO_STREAMS in chosen else None

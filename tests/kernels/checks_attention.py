@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ Check = Callable[[AttentionCase, torch.dtype, str, pytest.MonkeyPatch], None]
 
 
 def check_mixed(case: AttentionCase, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal to the two launches to the last bit, and nothing written outside of the output."""
-    from kernels.attention import mixed_triton, triton
+    """Decodes equal to the two launches to the last bit (on the interpreter, which fuses no roundings, prompts too), prompts the same
+    without decodes beside them, and nothing written outside of the output."""
+    from kernels.attention import mixed_triton, triton, variants
 
     q, kv = attention_cases.build(case, dtype, device)
     assert mixed_triton.can_run(q, kv, case.spec)
@@ -29,7 +31,16 @@ def check_mixed(case: AttentionCase, dtype: torch.dtype, device: str, monkeypatc
     assert_guards_whole(memory)
     if guards.memories:
         guards.check()
-    assert torch.equal(out, expected)
+    decodes = kv.batch.num_decodes
+    assert torch.equal(out[:decodes], expected[:decodes])
+    assert device != "cpu" or torch.equal(out, expected)
+    batch = kv.batch
+    prompts = replace(
+        batch, slots=batch.slots[decodes:], block_table=batch.block_table[decodes:], query_start=batch.query_start[decodes:] - decodes,
+        context_len=batch.context_len[decodes:], num_decodes=0,
+    )  # fmt: skip
+    alone = variants.attend_by(frozenset({variants.MIXED}), q[decodes:], PagedKV(kv.keys, kv.values, prompts), case.spec)
+    assert torch.equal(alone.view_as(out[decodes:]), out[decodes:]), "a prompt's bits depend on whether somebody decodes"
     exact = reference.attend(q.double(), PagedKV(kv.keys.double(), kv.values.double(), kv.batch), case.spec).view_as(q)
     assert_earned(out, reference.attend(q, kv, case.spec).view_as(q), exact)
 

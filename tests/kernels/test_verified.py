@@ -22,8 +22,12 @@ def test_no_variant_without_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("chosen", [frozenset(), frozenset({"linear/other"}), frozenset({variants.MIXED})], ids=str)
-def test_a_variant_is_used_where_it_is_listed(chosen: frozenset[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    q, kv = cases.build(cases.AttentionCase("", "", ((1, 5), (3, 3))), torch.float32)
+@pytest.mark.parametrize("sequences", [((1, 5), (3, 3)), ((3, 3),)], ids=["mixed", "prompts"])
+def test_a_variant_is_used_where_it_is_listed(
+    sequences: tuple[tuple[int, int], ...], chosen: frozenset[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one launch for prompts alone too: its blocks of queries are its own, and a prompt's bits must not know who decodes."""
+    q, kv = cases.build(cases.AttentionCase("", "", sequences), torch.float32)
     calls: list[str] = []
     monkeypatch.setattr(variants, "verified", lambda device: chosen)
     monkeypatch.setattr(triton, "attend", lambda *args: calls.append("two launches"))
