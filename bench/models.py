@@ -31,6 +31,13 @@ def shape(layers: int, width: int, feed_forward_width: int, heads: tuple[int, in
     )
 
 
+def gemma(layers: int, width: int, feed_forward_width: int, heads: tuple[int, int, int], vocab_size: int, window: int) -> ModelConfig:
+    """As Gemma 3: five local layers and a global one in turn, post norms, scaled embeddings."""
+    attention = tuple(LayerAttention(rope_base=1e6) if at % 6 == 5 else LayerAttention(window=window) for at in range(layers))
+    own = {"has_qk_norm": True, "has_post_norms": True, "activation": "gelu_tanh", "embedding_scale": width**0.5, "norm_offset": 1.0}
+    return shape(layers, width, feed_forward_width, heads, vocab_size, attention=attention, **own)
+
+
 HYBRID = tuple(LayerAttention(window=None if at % 6 == 5 else 512) for at in range(18))
 SHAPES = {
     "smollm2-135m": shape(30, 576, 1536, (9, 3, 64), 49_152),
@@ -38,6 +45,12 @@ SHAPES = {
     "llama-1b": shape(16, 2048, 8192, (32, 8, 64), 128_256),
     "llama-8b": shape(32, 4096, 14_336, (32, 8, 128), 128_256),
     "hybrid-270m": shape(18, 640, 2048, (4, 1, 256), 262_144, attention=HYBRID, has_qk_norm=True),
+    "gemma3-1b": gemma(26, 1152, 6912, (4, 1, 256), 262_144, 512),
+    "gemma3-270m": gemma(18, 640, 2048, (4, 1, 256), 262_144, 512),
+    "llamagen-111m": shape(12, 768, 2048, (12, 12, 64), 16_384),
+    "llamagen-1.4b": shape(48, 1536, 4096, (24, 24, 64), 16_384),
+    "tiny-dense": shape(2, 64, 96, (4, 2, 16), 211),
+    "tiny-gemma": gemma(6, 64, 96, (4, 1, 16), 211, 24),
     "tiny": shape(4, 128, 256, (6, 2, 32), 509, attention=(LayerAttention(window=24, sink=4), LayerAttention()) * 2),
 }
 

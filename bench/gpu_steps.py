@@ -1,0 +1,168 @@
+"""Part of `bench.gpu`: single decode steps of whole models with random weights, lines G10 to G12, G18, G20 and G22, and of braid-nano.
+
+Offline runs are in gpu_offline, arrivals and prefixes in gpu_serving.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from bench.gpu_clock import Clock, NeedsDeviceError
+from bench.gpu_engine import Limits, Wanted, serve
+from bench.gpu_models import deterministic_ops, limit_of, runner_of, work_of
+from bench.gpu_score import Line, Step, scored, steps_of
+from bench.gpu_transformers import lines_of
+from bench.models import step_of
+from service.runner.runner import Runner
+from service.scheduling.plan import StepPlan
+
+CONTEXT = 1024
+
+
+def step_s(clock: Clock, runner: Runner, plan: StepPlan) -> float:
+    """From a plan to drawn ids, as the engine waits for them."""
+
+    def work() -> None:
+        runner.sample(runner.forward(plan))
+
+    work()
+    return float(np.median([clock.wall_s(work) for _ in range(clock.sized(30, 1))]))
+
+
+def busy_or_why(clock: Clock, runner: Runner, plan: StepPlan) -> float | str:
+    """Seconds that the device computes in a step; where the profiler can't tell, its reason."""
+    try:
+        return clock.busy_s(lambda: runner.sample(runner.forward(plan)), 5)
+    except (NeedsDeviceError, RuntimeError) as error:
+        return str(error)
+
+
+def decode(clock: Clock, name: str, count: int) -> dict[str, Any]:
+    """busy_s: of it the device computes, by the profiler."""
+    count, context = clock.sized((count, CONTEXT), (min(count, 2), 33))
+    runner = runner_of(clock, name, count, context)
+    plan = step_of(runner, [(context - 1, [7])] * count, context)
+    mine = step_s(clock, runner, plan)
+    busy_s = busy_or_why(clock, runner, plan)
+    num_bytes, _ = work_of(runner, plan)
+    limit = limit_of(clock.rates, runner, [plan])
+    return scored(limit, mine, tokens_per_s=count / mine, bytes_per_s=num_bytes / mine, busy_s=busy_s, ops=runner.model.ops.name)
+
+
+def decode_small(clock: Clock, name: str) -> dict[str, Any]:
+    """As `decode` of one sequence; the limit has a launch for each layer."""
+    found = decode(clock, name, 1)
+    layers = len(runner_of(clock, name, 1, clock.sized(CONTEXT, 33)).model.config.layers)
+    limit = found["limit_s"] + layers * clock.rates.kernel_s
+    return found | {"limit_s": limit, "score": limit / found["measured_s"]}
+
+
+def nano(clock: Clock) -> dict[str, Any]:
+    """The shipped model, loaded as `braid serve` loads it: real weights, graphs and all."""
+    from bench.lane import load_lane
+
+    loaded, _ = load_lane("braid-nano", max_sequences=clock.sized(16, 2))
+    runner = loaded.runner
+    if not isinstance(runner, Runner):
+        raise TypeError("braid-nano is no decoder")
+    plan = step_of(runner, [(199, [7])], 208)
+    mine = step_s(clock, runner, plan)
+    return scored(limit_of(clock.rates, runner, [plan]), mine, tokens_per_s=1 / mine, ops=runner.model.ops.name)
+
+
+def host_share(clock: Clock, name: str, count: int) -> dict[str, Any]:
+    """Between two steps of the engine's loop, what the device does not fill. score: 1 is nothing."""
+    count, context, steps = clock.sized((count, 512, 40), (2, 24, 4))
+    runner = runner_of(clock, name, count, context)
+    outcome = serve(runner, [Wanted((5 + at % 40,) * (context // 2), steps) for at in range(count)], Limits(count, 8192, deadline_s=25))
+    full = [at for at, plan in enumerate(outcome.plans) if len(plan.samples) == count and plan.num_tokens == count]
+    gaps = [outcome.issued_s[at + 1] - outcome.issued_s[at] for at in full if at + 1 in full]
+    if not gaps:
+        raise RuntimeError(f"no two steps of {count} sequences in a row among {len(outcome.plans)}")
+    between_s = float(np.median(gaps))
+    if not clock.is_gpu:
+        raise NeedsDeviceError("a CPU is its own host: nothing runs beside it")
+    plan = step_of(runner, [(context // 2, [7])] * count, context)
+    busy_s = clock.busy_s(lambda: runner.sample(runner.forward(plan)), 5)
+    return scored(busy_s, between_s, visible_s=between_s - busy_s, visible_share=1 - busy_s / between_s, loop=outcome.loop)
+
+
+def invariant(clock: Clock, name: str, count: int) -> dict[str, Any]:
+    """A step with --deterministic beside one without: limit_s is the latter."""
+    deterministic_ops()
+    count, context = clock.sized((count, CONTEXT), (2, 33))
+    times = []
+    for is_deterministic in (False, True):
+        runner = runner_of(clock, name, count, context, is_deterministic=is_deterministic)
+        times.append(step_s(clock, runner, step_of(runner, [(context - 1, [7])] * count, context)))
+    return scored(times[0], times[1], slowdown=times[1] / times[0])
+
+
+def pictures(clock: Clock, name: str) -> dict[str, Any]:
+    """576 steps of the middle one: 8 pictures with guidance are 16 rows. The limit has 8 launches a layer."""
+    count, context = clock.sized((16, 288), (2, 20))
+    runner = runner_of(clock, name, count, context)
+    plan = step_of(runner, [(context - 1, [7])] * count, context)
+    limit = limit_of(clock.rates, runner, [plan]) + 8 * len(runner.model.config.layers) * clock.rates.kernel_s
+    return scored(576 * limit, 576 * step_s(clock, runner, plan), note="guidance's mixing of logits is not in it")
+
+
+LINES = (
+    Line(
+        "G10",
+        "a decode step, Llama-8B, bf16, one sequence of 1,024",
+        "(weights + keys and values) / read bandwidth",
+        0.75,
+        0.92,
+        {"llama-8b, 1 sequence": partial(decode, name="llama-8b", count=1), "llama-8b, 64": partial(decode, name="llama-8b", count=64)},
+        cap_s=45,
+    ),
+    Line(
+        "G11",
+        "a decode step, Llama-1B and Gemma-3-1B, one sequence of 1,024",
+        "(weights + keys and values) / read bandwidth",
+        0.50,
+        0.80,
+        {f"{name}, 1 sequence": partial(decode, name=name, count=1) for name in ("llama-1b", "gemma3-1b")},
+    ),
+    Line(
+        "G12",
+        "a decode step, SmolLM2-135M and Gemma-3-270M, one sequence of 1,024",
+        "(weights + keys and values) / read bandwidth + a launch for each layer",
+        0.30,
+        0.65,
+        {f"{name}, 1 sequence": partial(decode_small, name=name) for name in ("smollm2-135m", "gemma3-270m")} | {"braid-nano": nano},
+    ),
+    Line(
+        "G18",
+        "between two steps of the engine's loop, Qwen3-0.6B, 256 sequences",
+        "what the device computes",
+        0.75,
+        0.99,
+        {"qwen3-0.6b, 256": partial(host_share, name="qwen3-0.6b", count=256)},
+    ),
+    Line(
+        "G20",
+        "a decode step with batch-invariant products",
+        "the same step without",
+        1 / 1.6,
+        1 / 1.1,
+        {f"llama-1b, {count}": partial(invariant, name="llama-1b", count=count) for count in (1, 64)},
+    ),
+    Line(
+        "G22",
+        "8 pictures of 576 codes with guidance, LlamaGen's shapes",
+        "576 x ((weights + keys and values) / read bandwidth + 8 launches for each layer)",
+        0.20,
+        0.60,
+        {name: partial(pictures, name=name) for name in ("llamagen-111m", "llamagen-1.4b")},
+    ),
+)
+THEIRS = {"G10": ("llama-8b", 1, CONTEXT, 32), "G11": ("llama-1b", 1, CONTEXT, 32), "G12": ("smollm2-135m", 1, CONTEXT, 32)}
+
+
+def steps(clock: Clock) -> list[Step]:
+    return steps_of(clock, LINES) + steps_of(clock, lines_of(THEIRS, LINES))
