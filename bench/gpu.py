@@ -5,7 +5,7 @@
                                                              only to see that everything runs
 
 Probes of the device first and last; every kernel's cases against float64; decode graphs against eager steps; the scorecard G1 to G23, each
-line as limit / measured beside its baselines; the kernel table. Each part is a process of its own with a share of the budget: one that fails,
+line as limit / measured beside its baselines; the kernel table. Each part is a process of its own with a share of the budget: what fails,
 hangs or poisons the device is a row that says so, and what stood behind it runs in a fresh process. The results are FOLDER/gpu.json and
 FOLDER/verified.json; docs/performance.md is written from them. Torch is imported by the parts alone.
 """
@@ -101,12 +101,13 @@ def run_part(name: str, out: Path, run: Run, place: tuple[int, int], first: int)
         except Exception as error:  # a failed case is a row; the next ones still run
             trace = traceback.format_exc().replace(f"{PROJECT}/", "")  # the result is committed: no paths of a machine
             rows[at] = about | {"failed": f"{type(error).__name__}: {error}"[:600], "trace": trace[-1500:]}
-            gc.collect()
-            clock.free()
         rows[at]["took_s"] = round(time.monotonic() - begun, 2)
         write_whole(out, rows)
-        if "failed" in rows[at] and not is_lacking and clock.is_gpu and not _is_alive():
-            return POISONED
+        if "failed" in rows[at] and not is_lacking:
+            gc.collect()  # what the traceback held
+            if clock.is_gpu and not _is_alive():
+                return POISONED
+            clock.free()
     write_whole(out, rows)
     return 0
 
@@ -233,7 +234,7 @@ def report_of(parts: list[dict[str, Any]], options: dict[str, Any]) -> dict[str,
 
 def verified_of(parts: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """{GPU: {kernel: commit}} of the kernels all of whose cases were reached and passed."""
-    machine = next((row for part in parts for row in part["rows"] if row.get("case") == "machine"), {})
+    machine: dict[str, Any] = next((row for part in parts for row in part["rows"] if row.get("case") == "machine"), {})
     by_kernel: dict[str, bool] = {}
     for row in (row for part in parts if part["part"] == "correctness" for row in part["rows"]):
         by_kernel[row["kernel"]] = by_kernel.get(row["kernel"], True) and row.get("passes") is True

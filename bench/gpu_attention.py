@@ -94,11 +94,12 @@ def dense(clock: Clock, count: int, queries: int, context: int, heads: Heads) ->
     return q, k, v
 
 
-def flex(clock: Clock) -> Callable[..., Any]:
+def flex(clock: Clock) -> Any:
     """Compiled; on a CPU as it is, because compiling for one would need a C++ compiler and say nothing."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if clock.is_gpu else flex_attention
+    attend: Any = flex_attention
+    return torch.compile(attend, dynamic=False) if clock.is_gpu else attend
 
 
 def flex_causal(clock: Clock, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
