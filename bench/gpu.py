@@ -48,11 +48,12 @@ class Part:
 # In order of what one would miss most.
 PARTS = {
     "probe_before": Part("gpu_probe", 0.03),
-    "correctness": Part("gpu_correctness", 0.17, workers=8),
-    "graphs": Part("gpu_graphs", 0.05),
-    "attention": Part("gpu_attention", 0.16),
+    "correctness": Part("gpu_correctness", 0.13, workers=8),
+    "gpu_tests": Part("gpu_tests", 0.08, workers=8),
+    "graphs": Part("gpu_graphs", 0.03),
+    "attention": Part("gpu_attention", 0.15),
     "steps": Part("gpu_steps", 0.18),
-    "offline": Part("gpu_offline", 0.14),
+    "offline": Part("gpu_offline", 0.13),
     "products": Part("gpu_products", 0.09),
     "sampling": Part("gpu_sampling", 0.04),
     "serving": Part("gpu_serving", 0.10),
@@ -233,11 +234,20 @@ def report_of(parts: list[dict[str, Any]], options: dict[str, Any]) -> dict[str,
 
 
 def verified_of(parts: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """{GPU: {kernel: commit}} of the kernels all of whose cases were reached and passed."""
+    """{GPU: {kernel: commit}} of the kernels all of whose cases were reached and passed; of a variant ("kernel/variant") that also was
+    faster than none where both were timed, at least once by 2 %, and never slower by 2 %."""
     machine: dict[str, Any] = next((row for part in parts for row in part["rows"] if row.get("case") == "machine"), {})
     by_kernel: dict[str, bool] = {}
-    for row in (row for part in parts if part["part"] == "correctness" for row in part["rows"]):
-        by_kernel[row["kernel"]] = by_kernel.get(row["kernel"], True) and row.get("passes") is True
+    gains: dict[str, list[float]] = {}
+    for row in (row for part in parts for row in part["rows"]):
+        if "kernel" in row:
+            by_kernel[row["kernel"]] = by_kernel.get(row["kernel"], True) and row.get("passes") is True
+        times = {name: value for name, value in (row.get("variants") or {}).items() if isinstance(value, float)}
+        for name in times.keys() - {"none"} if "none" in times else ():
+            gains.setdefault(name, []).append(times["none"] / times[name])
+    for name in [name for name in by_kernel if "/" in name]:
+        found = gains.get(name, [1.0])
+        by_kernel[name] = by_kernel[name] and max(found) > 1.02 and min(found) > 0.98
     passed = {kernel: machine["commit"] for kernel, is_whole in sorted(by_kernel.items()) if is_whole and "commit" in machine}
     return {machine["gpu"]: passed} if passed and machine["gpu"] != "none" else {}
 

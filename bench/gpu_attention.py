@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu_clock import Clock
-from bench.gpu_score import Line, Step, scored, steps_of, timed
+from bench.gpu_clock import Clock, NotBuiltError
+from bench.gpu_score import Line, Step, found, scored, steps_of, timed
 from kernels.attention.cases import AttentionCase
-from kernels.ops import PagedBatch, PagedKV, select_ops
+from kernels.ops import AttentionSpec, PagedBatch, PagedKV, select_ops
 
 LLAMA_8B = (32, 8, 128)
 GEMMA_1B = (4, 1, 256)
@@ -51,11 +51,37 @@ def paged(
     return torch.randn((sum(queries), num_heads, width), dtype=clock.dtype, device=clock.device), PagedKV(pool[0], pool[1], batch)
 
 
+def quantised(kv: PagedKV, kind: str) -> PagedKV:
+    """The same in a pool of int8 or e4m3, with a scale for each head of a token. Raises: NotBuiltError."""
+    dtype = found("kernels.kv_write.cases", "POOL_DTYPES")[kind]
+    keys, values = ((x * 24).to(dtype) for x in (kv.keys, kv.values))
+    scales = torch.full((2, *keys.shape[:-1]), 1 / 24, device=keys.device)
+    return PagedKV(keys, values, kv.batch, scales[0], scales[1])
+
+
+def variants_s(clock: Clock, q: Tensor, kv: PagedKV, spec: AttentionSpec) -> dict[str, Any]:
+    """Seconds of attention without any variant, under "none", and by each that has to earn its place in verified.json; {} where there are
+    no variants yet."""
+    try:
+        names, attend_by = (found("kernels.attention.variants", name) for name in ("VARIANTS", "attend_by"))
+    except NotBuiltError:
+        return {}
+    return timed(
+        clock,
+        {name: lambda name=name: lambda: attend_by(frozenset({name} - {"none"}), q, kv, spec) for name in ("none", *names)},  # type: ignore[misc]
+    )
+
+
 def ours_s(clock: Clock, sequences: list[tuple[int, int]], heads: Heads, *, block_size: int = 16, window: int | None = None) -> float:
     q, kv = paged(clock, sequences, heads, block_size, window)
     spec = AttentionCase("", "", tuple(sequences), *heads, window=window).spec
     attend = select_ops("triton").attend
     return clock.in_graph_s(lambda: attend(q, kv, spec))
+
+
+def variants_of(clock: Clock, sequences: list[tuple[int, int]], heads: Heads) -> dict[str, Any]:
+    q, kv = paged(clock, sequences, heads)
+    return variants_s(clock, q, kv, AttentionCase("", "", tuple(sequences), *heads).spec)
 
 
 def limit_s(clock: Clock, sequences: list[tuple[int, int]], heads: Heads, window: int | None = None) -> float:
@@ -130,6 +156,20 @@ def flex_paged(clock: Clock, count: int, context: int, heads: Heads) -> Callable
     return lambda: attend(q, k, v, block_mask=mask, enable_gqa=True)
 
 
+def decode_quantised(clock: Clock, count: int, context: int, kind: str) -> dict[str, Any]:
+    """Beside the same from a plain pool."""
+    heads, count, context = clock.sized((LLAMA_8B, count, context), (TINY, 2, 40))
+    sequences = [(1, context)] * count
+    q, plain = paged(clock, sequences, heads)
+    kv, attend = quantised(plain, kind), select_ops("triton").attend
+    spec = AttentionCase("", "", tuple(sequences), *heads).spec
+    mine = clock.in_graph_s(lambda: attend(q, kv, spec))
+    num_bytes = 2 * count * context * heads[1] * (heads[2] + 4)
+    return scored(
+        clock.rates.seconds(num_bytes=num_bytes, kernels=1), mine, {"plain pool": clock.in_graph_s(lambda: attend(q, plain, spec))}
+    )
+
+
 def decode(clock: Clock, count: int, context: int, block_size: int = 16) -> dict[str, Any]:
     heads, count, context = clock.sized((LLAMA_8B, count, context), (TINY, 2, 40))
     sequences = [(1, context)] * count
@@ -163,14 +203,14 @@ def decode_flat(clock: Clock) -> dict[str, Any]:
 def prefill(clock: Clock, length: int, heads: Heads) -> dict[str, Any]:
     length, heads = clock.sized((length, heads), (20, TINY))
     sequences = [(length, length)]
-    mine = ours_s(clock, sequences, heads)
+    mine, variants = ours_s(clock, sequences, heads), variants_of(clock, sequences, heads)
     q, k, v = dense(clock, 1, length, length, heads)
     others = sdpa(q, k, v, is_causal=True) | {"flex": lambda: flex_causal(clock, q, k, v)}
     if length > 8192:
         del others["sdpa math"]  # it writes all scores: 34 GB of them
     baselines = timed(clock, others)
     flops = 2.0 * length * (length + 1) * heads[0] * heads[2]
-    return scored(limit_s(clock, sequences, heads), mine, with_best(baselines), flops_per_s=flops / mine)
+    return scored(limit_s(clock, sequences, heads), mine, with_best(baselines), flops_per_s=flops / mine, variants=variants)
 
 
 def mixed(clock: Clock, chunk: int, count: int, context: int) -> dict[str, Any]:
@@ -178,14 +218,14 @@ def mixed(clock: Clock, chunk: int, count: int, context: int) -> dict[str, Any]:
     flash-attn is a mask of all tokens by all keys, which does not fit."""
     heads, chunk, count, context = clock.sized((LLAMA_8B, chunk, count, context), (TINY, 10, 2, 30))
     sequences = [(1, context)] * count + [(chunk, chunk)]
-    mine = ours_s(clock, sequences, heads)
+    mine, variants = ours_s(clock, sequences, heads), variants_of(clock, sequences, heads)
     clock.free()
     decodes = timed(clock, sdpa(*dense(clock, count, 1, context, heads)))
     clock.free()
     chunks = timed(clock, sdpa(*dense(clock, 1, chunk, chunk, heads), is_causal=True))
     both = [with_best(one).get("sdpa best") for one in (decodes, chunks)]
     baselines = {"sdpa best, two calls": sum(both)} if None not in both else {"sdpa": f"{decodes}; {chunks}"[:300]}  # type: ignore[arg-type]
-    return scored(limit_s(clock, sequences, heads), mine, baselines)
+    return scored(limit_s(clock, sequences, heads), mine, baselines, variants=variants)
 
 
 LINES = (
@@ -206,7 +246,8 @@ LINES = (
                 (1, 1024, 16),
                 (64, 8192, 64),
             )
-        },
+        }
+        | {f"decode 64 x 8192 of {kind}": partial(decode_quantised, count=64, context=8192, kind=kind) for kind in ("int8", "fp8")},
     ),
     Line(
         "G2",

@@ -10,14 +10,18 @@ from collections.abc import Iterable
 from typing import Any
 
 from bench.gpu_clock import Clock, NotBuiltError, Rates
+from bench.gpu_score import found
 from bench.models import SHAPES, build_runner
 from kernels.ops import Ops, select_ops
 from service.model.config import ModelConfig
+from service.model.transformer import Precision
 from service.runner.kv_cache import partition_layers
 from service.runner.runner import Runner
 from service.scheduling.plan import StepPlan
 
 BLOCK_SIZE = 16
+BUILT_BY = {"int4": "kernels.linear.grouped_triton", "fp8": "kernels.linear.fp8_triton"}
+"""The module that brings a kind of product to the GPU; without it the reference would be timed."""
 _held: dict[tuple[Any, ...], Runner] = {}
 
 
@@ -29,16 +33,17 @@ def config_of(clock: Clock, name: str) -> ModelConfig:
     return SHAPES[name_of(clock, name)]
 
 
-def runner_of(clock: Clock, name: str, sequences: int, tokens: int, *, is_deterministic: bool = False) -> Runner:
-    """sequences: at once, of so many tokens each. With its decode steps captured where there is a device. Building another gives the memory
-    of the last one back. Raises: NotBuiltError."""
-    key = (name_of(clock, name), sequences, tokens, is_deterministic)
+def runner_of(clock: Clock, name: str, sequences: int, tokens: int, *, weights: str = "dense", is_deterministic: bool = False) -> Runner:
+    """sequences: at once, of so many tokens each. weights: as a `Precision` names them. With its decode steps captured where there is a
+    device. Building another gives the memory of the last one back. Raises: NotBuiltError."""
+    key = (name_of(clock, name), sequences, tokens, weights, is_deterministic)
     if key not in _held:
         drop(clock)
         config = config_of(clock, name)
         num_blocks = sequences * len(partition_layers(config).groups) * (-(-tokens // BLOCK_SIZE) + 1)
+        precision = Precision(clock.dtype, weights_of(weights))
         ops = deterministic_ops() if is_deterministic else select_ops("triton")
-        runner = build_runner(config, ops, device=clock.device, dtype=clock.dtype, num_blocks=num_blocks, block_size=BLOCK_SIZE)
+        runner = build_runner(config, ops, device=clock.device, dtype=precision, num_blocks=num_blocks, block_size=BLOCK_SIZE)
         if clock.is_gpu:
             runner.capture_graphs(sequences)
         _held[key] = runner
@@ -51,6 +56,13 @@ def deterministic_ops() -> Ops:
     except TypeError as error:
         raise NotBuiltError("not built: select_ops('triton', deterministic=True)") from error
     return ops
+
+
+def weights_of(kind: str) -> Any:
+    """Raises: NotBuiltError where the GPU has no product by such weights."""
+    if kind in BUILT_BY:
+        found(BUILT_BY[kind], "__name__")
+    return kind
 
 
 def drop(clock: Clock) -> None:

@@ -10,7 +10,7 @@ import random
 from functools import partial
 from typing import Any
 
-from bench.gpu_clock import Clock, NotBuiltError
+from bench.gpu_clock import Clock
 from bench.gpu_engine import Limits, Outcome, Wanted, serve
 from bench.gpu_models import limit_of, runner_of
 from bench.gpu_score import Line, Step, scored, steps_of
@@ -49,12 +49,10 @@ def per_token(clock: Clock, runner: Runner, outcome: Outcome) -> dict[str, Any]:
     )
 
 
-def prompts(clock: Clock, name: str, count: int, length: int, precision: str = "bf16") -> dict[str, Any]:
+def prompts(clock: Clock, name: str, count: int, length: int, weights: str = "dense") -> dict[str, Any]:
     """Seconds for each id of the prompts."""
-    if precision != "bf16":
-        raise NotBuiltError(f"not built: a model whose products are {precision}")
     count, length = clock.sized((count, length), (2, 20))
-    runner = runner_of(clock, name, count, length + 16)
+    runner = runner_of(clock, name, count, length + 16, weights=weights)
     source = random.Random(0)
     last = runner.model.config.vocab_size - 1
     wanted = [Wanted(tuple(source.randint(2, last) for _ in range(length)), 1) for _ in range(count)]
@@ -103,8 +101,8 @@ LINES = (
         0.59,
         0.80,
         {
-            f"llama-8b, 8 x 4096, {precision}": partial(prompts, name="llama-8b", count=8, length=4096, precision=precision)
-            for precision in ("bf16", "fp8")
+            f"llama-8b, 8 x 4096, {weights}": partial(prompts, name="llama-8b", count=8, length=4096, weights=weights)
+            for weights in ("dense", "fp8")
         },
     ),
     Line("G16", "nano-vllm's 256 requests on Qwen3-0.6B's shape", _STEPS_LIMIT, 0.25, 0.55, {"qwen3-0.6b, 256 requests": nano_vllm}),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu_clock import Clock, NotBuiltError
+from bench.gpu_models import weights_of
 from bench.gpu_score import Line, Step, found, scored, steps_of, timed
 from kernels.gated import cases as gated_cases
 from kernels.kv_write import cases as kv_write_cases
@@ -28,8 +29,6 @@ LAYERS = {
 }
 TINY = ((64, 64), (64, 64), (96, 64), (64, 96))
 ROWS = (1, 4, 16)
-BUILT_BY = {"int4": "kernels.linear.grouped_triton", "fp8": "kernels.linear.fp8_triton", "fp8 by fp8": "kernels.linear.fp8_triton"}
-"""The module that brings a kind of product to the GPU; without it the reference would be timed."""
 
 
 def matrices(clock: Clock, model: str) -> list[Tensor]:
@@ -63,7 +62,7 @@ def dense(clock: Clock, num_rows: int, model: str) -> dict[str, Any]:
 
 def narrow(clock: Clock, num_rows: int, kind: str, model: str = "8B") -> dict[str, Any]:
     """Weights of fewer bits, of which only the packed bytes move."""
-    found(BUILT_BY[kind], "__name__")
+    weights_of(kind)
     weights = matrices(clock, model)
     xs = inputs(clock, num_rows, weights)
     ops = select_ops("triton")
@@ -76,14 +75,9 @@ def narrow(clock: Clock, num_rows: int, kind: str, model: str = "8B") -> dict[st
 
 def quantised(weight: Tensor, kind: str) -> Weight:
     """Raises: NotBuiltError."""
-    if kind != "int4":
-        made: Weight = found("kernels.linear.reference", "quantize_fp8")(weight)
-        return made
-    groups = weight.float().view(weight.shape[0], -1, 32)
-    low, high = groups.amin(-1), groups.amax(-1)
-    scales = ((high - low) / 15).clamp(min=1e-8)
-    values = ((groups - low[..., None]) / scales[..., None]).round().clamp(0, 15).to(torch.uint8).view(weight.shape)
-    return GroupedWeight(weight.shape[0], weight.shape[1], 4, values, scales.half(), low.half())
+    make = found("kernels.linear.reference", "quantize_fp8" if kind == "fp8" else "quantize_grouped")
+    made: Weight = make(weight.float()) if kind == "fp8" else make(weight.float(), 4)
+    return made
 
 
 def bytes_of(weight: Weight) -> float:
@@ -99,7 +93,7 @@ def prompt_fp8(clock: Clock) -> dict[str, Any]:
     """Weights and activations of 8 bits, over many rows; the limit is what `_scaled_mm` reached on a larger square."""
     if not clock.rates.fp8:
         raise NotBuiltError("no rate of fp8 products to compare with")
-    found(BUILT_BY["fp8 by fp8"], "__name__")
+    weights_of("fp8")
     num_rows = clock.sized(4096, 8)
     weight = matrices(clock, "8B")[2]
     x = inputs(clock, num_rows, [weight])[0]

@@ -40,10 +40,10 @@ def busy_or_why(clock: Clock, runner: Runner, plan: StepPlan) -> float | str:
         return str(error)
 
 
-def decode(clock: Clock, name: str, count: int) -> dict[str, Any]:
-    """busy_s: of it the device computes, by the profiler."""
+def decode(clock: Clock, name: str, count: int, weights: str = "dense") -> dict[str, Any]:
+    """busy_s: of it the device computes, by the profiler. The limit is of the weights as they are held."""
     count, context = clock.sized((count, CONTEXT), (min(count, 2), 33))
-    runner = runner_of(clock, name, count, context)
+    runner = runner_of(clock, name, count, context, weights=weights)
     plan = step_of(runner, [(context - 1, [7])] * count, context)
     mine = step_s(clock, runner, plan)
     busy_s = busy_or_why(clock, runner, plan)
@@ -117,7 +117,8 @@ LINES = (
         "(weights + keys and values) / read bandwidth",
         0.75,
         0.92,
-        {"llama-8b, 1 sequence": partial(decode, name="llama-8b", count=1), "llama-8b, 64": partial(decode, name="llama-8b", count=64)},
+        {"llama-8b, 1 sequence": partial(decode, name="llama-8b", count=1), "llama-8b, 64": partial(decode, name="llama-8b", count=64)}
+        | {f"llama-8b, {kind}, 1 sequence": partial(decode, name="llama-8b", count=1, weights=kind) for kind in ("int4", "fp8")},
         cap_s=45,
     ),
     Line(

@@ -71,12 +71,14 @@ class RandomSource:
 
 
 def build_runner(
-    config: ModelConfig, ops: Ops, *, device: torch.device, dtype: torch.dtype, num_blocks: int, block_size: int = 16
+    config: ModelConfig, ops: Ops, *, device: torch.device, dtype: torch.dtype | Precision, num_blocks: int, block_size: int = 16
 ) -> Runner:
+    """dtype: of activations, K/V and dense weights, or a precision that says more of the weights."""
+    precision = dtype if isinstance(dtype, Precision) else Precision(dtype)
     with torch.inference_mode():
-        model: Transformer = build_transformer(config, RandomSource(config, device), ops, precision=Precision(dtype), device=device)
+        model: Transformer = build_transformer(config, RandomSource(config, device), ops, precision=precision, device=device)
     layout = partition_layers(config)
-    cache = KVCache(config, layout, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device)
+    cache = KVCache(config, layout, num_blocks=num_blocks, block_size=block_size, dtype=precision.dtype, device=device)
     return Runner(model, cache, num_groups=len(layout.groups), device=device)
 
 

@@ -18,6 +18,7 @@ from bench.gpu_table import table
 RUN = gpu.Run("cuda", is_tiny=False, rates={})
 # What cannot be asked of a CPU, with the reason that its row gives.
 NEEDS_DEVICE = {
+    "tests marked for a GPU": "skipped",
     "dependent launch": "launches that depend on one another",
     **{f"graph equals eager, {name}, {count} sequences": "no graphs" for name in ("tiny", "smollm2-135m") for count in (1, 3, 16)},
     "G18 qwen3-0.6b, 256": "its own host",
@@ -119,6 +120,14 @@ def test_only_kernels_that_passed_whole_are_verified() -> None:
     rows = [("norm", True), ("norm", True), ("gated", True), ("gated", None), ("sample", False)]
     checked = {"part": "correctness", "rows": [{"kernel": kernel} | ({} if ok is None else {"passes": ok}) for kernel, ok in rows]}
     assert gpu.verified_of([probe("probe_before", 1.0), checked]) == {"H": {"norm": "c0"}}
+
+
+@pytest.mark.parametrize(("times", "is_in"), [((1.0, 0.9), True), ((1.0, 0.99), False), ((1.0, 1.1), False), (None, False)])
+def test_a_variant_must_have_been_faster_too(times: tuple[float, float] | None, is_in: bool) -> None:
+    checked = {"part": "correctness", "rows": [{"kernel": "attention/mixed", "passes": True}]}
+    row = {} if times is None else {"variants": {"none": times[0], "attention/mixed": times[1]}}
+    found = gpu.verified_of([probe("probe_before", 1.0), checked, {"part": "attention", "rows": [{"case": "G4"} | row]}])
+    assert found == ({"H": {"attention/mixed": "c0"}} if is_in else {})
 
 
 def test_a_baseline_of_whole_models_joins_the_first_measured_row_of_its_line() -> None:
