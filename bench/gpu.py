@@ -52,13 +52,13 @@ PARTS = {
     "gpu_tests": Part("gpu_tests", 0.08, workers=8),
     "graphs": Part("gpu_graphs", 0.03),
     "attention": Part("gpu_attention", 0.15),
-    "steps": Part("gpu_steps", 0.18),
+    "steps": Part("gpu_steps", 0.17),
     "offline": Part("gpu_offline", 0.13),
     "products": Part("gpu_products", 0.09),
     "sampling": Part("gpu_sampling", 0.04),
     "serving": Part("gpu_serving", 0.10),
     "kernels": Part("gpu_kernels", 0.02),
-    "probe_after": Part("gpu_probe", 0.02),
+    "probe_after": Part("gpu_probe", 0.03),
 }
 
 

@@ -148,7 +148,7 @@ def flex_paged(clock: Clock, count: int, context: int, heads: Heads) -> Callable
     tables = PagedAttention(num_pages, page, count, device=str(clock.device))
     for row in range(count):
         tables.reserve(torch.tensor(row, device=clock.device), torch.tensor(context, device=clock.device))
-    logical = create_block_mask(noop_mask, count, 1, 1, context, device=str(clock.device), BLOCK_SIZE=(1, page))
+    logical = create_block_mask(noop_mask, count, 1, 1, context, device=str(clock.device), BLOCK_SIZE=page)
     mask = tables.convert_logical_block_mask(logical)
     q = torch.randn((count, num_heads, 1, width), dtype=clock.dtype, device=clock.device)
     k, v = (torch.randn((1, num_kv_heads, num_pages * page, width), dtype=clock.dtype, device=clock.device) for _ in range(2))

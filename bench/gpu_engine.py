@@ -89,9 +89,15 @@ def serve(runner: Runner, wanted: Sequence[Wanted], limits: Limits) -> Outcome:
     else:
         _run_engine(watched, wanted, limits, outcome, start)
     outcome.wall_s = time.perf_counter() - start
+    forget(runner, outcome.plans)
     if outcome.errors:
         raise RuntimeError(f"{len(outcome.errors)} requests failed, the first with: {outcome.errors[0]}")
     return outcome
+
+
+def forget(runner: Runner, plans: Sequence[StepPlan]) -> None:
+    """What the runner keeps of these plans' sequences, whose numbers the next run uses again."""
+    runner.forward(StepPlan(-1, (), (), released=tuple({piece.sequence_id for plan in plans for piece in plan.slices})))
 
 
 def _params(number: int, one: Wanted) -> SamplingParams:

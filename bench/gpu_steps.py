@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bench.gpu_clock import Clock, NeedsDeviceError
-from bench.gpu_engine import Limits, Wanted, serve
+from bench.gpu_engine import Limits, Wanted, forget, serve
 from bench.gpu_models import deterministic_ops, limit_of, runner_of, work_of
 from bench.gpu_score import Line, Step, scored, steps_of
 from bench.gpu_transformers import lines_of
@@ -29,13 +29,17 @@ def step_s(clock: Clock, runner: Runner, plan: StepPlan) -> float:
         runner.sample(runner.forward(plan))
 
     work()
-    return float(np.median([clock.wall_s(work) for _ in range(clock.sized(30, 1))]))
+    found = float(np.median([clock.wall_s(work) for _ in range(clock.sized(30, 1))]))
+    forget(runner, [plan])
+    return found
 
 
 def busy_or_why(clock: Clock, runner: Runner, plan: StepPlan) -> float | str:
     """Seconds that the device computes in a step; where the profiler can't tell, its reason."""
     try:
-        return clock.busy_s(lambda: runner.sample(runner.forward(plan)), 5)
+        busy_s = clock.busy_s(lambda: runner.sample(runner.forward(plan)), 5)
+        forget(runner, [plan])
+        return busy_s
     except (NeedsDeviceError, RuntimeError) as error:
         return str(error)
 
@@ -87,6 +91,7 @@ def host_share(clock: Clock, name: str, count: int) -> dict[str, Any]:
         raise NeedsDeviceError("a CPU is its own host: nothing runs beside it")
     plan = step_of(runner, [(context // 2, [7])] * count, context)
     busy_s = clock.busy_s(lambda: runner.sample(runner.forward(plan)), 5)
+    forget(runner, [plan])
     return scored(busy_s, between_s, visible_s=between_s - busy_s, visible_share=1 - busy_s / between_s, loop=outcome.loop)
 
 

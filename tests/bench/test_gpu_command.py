@@ -140,6 +140,20 @@ def test_a_baseline_of_whole_models_joins_the_first_measured_row_of_its_line() -
 
 
 @pytest.mark.long
+def test_tests_marked_for_a_gpu_are_found_and_cases_not_twice() -> None:
+    """In a process of its own, because it runs pytest itself."""
+    code = (
+        "import json, sys, torch; from bench import gpu_clock, gpu_tests; "
+        "steps = gpu_tests.steps(gpu_clock.Clock(torch.device('cuda'))); print(json.dumps([about for about, _ in steps]), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    found = [about["case"] for about in json.loads(done.stderr.splitlines()[-1])]
+    assert any("test_gpu.py::test_a_graph_captured_on_short_contexts" in name for name in found)
+    assert any(name.startswith("tests/runner/") for name in found)
+    assert not [name for name in found if "kernels/test_gpu.py::test_attention" in name]
+
+
+@pytest.mark.long
 def test_the_whole_command_runs_on_the_interpreter(tmp_path: Path) -> None:
     """Every part and every line of the scorecard has its rows, and none fails but what by its nature needs a device."""
     done = run("--device", "cpu", "--tiny", "--budget", "1200", "--out", str(tmp_path), OMP_NUM_THREADS="1")
