@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from bench.gpu_models import BLOCK_SIZE
 from service.runner.kv_cache import partition_layers
 from service.runner.runner import Runner
@@ -44,7 +46,8 @@ class Limits:
 
 @dataclass(slots=True)
 class Outcome:
-    """By request: ids drawn, when the first and the last came (seconds after the start). plans: of all steps, and when each was issued."""
+    """By request: ids drawn, when the first and the last came (seconds after the start). plans: of all steps, and when each was issued.
+    busy_s: that the device was between the beginning and the end of a step's layers, draws not counted; 0 on a CPU."""
 
     loop: str
     ids: list[list[int]]
@@ -54,6 +57,7 @@ class Outcome:
     issued_s: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     wall_s: float = 0.0
+    busy_s: float = 0.0
 
     @property
     def num_drawn(self) -> int:
@@ -65,6 +69,7 @@ class _Watched:
 
     def __init__(self, runner: Runner, outcome: Outcome, start: float) -> None:
         self._runner, self._outcome, self._start = runner, outcome, start
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
@@ -72,7 +77,19 @@ class _Watched:
     def forward(self, plan: StepPlan, *rest: Any, **options: Any) -> Any:
         self._outcome.plans.append(plan)
         self._outcome.issued_s.append(time.perf_counter() - self._start)
-        return self._runner.forward(plan, *rest, **options)
+        if self._runner.device.type != "cuda":
+            return self._runner.forward(plan, *rest, **options)
+        span = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        span[0].record()
+        handle = self._runner.forward(plan, *rest, **options)
+        span[1].record()
+        self._spans.append(span)
+        return handle
+
+    def busy_s(self) -> float:
+        if self._spans:
+            torch.cuda.synchronize()
+        return float(sum(begin.elapsed_time(end) for begin, end in self._spans)) / 1e3
 
 
 def serve(runner: Runner, wanted: Sequence[Wanted], limits: Limits) -> Outcome:
@@ -89,6 +106,7 @@ def serve(runner: Runner, wanted: Sequence[Wanted], limits: Limits) -> Outcome:
     else:
         _run_engine(watched, wanted, limits, outcome, start)
     outcome.wall_s = time.perf_counter() - start
+    outcome.busy_s = watched.busy_s()
     forget(runner, outcome.plans)
     if outcome.errors:
         raise RuntimeError(f"{len(outcome.errors)} requests failed, the first with: {outcome.errors[0]}")

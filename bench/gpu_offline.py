@@ -43,6 +43,7 @@ def per_token(clock: Clock, runner: Runner, outcome: Outcome) -> dict[str, Any]:
         tokens_per_s=drawn / outcome.wall_s,
         wall_s=outcome.wall_s,
         steps=len(outcome.plans),
+        layers_busy=outcome.busy_s / outcome.wall_s,
         is_cut=any(last == float("inf") for last in outcome.last_s),
         loop=outcome.loop,
         ops=runner.model.ops.name,
@@ -67,7 +68,7 @@ def prompts(clock: Clock, name: str, count: int, length: int, weights: str = "de
 def nano_vllm(clock: Clock) -> dict[str, Any]:
     """The requests of nano-vllm's bench.py, as in `bench.offline`."""
     count, least, most, at_once = clock.sized((256, 100, 1024, MOST_SEQUENCES), (3, 3, 8, 3))
-    runner = runner_of(clock, "qwen3-0.6b", at_once, 2 * most)
+    runner = runner_of(clock, "qwen3-0.6b", at_once, clock.sized(1200, 2 * most))  # on average: all share one pool
     asked = requests_of(count, least, most, runner.model.config.vocab_size, seed=0)
     wanted = [Wanted(one.prompt, one.num_drawn, temperature=TEMPERATURE) for one in asked]
     return per_token(clock, runner, serve(runner, wanted, Limits(at_once, 8192, deadline_s=25)))

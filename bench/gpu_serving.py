@@ -50,7 +50,8 @@ def goodput(clock: Clock, name: str, rate: float) -> dict[str, Any]:
     for one, first_s, last_s, ids in zip(wanted, outcome.first_s, outcome.last_s, outcome.ids, strict=True):
         tpot_s = (last_s - first_s) / max(len(ids) - 1, 1) if math.isfinite(last_s) else math.inf
         kept += first_s - one.arrives_s <= clock.sized(TTFT_S, math.inf) and tpot_s <= clock.sized(TPOT_S, 1e9)
-    figures: dict[str, Any] = {"rate": rate, "requests": len(wanted), "kept": kept, "goodput": kept / outcome.wall_s, "loop": outcome.loop}
+    figures: dict[str, Any] = {"rate": rate, "requests": len(wanted), "kept": kept, "goodput": kept / outcome.wall_s}
+    figures |= {"layers_busy": outcome.busy_s / outcome.wall_s, "loop": outcome.loop}
     if not kept:
         return {"limit_s": request_limit_s(clock, runner), "score": 0.0} | figures
     return scored(request_limit_s(clock, runner), outcome.wall_s / kept, **figures)

@@ -58,8 +58,8 @@ def build(clock: Clock, name: str) -> Any:
 
 
 def generate(clock: Clock, name: str, count: int, prompt_len: int, num_drawn: int) -> dict[str, Any]:
-    """Greedy, all prompts at once. baseline_s: seconds a token; of one sequence between its ids, of several the whole time over all ids, from the
-    first prompt taken up to the last answer's end."""
+    """Greedy, all prompts at once. baseline_s: seconds a token; of one sequence between its ids, of several the whole time over all ids,
+    from the first prompt taken up to the last answer's end."""
     from transformers import GenerationConfig
     from transformers.generation import ContinuousBatchingConfig
 

@@ -154,6 +154,7 @@ def test_tests_marked_for_a_gpu_are_found_and_cases_not_twice() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1500)
 def test_the_whole_command_runs_on_the_interpreter(tmp_path: Path) -> None:
     """Every part and every line of the scorecard has its rows, and none fails but what by its nature needs a device."""
     done = run("--device", "cpu", "--tiny", "--budget", "1200", "--out", str(tmp_path), OMP_NUM_THREADS="1")
