@@ -190,7 +190,8 @@ def _watch(command: list[str], file: Path, end: float, run: Run) -> tuple[str, s
                 status = "ok" if code == 0 else f"exit status {code}"
             except subprocess.TimeoutExpired:
                 now, last = time.monotonic(), file.stat().st_mtime if file.exists() else time.time()
-                status = "cut" if now > end else "stuck" if time.time() - last > STALL_S else ""
+                is_stuck = time.time() - last > (10 * STALL_S if run.is_tiny else STALL_S)
+                status = "cut" if now > end else "stuck" if is_stuck else ""
         if process.poll() is None:
             process.kill()
             process.wait()

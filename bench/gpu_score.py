@@ -45,7 +45,7 @@ def steps_of(clock: Clock, lines: Iterable[Line]) -> list[Step]:
     )
 
     def run(line: Line, case: str) -> dict[str, Any]:
-        if spent.get(line.name, 0.0) > line.cap_s:
+        if spent.get(line.name, 0.0) > line.cap_s and not clock.is_tiny:
             return {"left_out": f"{line.name} had its {line.cap_s:.0f} s"}
         start = time.monotonic()
         try:
@@ -87,7 +87,7 @@ def timed(
     found: dict[str, Any] = {}
     start = time.monotonic()
     for name, make in baselines.items():
-        if time.monotonic() - start > cap_s:
+        if time.monotonic() - start > cap_s and not clock.is_tiny:
             found[name] = f"left out: the baselines of this case had their {cap_s:.0f} s"
             continue
         try:
