@@ -5,6 +5,7 @@ No timing and no workload here. Called by the parts that step whole models.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -67,6 +68,7 @@ def weights_of(kind: str) -> Any:
 
 def drop(clock: Clock) -> None:
     _held.clear()
+    gc.collect()  # a runner and its graphs hold one another
     clock.free()
 
 
