@@ -157,8 +157,8 @@ def make_ready(clock: Clock, runner: Runner, limits: Limits) -> str:
         shape(
             num_groups=runner.num_groups,
             block_size=runner.cache.block_size,
-            max_batch_tokens=clock.sized(limits.max_batch_tokens, 4),
-            max_sequences=limits.max_sequences,
+            max_batch_tokens=clock.sized(limits.max_batch_tokens, 2),
+            max_sequences=clock.sized(limits.max_sequences, 1),
             max_context=config.max_context,
             vocab_size=config.vocab_size,
         ),

@@ -44,24 +44,36 @@ def busy_or_why(clock: Clock, runner: Runner, plan: StepPlan) -> float | str:
         return str(error)
 
 
-def decode(clock: Clock, name: str, count: int, weights: str = "dense") -> dict[str, Any]:
-    """busy_s: of it the device computes, by the profiler. The limit is of the weights as they are held."""
-    count, context = clock.sized((count, CONTEXT), (min(count, 2), 33))
-    runner = runner_of(clock, name, count, context, weights=weights)
-    plan = step_of(runner, [(context - 1, [7])] * count, context)
-    mine = step_s(clock, runner, plan)
-    busy_s = busy_or_why(clock, runner, plan)
-    num_bytes, _ = work_of(runner, plan)
-    limit = limit_of(clock.rates, runner, [plan])
-    return scored(limit, mine, tokens_per_s=count / mine, bytes_per_s=num_bytes / mine, busy_s=busy_s, ops=runner.model.ops.name)
+def in_loop(clock: Clock, runner: Runner, count: int, prompt_len: int, num_drawn: int) -> tuple[float, list[StepPlan], str]:
+    """Median seconds from one step's issue to the next one's in the engine's loop, of the steps in which all sequences decode; those steps;
+    and the loop's name."""
+    wanted = [Wanted((5 + at % 40,) * prompt_len, num_drawn) for at in range(count)]
+    outcome = serve(runner, wanted, Limits(count, 8192, deadline_s=25))
+    full = [at for at, plan in enumerate(outcome.plans) if len(plan.samples) == count and plan.num_tokens == count]
+    gaps = [outcome.issued_s[at + 1] - outcome.issued_s[at] for at in full if at + 1 in full]
+    if not gaps:
+        raise RuntimeError(f"no two steps of {count} sequences in a row among {len(outcome.plans)}")
+    return float(np.median(gaps)), [outcome.plans[at] for at in full], outcome.loop
 
 
-def decode_small(clock: Clock, name: str) -> dict[str, Any]:
-    """As `decode` of one sequence; the limit has a launch for each layer."""
-    found = decode(clock, name, 1)
-    layers = len(runner_of(clock, name, 1, clock.sized(CONTEXT, 33)).model.config.layers)
-    limit = found["limit_s"] + layers * clock.rates.kernel_s
-    return found | {"limit_s": limit, "score": limit / found["measured_s"]}
+def decode(
+    clock: Clock, name: str, count: int, weights: str = "dense", prompt_len: int = CONTEXT, kernels_a_layer: int = 0
+) -> dict[str, Any]:
+    """In the engine's loop. alone_s: of a step whose ids the host waits for; busy_s: of it the device computes, by the profiler. The
+    limit is of the weights as they are held, and of so many launches a layer."""
+    count, prompt_len, num_drawn = clock.sized((count, prompt_len, 40), (min(count, 2), 3, 4))
+    runner = runner_of(clock, name, count, prompt_len + num_drawn, weights=weights)
+    mine, plans, loop = in_loop(clock, runner, count, prompt_len, num_drawn)
+    plan = step_of(runner, [(prompt_len - 1, [7])] * count, prompt_len)
+    alone_s, busy_s = step_s(clock, runner, plan), busy_or_why(clock, runner, plan)
+    limit = limit_of(clock.rates, runner, plans) / len(plans) + kernels_a_layer * len(runner.model.config.layers) * clock.rates.kernel_s
+    figures: dict[str, Any] = {
+        "tokens_per_s": count / mine,
+        "bytes_per_s": work_of(runner, plan)[0] / mine,
+        "alone_s": alone_s,
+        "busy_s": busy_s,
+    }
+    return scored(limit, mine, loop=loop, ops=runner.model.ops.name, **figures)
 
 
 def nano(clock: Clock) -> dict[str, Any]:
@@ -79,20 +91,15 @@ def nano(clock: Clock) -> dict[str, Any]:
 
 def host_share(clock: Clock, name: str, count: int) -> dict[str, Any]:
     """Between two steps of the engine's loop, what the device does not fill. score: 1 is nothing."""
-    count, context, steps = clock.sized((count, 512, 40), (2, 24, 4))
-    runner = runner_of(clock, name, count, context)
-    outcome = serve(runner, [Wanted((5 + at % 40,) * (context // 2), steps) for at in range(count)], Limits(count, 8192, deadline_s=25))
-    full = [at for at, plan in enumerate(outcome.plans) if len(plan.samples) == count and plan.num_tokens == count]
-    gaps = [outcome.issued_s[at + 1] - outcome.issued_s[at] for at in full if at + 1 in full]
-    if not gaps:
-        raise RuntimeError(f"no two steps of {count} sequences in a row among {len(outcome.plans)}")
-    between_s = float(np.median(gaps))
+    count, prompt_len, num_drawn = clock.sized((count, 256, 40), (2, 3, 4))
+    runner = runner_of(clock, name, count, prompt_len + num_drawn)
+    between_s, _, loop = in_loop(clock, runner, count, prompt_len, num_drawn)
     if not clock.is_gpu:
         raise NeedsDeviceError("a CPU is its own host: nothing runs beside it")
-    plan = step_of(runner, [(context // 2, [7])] * count, context)
+    plan = step_of(runner, [(prompt_len, [7])] * count, prompt_len + 1)
     busy_s = clock.busy_s(lambda: runner.sample(runner.forward(plan)), 5)
     forget(runner, [plan])
-    return scored(busy_s, between_s, visible_s=between_s - busy_s, visible_share=1 - busy_s / between_s, loop=outcome.loop)
+    return scored(busy_s, between_s, visible_s=between_s - busy_s, visible_share=1 - busy_s / between_s, loop=loop)
 
 
 def invariant(clock: Clock, name: str, count: int) -> dict[str, Any]:
@@ -107,12 +114,10 @@ def invariant(clock: Clock, name: str, count: int) -> dict[str, Any]:
 
 
 def pictures(clock: Clock, name: str) -> dict[str, Any]:
-    """576 steps of the middle one: 8 pictures with guidance are 16 rows. The limit has 8 launches a layer."""
-    count, context = clock.sized((16, 288), (2, 20))
-    runner = runner_of(clock, name, count, context)
-    plan = step_of(runner, [(context - 1, [7])] * count, context)
-    limit = limit_of(clock.rates, runner, [plan]) + 8 * len(runner.model.config.layers) * clock.rates.kernel_s
-    return scored(576 * limit, 576 * step_s(clock, runner, plan), note="guidance's mixing of logits is not in it")
+    """576 steps of the middle ones: 8 pictures with guidance are 16 rows. The limit has 8 launches a layer."""
+    found = decode(clock, name, 16, prompt_len=268, kernels_a_layer=8)
+    whole = {key: 576 * found[key] for key in ("limit_s", "measured_s")}
+    return found | whole | {"note": "guidance's mixing of logits is not in it"}
 
 
 LINES = (
@@ -140,7 +145,8 @@ LINES = (
         "(weights + keys and values) / read bandwidth + a launch for each layer",
         0.30,
         0.65,
-        {f"{name}, 1 sequence": partial(decode_small, name=name) for name in ("smollm2-135m", "gemma3-270m")} | {"braid-nano": nano},
+        {f"{name}, 1 sequence": partial(decode, name=name, count=1, kernels_a_layer=1) for name in ("smollm2-135m", "gemma3-270m")}
+        | {"braid-nano": nano},
     ),
     Line(
         "G18",
