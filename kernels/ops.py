@@ -5,7 +5,8 @@ contract written once, and `select_ops`. What must not: a formula, a model famil
 `service/runner`, training, tests and benchmarks.
 
 Shape suffixes: T tokens, S sequences, D model width, N query heads, K key/value heads, H head width, F feed-forward width,
-B blocks in the pool, P places in a block, W blocks in the widest table, R sampled rows, V vocabulary.
+B blocks in the pool, P places in a block, W blocks in the widest table, R sampled rows, V vocabulary, G groups of layers with block
+tables of their own, N rows of the state between steps.
 """
 
 from __future__ import annotations
@@ -232,6 +233,7 @@ class Ops:
       sample(logits float32 [R, V], rows) -> Sampled. Source of the noise: kernels/sample/reference.py.
     Set-up.
       pack(weight) -> weight: once per matrix at load; brings it into the form `linear` reads fastest.
+      step: what prepares a step's inputs on the device; None where steps are prepared by the host alone.
     """
 
     name: str
@@ -247,6 +249,7 @@ class Ops:
     draw: Callable[[Tensor, Weight, SampleRows], Sampled]
     pack: Callable[[Weight], Weight]
     stack: Stack | None = None
+    step: StepOps | None = None
 
     def layers(self, x_TD: Tensor, weights: Sequence[LayerWeights], positions_T: Tensor, kv: Sequence[PagedKV]) -> tuple[Tensor, Tensor]:
         # Whoever replaced one of the three is not passed over.
@@ -271,8 +274,57 @@ class Stack:
     run: Callable[[Tensor, Sequence[LayerWeights], Tensor, Sequence[PagedKV]], tuple[Tensor, Tensor] | None]
 
 
-def select_ops(name: Literal["triton", "cpu", "reference"]) -> Ops:
+@dataclass(eq=False, slots=True)
+class StepState:
+    """What the device keeps of live sequences, a row each, from step to step.
+
+    ids int64 [N]: the id that was drawn last. tables int32 [G, N, W]: block tables by K/V group; every entry is a valid block, also
+    those that no sequence has set.
+    """
+
+    ids: Tensor
+    tables: Tensor
+
+
+@dataclass(eq=False, slots=True)
+class StepRows:
+    """Inputs of a step whose S rows have one token each, at addresses that never change, for all G K/V groups; the fields are those of
+    `PagedBatch`. Rows of a tensor are contiguous, tensors may be strided: the first S rows of larger ones.
+
+    ids, positions int64 [S]; slots int64 [G, S]; context_len, grid_start int32 [S]; block_table int32 [G, S, W].
+    """
+
+    ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    context_len: Tensor
+    grid_start: Tensor
+    block_table: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepOps:
+    """Kernels around a captured step. Neither waits for the device.
+
+    apply(tables int32 [G, N, W], updates int64 [2, n]): tables.view(-1)[updates[0]] = updates[1]; no place comes twice. Mutates: tables.
+    prepare(numbers int32 [5 + 2 * G, S], state, rows, block_size): writes the inputs of a step out of what the host says of its rows.
+        numbers: by row, in the order of `kernels.step.reference`: the row of its sequence in the state (-1 for a padded row, whose other
+        numbers mean nothing), the position of its token, the token (negative: the id that was drawn last for its sequence), whether its
+        K/V are in their place already, and where the picture that it is a code of begins; then by group the column of the sequence's
+        table in which there is a new block (-1 for none), then these blocks. Sequences are different ones.
+        A padded row gets id 0, position 0, slot -1, context 0 and no picture. Of a block table as many entries are written as the
+        context has blocks. Mutates: rows, and state.tables by the new blocks.
+    """
+
+    apply: Callable[[Tensor, Tensor], None]
+    prepare: Callable[[Tensor, StepState, StepRows, int], None]
+
+
+def select_ops(name: Literal["triton", "cpu", "reference"], deterministic: bool = False) -> Ops:
     """The named back end. Imports it here, late, because Triton or the compiled CPU library may be absent.
+
+    deterministic: no row of any result may depend on the others, to the last bit. "triton" then multiplies by kernels of its own whatever
+    the number of rows; the other back ends are as ever ("cpu" with its library computes each row by itself anyway).
 
     Raises: ValueError for an unknown name; ImportError when "triton" is not installed. "cpu" without its compiled library is
     plain PyTorch with stock int8 products, and says so once in the log.
@@ -288,5 +340,5 @@ def select_ops(name: Literal["triton", "cpu", "reference"]) -> Ops:
     if name == "triton":
         from kernels.triton_ops import triton_ops
 
-        return triton_ops()
+        return triton_ops(deterministic)
     raise ValueError(f"unknown back end {name!r}; there are triton, cpu and reference")

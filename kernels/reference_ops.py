@@ -5,17 +5,20 @@ No formula here. Called through `kernels.ops.select_ops("reference")`, and by ot
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kernels.attention.reference import attend
 from kernels.compose import FineOps, compose
 from kernels.gated.reference import gated
 from kernels.kv_write.reference import kv_write
 from kernels.linear.reference import embed, linear, pack
 from kernels.norm.reference import rms_norm
-from kernels.ops import Ops
+from kernels.ops import Ops, StepOps
 from kernels.sample.reference import sample
+from kernels.step.reference import apply, prepare
 
 REFERENCE_FINE_OPS = FineOps(attend, linear, embed, rms_norm, kv_write, gated, sample, pack)
 
 
 def reference_ops() -> Ops:
-    return compose("reference", REFERENCE_FINE_OPS)
+    return replace(compose("reference", REFERENCE_FINE_OPS), step=StepOps(apply, prepare))

@@ -1,4 +1,4 @@
-"""The GPU back end: Triton kernels, cuBLAS for dense products, plain PyTorch for a table's rows.
+"""The GPU back end: Triton kernels, cuBLAS for dense products of many rows, plain PyTorch for a table's rows.
 
 No formula here. Called through `kernels.ops.select_ops("triton")`. `verified.json` beside this file records which kernels passed
 `tests/kernels/test_gpu.py`: {GPU name: {kernel folder: commit}}; it is empty until a GPU has run them.
@@ -6,18 +6,28 @@ No formula here. Called through `kernels.ops.select_ops("triton")`. `verified.js
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kernels.attention.triton import attend
 from kernels.compose import FineOps, compose
 from kernels.gated.triton import gated
 from kernels.kv_write.triton import kv_write
+from kernels.linear.fused_triton import fused
 from kernels.linear.reference import embed, pack
-from kernels.linear.triton import linear
+from kernels.linear.triton import deterministic_linear, linear
 from kernels.norm.triton import rms_norm
-from kernels.ops import Ops
+from kernels.ops import Ops, StepOps
 from kernels.sample.triton import sample
+from kernels.step.triton import apply, prepare
 
 TRITON_FINE_OPS = FineOps(attend, linear, embed, rms_norm, kv_write, gated, sample, pack)
 
 
-def triton_ops() -> Ops:
-    return compose("triton", TRITON_FINE_OPS)
+def triton_ops(deterministic: bool = False) -> Ops:
+    """deterministic: the rows of a result depend on no other row, bit by bit; products are then own kernels at every number of rows, and
+    no coarse op is fused for few of them."""
+    if deterministic:
+        ops = compose("triton", replace(TRITON_FINE_OPS, linear=deterministic_linear))
+    else:
+        ops = fused(compose("triton", TRITON_FINE_OPS))
+    return replace(ops, step=StepOps(apply, prepare))

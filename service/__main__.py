@@ -131,6 +131,7 @@ def _load_message(settings: Settings, models: Sequence[Resolved], draft: Resolve
         max_batch_tokens=settings.max_batch_tokens,
         max_sequences=settings.max_sequences,
         prefix_cache=settings.prefix_cache,
+        deterministic=settings.deterministic,
         threads=settings.threads,
         log_level=settings.log_level,
         draft=ModelSource(draft.name, str(draft.path)) if draft is not None else None,
@@ -138,6 +139,7 @@ def _load_message(settings: Settings, models: Sequence[Resolved], draft: Resolve
         prepared_folder=str(cache_folder() / "prepared"),
         max_prepared_bytes=settings.max_prepared_bytes,
         tensor_parallel=settings.tensor_parallel,
+        async_scheduling=settings.async_scheduling,
     )
 
 

@@ -48,8 +48,10 @@ class Settings:
     max_prefill_ms: int = 30
     max_sequences: int = 64
     prefix_cache: bool = True
+    deterministic: bool = False
     draft_model: str = ""
     tensor_parallel: int = 1
+    async_scheduling: Literal["auto", "on", "off"] = "auto"
     threads: int = 0
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     api_key_file: str = ""
@@ -276,6 +278,11 @@ _OPTIONS = (
     _option("--max-sequences", "max_sequences", type=_number(1, 4096), help="Most sequences that run at once, per model."),
     _option("--prefix-cache/--no-prefix-cache", "prefix_cache", help="Share the K/V of equal beginnings among requests."),
     _option(
+        "--deterministic/--no-deterministic",
+        "deterministic",
+        help="On a GPU: no row of a step depends on the others, to the last bit; slower. On a CPU int8 and int4 are so anyway.",
+    ),
+    _option(
         "--draft-model",
         "draft_model",
         metavar="MODEL",
@@ -287,6 +294,12 @@ _OPTIONS = (
         "tensor_parallel",
         type=_number(1, 64),
         help="Processes that share the matrices and the K/V of each model; on GPUs one each.",
+    ),
+    _option(
+        "--async-scheduling",
+        "async_scheduling",
+        type=click.Choice(["auto", "on", "off"]),
+        help="Begin a step before the ids of the one in front are known, so that a GPU never waits for the host. auto is on on a GPU.",
     ),
     _option("--threads", "threads", type=_number(0, 1024), show_default="one per core", help="CPU threads of the engine."),
     _option(

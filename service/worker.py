@@ -18,7 +18,7 @@ from functools import partial
 from typing import Protocol
 
 from service.engine.drafting import Drafting, make_tables
-from service.engine.engine import BrokenEngineError, Engine, Lane, Painter, Runner
+from service.engine.engine import Ahead, BrokenEngineError, Engine, Lane, Painter, Runner
 from service.engine.mailbox import Mailbox
 from service.engine.messages import Failed, Load, ModelInfo, Progress, Ready
 from service.engine.pace import BeatThread
@@ -54,6 +54,10 @@ class Loaded(Protocol):
     @property
     def draft(self) -> Loaded | None:
         """What guesses ids for it."""
+
+    @property
+    def ahead(self) -> Ahead | None:
+        """The runner, where steps are begun one ahead."""
 
 
 LoadModels = Callable[[Load, Callable[[str, float], None]], Sequence[Loaded]]
@@ -135,7 +139,7 @@ def build_lane(loaded: Loaded, load: Load) -> Lane:
         max_waiting_tokens=_NO_LIMIT,
     )
     drafting = None if loaded.draft is None else build_drafting(loaded.draft, load)
-    return Lane(info, scheduler, loaded.runner, loaded.painter, pace=PromptPace(load.max_prefill_s), drafting=drafting)
+    return Lane(info, scheduler, loaded.runner, loaded.painter, pace=PromptPace(load.max_prefill_s), drafting=drafting, ahead=loaded.ahead)
 
 
 def build_drafting(draft: Loaded, load: Load) -> Drafting:

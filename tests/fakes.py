@@ -8,10 +8,11 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from service.engine.messages import Generate, Load, ModelInfo
-from service.scheduling.plan import Drawn, KVGroup, PromptRead, PromptReading, Sample, StepPlan
+from service.scheduling.plan import PENDING, Drawn, KVGroup, PromptRead, PromptReading, Sample, Slice, StepPlan
 from service.scheduling.sampling import SamplingParams
 
 VOCAB = 1000
@@ -56,14 +57,19 @@ def scripted_vector(last: int) -> bytes:
 
 
 class ScriptedRunner:
-    """Draws by `scripted_token`, sleeps step_s per step, and fails where a prompt says so. Remembers the sizes of its steps."""
+    """Draws by `scripted_token`, sleeps step_s per step, and fails where a prompt says so. Remembers the sizes of its steps, and how many
+    were begun before their ids were known. last: the id that was drawn last for each sequence."""
 
     def __init__(self, step_s: float = 0.0) -> None:
         self.step_s = step_s
         self.steps: list[int] = []
+        self.num_ahead = 0
+        self.last: dict[int, int] = {}
 
     def forward(self, plan: StepPlan) -> StepPlan:
         self.steps.append(plan.num_tokens)
+        self.num_ahead += any(piece.tokens[-1] == PENDING for piece in plan.slices)
+        plan = replace(plan, slices=tuple(map(self._resolve, plan.slices)))
         time.sleep(self.step_s)
         ids = {token for piece in plan.slices for token in piece.tokens}
         if FAIL_FORWARD in ids:
@@ -82,6 +88,15 @@ class ScriptedRunner:
             return []
         drawn = [self._draw(handle, sample) for sample in handle.samples]
         return [Drawn(VOCAB) for _ in drawn] if DRAW_OUTSIDE in ids else drawn
+
+    def draw(self, handle: StepPlan, masks: None = None) -> ScriptedDrawing:
+        drawing = ScriptedDrawing(self, handle, masks)
+        if handle.samples:
+            drawing.try_to_draw()
+        return drawing
+
+    def _resolve(self, piece: Slice) -> Slice:
+        return replace(piece, tokens=(*piece.tokens[:-1], self.last[piece.sequence_id])) if piece.tokens[-1] == PENDING else piece
 
     def read(self, handle: StepPlan) -> list[PromptReading]:
         ids = {token for piece in handle.slices for token in piece.tokens}
@@ -103,6 +118,28 @@ class ScriptedRunner:
         return Drawn(token, -0.5, tuple((token + i, -0.5 - i) for i in range(sample.params.logprobs)))
 
 
+class ScriptedDrawing:
+    """As of a device that works in order: ids, and failures, are there when they are waited for."""
+
+    def __init__(self, runner: Any, handle: StepPlan, masks: Any) -> None:
+        self._runner, self._handle, self._masks = runner, handle, masks
+        self._drawn: list[Drawn] = []
+        self._error: Exception | None = None
+
+    def try_to_draw(self) -> None:
+        try:
+            self._drawn = self._runner.sample(self._handle, self._masks)
+        except RuntimeError as error:
+            self._error = error
+        for sample, one in zip(self._handle.samples, self._drawn, strict=False):
+            self._runner.last.update((self._handle.slices[index].sequence_id, one.token) for index in sample.slice_indexes)
+
+    def wait(self) -> list[Drawn]:
+        if self._error is not None:
+            raise self._error
+        return self._drawn
+
+
 @dataclass(frozen=True)
 class ScriptedModel:
     """What a loader returns for one model."""
@@ -112,6 +149,7 @@ class ScriptedModel:
     groups: tuple[KVGroup, ...] = (KVGroup(),)
     painter: None = None
     draft: None = None
+    ahead: None = None
 
 
 def scripted_model(name: str = "tiny", *, num_blocks: int = 64, step_s: float = 0.0, max_context: int = 512) -> ScriptedModel:

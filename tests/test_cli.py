@@ -34,9 +34,10 @@ from tests.model.checkpoints import TINY, random_tensors, write_gguf
 # A promise to people and scripts; take nothing away.
 FLAGS = {
     "serve": """--config --host --port --dtype --kv-dtype --device --memory --max-context --max-batch-tokens --max-prefill-ms
-        --max-sequences --prefix-cache --no-prefix-cache --draft-model --threads --api-key --api-key-file --allowed-host --strict
-        --no-strict --metrics-prefix
-        --drain-timeout --stall-exit --tensor-parallel --max-queue-requests --max-queue-tokens --max-body --max-image --max-image-pixels
+        --max-sequences --prefix-cache --no-prefix-cache --deterministic --no-deterministic --draft-model --threads --api-key --api-key-file
+        --allowed-host --strict --no-strict --metrics-prefix
+        --drain-timeout --stall-exit --tensor-parallel --async-scheduling --max-queue-requests --max-queue-tokens --max-body --max-image
+        --max-image-pixels
         --media-host --allow-origin --data-dir --max-file --max-data --batch-requests --max-prepared --log-level""",
     "deploy": """--model --replicas --cpus --gpus --host --port --goal-requests --max-requests --max-queue --gates --calm --name --address
         --write""",

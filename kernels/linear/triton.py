@@ -1,18 +1,17 @@
 """Products by int8 weights on the GPU: rows of x become int8 by their own scale, then whole numbers are multiplied exactly.
 
-Dense products are cuBLAS's, through torch. No model here. Called by `triton_ops`.
+Dense products are `dense_triton`'s. No model here. Called by `triton_ops`.
 Shape suffixes: M rows of x.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.linear import reference
+from kernels.linear import dense_triton, reference
 from kernels.ops import GroupedWeight, Int8Weight, Weight
 
 COLUMNS, DEPTH = 64, 128
@@ -22,10 +21,15 @@ COLUMNS, DEPTH = 64, 128
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """x [M, in] by the weight's rows, [M, out] in x's dtype."""
     if isinstance(weight, Tensor):
-        return F.linear(x, weight)
+        return dense_triton.fastest(x, weight)
     if isinstance(weight, GroupedWeight):  # no kernel yet
         return reference.linear(x, weight)
     return _linear_int8(x.contiguous(), weight)
+
+
+def deterministic_linear(x: Tensor, weight: Weight) -> Tensor:
+    """As `linear`, and a row's bits depend on no other row by dense matrices either (by quantised ones they never do)."""
+    return dense_triton.deterministic(x, weight) if isinstance(weight, Tensor) else linear(x, weight)
 
 
 def _linear_int8(x: Tensor, weight: Int8Weight) -> Tensor:

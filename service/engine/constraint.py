@@ -127,6 +127,14 @@ class Constraint:
     def num_free(self) -> int:
         return 1
 
+    @property
+    def is_open(self) -> bool:
+        return True
+
+    @property
+    def draws_code(self) -> bool:
+        return False
+
     def failure(self) -> GrammarError:
         """Why the matcher can't go on. A limit is the grammar's fault, and so is a text that can't be spelled; all else is ours."""
         error = self.matcher.get_error()

@@ -1,6 +1,8 @@
 """The loop of the engine process: drain the mailbox, plan, run, commit, deliver; and the wall that keeps a fault of one request
 from being anybody else's.
 
+Where the device computes beside this process, a step is begun before the one in front of it is known, so that the device never waits for
+the host: plan and begin n + 1, wait for the ids of n, commit n, have the ids of n + 1 drawn (masks and ends are those that n brought).
 It owns no device and no socket: lanes (scheduler + runner) and the mailbox are given to it by `service/worker.py`. No text, no HTTP.
 Long, because every way a request can come in or end leads through one loop and one list of events; see also `checks` and `events`.
 """
@@ -65,6 +67,19 @@ class Runner(Protocol):
     def read(self, handle: Any) -> list[PromptReading]: ...
 
 
+class Drawing(Protocol):
+    """Ids that are being drawn."""
+
+    def wait(self) -> list[Drawn]: ...
+
+
+class Ahead(Runner, Protocol):
+    """A runner that computes what it is told in the order in which it is told, and does not wait for it."""
+
+    def draw(self, handle: Any, masks: Any = None) -> Drawing:
+        """`sample`, of which `wait` is the rest. A `PENDING` id of any later step is the one drawn here."""
+
+
 class Painter(Protocol):
     """Turns pictures into codes and codes into pictures, in a thread of its own. on_done: called there when there are results."""
 
@@ -81,9 +96,22 @@ class BrokenEngineError(EngineError):
 
 
 @dataclass(eq=False, slots=True)
+class Flying:
+    """A step that was begun: since when, what the runner made of it, and its ids, or what draws them; at last how long it took."""
+
+    plan: StepPlan
+    started: float
+    handle: Any
+    drawing: Drawing | None = None
+    drawn: list[Drawn] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(eq=False, slots=True)
 class Lane:
     """One model: what it is, who decides, who computes, who paints, who guesses, how long its steps take and how long its prompts may hold
-    them up."""
+    them up. ahead: its runner, where steps are begun one ahead; flying: the one that was, while another is not. finished: when a step was
+    known last."""
 
     info: ModelInfo
     scheduler: Scheduler
@@ -94,6 +122,9 @@ class Lane:
     constraints: Constraints | None = None  # once the model's vocabulary is known
     masks: PictureMasks | None = field(init=False)
     drafting: Drafting | None = None
+    ahead: Ahead | None = None
+    flying: Flying | None = None
+    finished: float = 0.0
 
     def __post_init__(self) -> None:
         self.masks = PictureMasks(self.info.pictures, self.info.vocab_size) if self.info.pictures is not None else None
@@ -101,6 +132,15 @@ class Lane:
     @property
     def is_compiling(self) -> bool:
         return self.constraints is not None and self.constraints.num_waiting > 0
+
+    def learn(self, step: Flying, now: float) -> None:
+        """It is known: takes what it cost into account, from the end of the one in front of it. Mutates: the step's seconds."""
+        step.seconds = now - max(step.started, self.finished)
+        self.finished = now
+        self.estimate.learn(step.plan.num_tokens, step.seconds)
+        if self.drafting is not None:
+            self.drafting.learn(step.plan)
+        self.pace.learn(step.plan, step.seconds)
 
     def stats(self) -> LaneStats:
         stats = self.scheduler.stats
@@ -371,31 +411,41 @@ class Engine:
         started = self._clock()
         if lane.painter is not None and (results := lane.painter.finished()):
             self._take(lane.scheduler.commit_pictures(results, started))
-        try:
-            plan, outputs = lane.scheduler.plan(started, self._prompt_limit(lane), self._guess(lane, started))
-        except Exception:
-            log.exception("planning a step of %s failed", lane.info.name)
-            self._count_failure()
-            return False
-        self._take(outputs)
-        if plan is None:
+        before, lane.flying = lane.flying, None
+        plan = self._plan(lane, started, is_ahead=before is not None)
+        steps = [step for step in (plan, None if before is None else before.plan) if step is not None]
+        if not steps:
             if self._events:
                 self._deliver(0, 0.0)
             return False
-        if lane.painter is not None and (work := (*plan.encode, *plan.draw)):
-            lane.painter.begin(work)
-        num_tokens = plan.num_tokens
-        self.pulse.begin(started, lane.estimate.of(num_tokens))
-        is_good = self._compute(lane, plan)
+        self.pulse.begin(started, lane.estimate.of(max(step.num_tokens for step in steps)))
+        begun = None if plan is None else self._begin(lane, plan, started)
+        if before is not None:
+            self._finish(lane, before)
+        if begun is not None and self._draw(lane, begun):
+            if lane.ahead is None:
+                self._finish(lane, begun)
+            else:
+                lane.flying = begun
         self.pulse.end()
-        seconds = self._clock() - started
-        if is_good:
-            lane.estimate.learn(num_tokens, seconds)
-            if lane.drafting is not None:
-                lane.drafting.learn(plan)
-            lane.pace.learn(plan, seconds)
-        self._deliver(num_tokens, seconds, lane.info.name)
+        known = begun if before is None and lane.flying is None else before
+        if known is not None:
+            self._deliver(known.plan.num_tokens, known.seconds, lane.info.name)
+        elif self._events:
+            self._deliver(0, 0.0)
         return True
+
+    def _plan(self, lane: Lane, now: float, *, is_ahead: bool) -> StepPlan | None:
+        try:
+            plan, outputs = lane.scheduler.plan(now, self._prompt_limit(lane), self._guess(lane, now), is_ahead=is_ahead)
+        except Exception:
+            log.exception("planning a step of %s failed", lane.info.name)
+            self._count_failure()
+            return None
+        self._take(outputs)
+        if plan is not None and lane.painter is not None and (work := (*plan.encode, *plan.draw)):
+            lane.painter.begin(work)
+        return plan
 
     def _prompt_limit(self, lane: Lane) -> PromptLimit | None:
         """While somebody waits for a next token, in whichever lane: they take turns, so that a prompt of one holds up all."""
@@ -417,25 +467,46 @@ class Engine:
         finally:
             self.pulse.end()
 
-    def _compute(self, lane: Lane, plan: StepPlan) -> bool:
-        """Runs the plan and commits it. A failure ends the requests that are in it and nothing else."""
+    # A failure of any of the three ends the requests that are in the step and nothing else.
+
+    def _begin(self, lane: Lane, plan: StepPlan, now: float) -> Flying | None:
         try:
-            handle = lane.runner.forward(plan)
-            drawn = lane.runner.sample(handle, self._masks(lane, plan))
+            return Flying(plan, now, lane.runner.forward(plan))
+        except Exception:
+            self._fail(lane, plan)
+            return None
+
+    def _draw(self, lane: Lane, flying: Flying) -> bool:
+        """False when it failed. Every step in front of this one is known."""
+        try:
+            masks = self._masks(lane, flying.plan)
+            if lane.ahead is None:
+                flying.drawn = lane.runner.sample(flying.handle, masks)
+            else:
+                flying.drawing = lane.ahead.draw(flying.handle, masks)
+        except Exception:
+            self._fail(lane, flying.plan)
+            return False
+        return True
+
+    def _finish(self, lane: Lane, flying: Flying) -> None:
+        """Waits for what the step has brought, and commits it."""
+        plan = flying.plan
+        try:
+            drawn = flying.drawn if flying.drawing is None else flying.drawing.wait()
             check_drawn(plan, drawn, lane.info.vocab_size)
-            readings = lane.runner.read(handle) if plan.reads else []
+            readings = lane.runner.read(flying.handle) if plan.reads else []
             check_readings(plan, readings)
             self._take(lane.scheduler.commit(plan, drawn, self._clock(), readings))
         except Exception:
-            log.exception(
-                "step %d of %s failed (%d tokens of %d sequences)", plan.step_id, lane.info.name, plan.num_tokens, len(plan.slices)
-            )
             self._fail(lane, plan)
-            return False
+            return
         self._num_failures = 0
-        return True
+        lane.learn(flying, self._clock())
 
     def _fail(self, lane: Lane, plan: StepPlan) -> None:
+        """Called where the exception is handled."""
+        log.exception("step %d of %s failed (%d tokens of %d sequences)", plan.step_id, lane.info.name, plan.num_tokens, len(plan.slices))
         try:
             self._take(lane.scheduler.fail(plan, self._clock()))
         except Exception as error:

@@ -32,7 +32,8 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     the flags say. max_context 0: the model's own. draft: a small model with the same tokens, which guesses ids for the first model.
     max_prefill_s: that prompts may add to a step beside decoding sequences; 0: no bound. prepared_folder: where at most
     max_prepared_bytes of weights are kept as later starts want them; 0: none are, and none are looked for. tensor_parallel:
-    processes that share each model's matrices."""
+    processes that share each model's matrices. async_scheduling: are steps begun one ahead? deterministic: no row of a step may depend
+    on the others."""
 
     models: tuple[ModelSource, ...]
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"]
@@ -50,6 +51,8 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     prepared_folder: str = ""
     max_prepared_bytes: int = 0
     tensor_parallel: int = 1
+    async_scheduling: Literal["auto", "on", "off"] = "auto"
+    deterministic: bool = False
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):

@@ -48,13 +48,15 @@ _DRAFT_NAME = "/draft"  # no model has a slash at its front
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model that can run: what the engine makes a lane of. draft: another, which guesses ids for it."""
+    """A model that can run: what the engine makes a lane of. draft: another, which guesses ids for it. ahead: the runner, where its steps
+    may be begun one ahead."""
 
     info: ModelInfo
     runner: Runner | EncoderRunner | Leader
     groups: tuple[KVGroup, ...]
     painter: Painter | None = None
     draft: Loaded | None = None
+    ahead: Runner | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,9 @@ def load_models(load: Load, progress: Callable[[str, float], None], peers: Peers
     if load.threads or peers is not None:
         torch.set_num_threads(max((load.threads or torch.get_num_threads()) // load.tensor_parallel, 1))
     device = choose_device(load.device)
-    ops = select_ops("cpu" if device.type == "cpu" else "triton")
+    if load.deterministic and device.type == "cpu" and load.dtype in ("float32", "bfloat16"):
+        raise StartupError(f"--deterministic with --dtype {load.dtype} needs a GPU; on a CPU int8 and int4 are deterministic")
+    ops = select_ops("cpu" if device.type == "cpu" else "triton", load.deterministic)
     rank = 0
     if peers is not None:
         rank, device, ops = peers.rank, join(peers, device), split_ops(ops, add_up)
@@ -161,9 +165,11 @@ def load_models(load: Load, progress: Callable[[str, float], None], peers: Peers
         _warm_up(equipped, load, device)
     progress("warm_up", 1.0)
     _keep_prepared(models)
+    if load.async_scheduling == "on" or (load.async_scheduling == "auto" and device.type == "cuda"):
+        loaded = [replace(one, ahead=one.runner) if isinstance(one.runner, Runner) else one for one in loaded]
     if load.draft is None:
         return loaded
-    first, *others, draft = loaded
+    first, *others, draft = (replace(one, ahead=None) for one in loaded)
     return [replace(first, draft=draft), *others]
 
 

@@ -34,7 +34,7 @@ from service.model.config import ModelConfig
 from service.model.transformer import Transformer
 from service.model.weights import WeightSource
 from service.runner.runner import Handle, Runner
-from service.scheduling.plan import Drawn, PromptReading, Slice, StepPlan
+from service.scheduling.plan import PENDING, Drawn, PromptReading, Slice, StepPlan
 
 log = logging.getLogger("braid.parallel")
 
@@ -233,7 +233,9 @@ class Leader:
         self._give_up = give_up
 
     def forward(self, plan: StepPlan) -> Handle:
-        """As `Runner.forward`."""
+        """As `Runner.forward`. Raises: ValueError for a pending id: the other ranks are told ids, and draw none."""
+        if any(piece.tokens[-1] == PENDING for piece in plan.slices):
+            raise ValueError("the slices of a split model must hold ids, and one waits for an id that was drawn")
         with _together(self._give_up):
             if plan.slices:
                 self._tell(plan.slices)

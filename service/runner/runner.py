@@ -1,7 +1,8 @@
-"""Runs plans: builds inputs, calls the model, samples. Owns the device: weights, K/V pool, graphs, sampler.
+"""Runs plans: builds inputs, calls the model, samples. Owns the device: weights, K/V pool, state between steps, graphs, sampler.
 
 What may not come in: requests, text, queues, clocks, anything of one model family. Called by the engine loop with the verbs
-`forward(plan)`, `sample(handle)` and `read(handle)`, so that masks may arrive late and the next step can be planned meanwhile.
+`forward(plan)`, `draw(handle)` (or `sample`, which waits) and `read(handle)`, so that masks may arrive late, and the next step be planned
+and begun before the ids of this one are known.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.model.transformer import Transformer
-from service.runner.graphs import DecodeGraphs
+from service.runner.drawing import Drawing
+from service.runner.graphs import CudaRecorder, DecodeGraphs, GraphLimits, Recorder
 from service.runner.inputs import StepInputs, build_inputs
 from service.runner.kv_cache import KVCache
 from service.runner.reader import Reader
 from service.runner.sampler import Sampler, can_draw
+from service.runner.state import Rows, StateTable
 from service.scheduling.plan import Drawn, PromptReading, StepPlan
 
 
@@ -40,43 +43,60 @@ class Runner:
         self.cache = cache
         self.num_groups = num_groups
         self.device = device
-        self.sampler = Sampler(model.ops, model.config.vocab_size, device)
+        self.state = StateTable(device)
+        self.sampler = Sampler(model.ops, model.config.vocab_size, device, self.state.last_id)
         self.reader = Reader(model, device)
         self.graphs: DecodeGraphs | None = None
 
-    def capture_graphs(self, max_sequences: int) -> None:
-        """Records decode steps as CUDA graphs; call once, before the first plan."""
+    def capture_graphs(self, max_sequences: int, recorder: Recorder | None = None) -> None:
+        """Records decode steps as CUDA graphs; call once, before the first plan. recorder: another one than CUDA's.
+
+        Raises: ValueError when the back end has no kernels that prepare a step on the device.
+        """
+        step_ops, config = self.model.ops.step, self.model.config
+        if step_ops is None:
+            raise ValueError(f"the back end {self.model.ops.name!r} does not prepare steps on the device")
+        limits = GraphLimits(self.num_groups, self.cache.block_size, config.max_context, max_sequences, config.pictures is not None)
         with torch.inference_mode():
-            self.graphs = DecodeGraphs(
-                self._compute,
-                num_groups=self.num_groups,
-                has_pictures=self.model.config.pictures is not None,
-                max_context=self.model.config.max_context,
-                block_size=self.cache.block_size,
-                max_sequences=max_sequences,
-                device=self.device,
-            )
+            self.graphs = DecodeGraphs(self._compute, limits, self.state, step_ops, recorder or CudaRecorder())
             self.graphs.capture()
 
     def forward(self, plan: StepPlan) -> Handle:
-        """Mutates: the K/V pool, at the plan's slots."""
+        """Mutates: the K/V pool, at the plan's slots. Raises: ValueError for a pending id that was not drawn here."""
         self.sampler.release(plan.released)
         self.reader.release(plan.released)
+        self.state.release(plan.released)
         if not plan.slices:  # a step may only encode pictures
             return Handle(plan)
         with torch.inference_mode():
-            inputs = build_inputs(plan, self.num_groups, self.cache.block_size, self.device)
-            if plan.reads:  # a graph keeps logits alone
-                x, residual = self._run_layers(inputs)
-                return Handle(plan, self._hidden(x, residual, inputs), states=(x, residual))
-            if self.graphs is not None and self.graphs.can_run(inputs):
-                return Handle(plan, logits=self.graphs.run(inputs)[inputs.rows])
-            return Handle(plan, self._hidden(*self._run_layers(inputs), inputs))
+            rows = self.state.admit(plan.slices)
+            logits = None if self.graphs is None else self.graphs.run(plan, rows)
+            if logits is not None:
+                return Handle(plan, logits=logits)
+            inputs = self._build(plan, rows)
+            x, residual = self._run_layers(inputs)
+            return Handle(plan, self._hidden(x, residual, inputs), states=(x, residual) if plan.reads else None)
+
+    def _build(self, plan: StepPlan, rows: Rows) -> StepInputs:
+        """Of a step that no graph runs."""
+        tables = None if self.state.tables is None else self.state.block_tables(plan.slices, rows)
+        inputs = build_inputs(plan, self.num_groups, self.cache.block_size, self.device, tables)
+        self.state.resolve(plan.slices, rows, inputs.ids)
+        return inputs
 
     def sample(self, handle: Handle, masks: NDArray[np.int32] | None = None) -> list[Drawn]:
         """One `Drawn` per sample of the plan, in its order. masks int32 [R, ceil(V / 32)], a row per sample, or None."""
+        return self._draw(handle, masks).wait()
+
+    def draw(self, handle: Handle, masks: NDArray[np.int32] | None = None) -> Drawing:
+        """`sample`, of which `wait` is the rest. The ids are those that later plans mean by `PENDING`."""
+        drawing = self._draw(handle, masks)
+        self.state.keep(handle.plan, drawing.ids)
+        return drawing
+
+    def _draw(self, handle: Handle, masks: NDArray[np.int32] | None) -> Drawing:
         with torch.inference_mode():
-            bits = None if masks is None else torch.from_numpy(masks).to(self.device)
+            bits = None if masks is None else torch.from_numpy(masks)
             if handle.hidden is not None and can_draw(handle.plan) and not self.model.config.logit_softcap:
                 return self.sampler.draw(handle.hidden, self.model.head, handle.plan, bits)
             return self.sampler.sample(self.logits(handle), handle.plan, bits)

@@ -55,10 +55,13 @@ class PromptLimit:
 
 
 class StepBudget:
-    """What is left of one step. limit: None where prompts may fill it."""
+    """What is left of one step. limit: None where prompts may fill it. may_preempt: may somebody lose blocks for it? is_short: somebody
+    would have had to, who may not."""
 
-    def __init__(self, tokens: int, limit: PromptLimit | None) -> None:
+    def __init__(self, tokens: int, limit: PromptLimit | None, *, may_preempt: bool = True) -> None:
         self.tokens = tokens
+        self.may_preempt = may_preempt
+        self.is_short = False
         self._limit = limit
         self._left = limit.most if limit is not None else 0.0
         self._least = limit.least if limit is not None else 0

@@ -1,4 +1,4 @@
-"""The step that is planned and not yet committed: the plan made of what was chosen, and whose each of its samples and reads is.
+"""A step that is planned and not yet committed: the plan made of what was chosen, and whose each of its samples and reads is.
 
 Decides nothing: who runs was `roster`'s affair, what becomes of drawn ids is `scheduler`'s, its only caller.
 """
@@ -19,7 +19,8 @@ from service.vocabulary import PictureIds
 @dataclass(frozen=True, slots=True)
 class Flight:
     """sampled: the gang of each sample. readers: in the order of the plan's reads. ending: the gangs that end with their prompt, because
-    they want no id. concluded: indexes of samples whose grammars allow no id."""
+    they want no id. concluded: indexes of samples whose grammars allow no id. foreseen: the gangs whose tokens of it count as computed
+    already, because another step was planned behind it."""
 
     plan: StepPlan
     chosen: Choice
@@ -27,6 +28,7 @@ class Flight:
     ending: list[Gang]
     readers: list[PromptReader]
     concluded: dict[int, GrammarError | None] = field(default_factory=dict)
+    foreseen: set[Gang] = field(default_factory=set)
 
     def by_gang(self, drawn: SequenceOf[Drawn]) -> dict[Gang, list[Drawn]]:
         """What was drawn for each gang, in the order of its samples."""
@@ -81,7 +83,7 @@ def _make_read(reader: PromptReader, gang: Gang, num_tokens: int, indexes: dict[
 def _make_sample(gang: Gang, slice_indexes: tuple[int, ...], ahead: int) -> Sample:
     """ahead: how many guesses come before the id."""
     first = gang.sequences[0]
-    num_generated = gang.num_generated + ahead
+    num_generated = gang.num_generated + gang.is_ahead + ahead
     return Sample(
         sequence_id=first.sequence_id,
         slice_indexes=slice_indexes,

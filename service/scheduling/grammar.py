@@ -25,6 +25,14 @@ class Grammar(Protocol):
     def num_free(self) -> int:
         """How many ids may be drawn one after the other under the mask that the next one has; 1 when nothing is known of the second."""
 
+    @property
+    def is_open(self) -> bool:
+        """Will nothing be forced behind the next id, whatever it is? Its place can then be computed before anybody knows it."""
+
+    @property
+    def draws_code(self) -> bool:
+        """Is the next id the code of a picture?"""
+
 
 class GrammarError(Exception):
     """A grammar could not go on. The message is fit for a client; status: of the HTTP answer, 400 when the grammar itself is at fault."""

@@ -103,3 +103,11 @@ class PictureGrammar:
         rest = self._rule.kept[self._place :] if self._rule.kept and not self._num_pictures else ()
         until = next((index for index, code in enumerate(rest) if code >= 0), self._pictures.num_places - self._place)
         return max(until, 1)
+
+    @property
+    def is_open(self) -> bool:
+        return self.num_free > 1 if self._place >= 0 else not self._is_between
+
+    @property
+    def draws_code(self) -> bool:
+        return self._place >= 0

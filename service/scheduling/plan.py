@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from service.scheduling.reading import Pool
 from service.scheduling.sampling import SamplingParams
 
+PENDING = -1
+"""Stands for an id that is drawn and that the host does not know yet: the one that the runner drew last for that sequence."""
+
 
 @dataclass(frozen=True, slots=True)
 class KVGroup:
@@ -47,8 +50,9 @@ class PictureResult:
 class Slice:
     """A run of tokens of one sequence computed in one step.
 
-    start: position of tokens[0]. tables: per K/V group, the ids of the blocks that hold positions 0 ... start + len(tokens) - 1
-    (block i holds positions i * block_size onward), and maybe some that wrong guesses left; an entry behind a group's window may be -1.
+    start: position of tokens[0]. tokens: the last one may be `PENDING`. tables: per K/V group, the ids of the blocks that hold positions
+    0 ... start + len(tokens) - 1 (block i holds positions i * block_size onward), and maybe some that wrong guesses left; an entry behind a
+    group's window may be -1.
     grid_starts: per token, where the picture that it is a code of begins (the position of its first code), -1 for other tokens; empty
     when none of them is a code.
     is_first_known: the K/V of tokens[0] is in its place already, in a block that others may share: it must not be written.
@@ -70,7 +74,8 @@ class Sample:
     back: how many tokens before the last one of its slices it is drawn from; those behind it are drafts of this id and its followers.
 
     position: of the id to be drawn; with params.seed it keys the noise. num_generated: ids drawn for this gang so far.
-    history: prompt and output ids so far, given only when params.has_penalties. prompt_len: how many of them are the prompt.
+    history: prompt and output ids so far, given only when params.has_penalties; the last one may be `PENDING`. prompt_len: how many of
+    them are the prompt.
     banned: ids that must not be drawn now (stop ids before min_tokens).
     """
 

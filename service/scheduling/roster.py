@@ -82,16 +82,20 @@ class Roster:
         """Sequences that wait for their next token alone."""
         return sum([len(gang.sequences) for gang in self.running if _is_decode(gang)])
 
-    def choose(self, limit: PromptLimit | None = None) -> Choice:
+    def choose(self, limit: PromptLimit | None = None, *, is_ahead: bool = False) -> Choice:
         """Shares out one step: gangs with one pending token each, then prompts under way and new ones by rank, while tokens and
-        blocks last. Nobody comes in when somebody lost blocks in the same step. limit: of prompts, where they can be cut.
+        blocks last. Nobody comes in when somebody lost blocks in the same step. limit: of prompts, where they can be cut. is_ahead: another
+        step is in flight; held gangs are left out, and where somebody would have to lose blocks nothing is chosen, so that the one to lose
+        them is found when all is known.
 
         Mutates: allocates the rows that the choice needs, preempts for gangs of better rank, admits.
         """
         chosen: Choice = {}
-        budget, preemptions = StepBudget(self.max_batch_tokens, None if self.whole_prompts else limit), self.preemptions
-        decodes = [gang for gang in self.running if _is_decode(gang)]
-        prefills = [gang for gang in self.running if not _is_decode(gang)] if len(decodes) < len(self.running) else []
+        budget = StepBudget(self.max_batch_tokens, None if self.whole_prompts else limit, may_preempt=not is_ahead)
+        preemptions = self.preemptions
+        able = [gang for gang in self.running if not gang.is_held] if is_ahead else self.running
+        decodes = [gang for gang in able if _is_decode(gang)]
+        prefills = [gang for gang in able if not _is_decode(gang)] if len(decodes) < len(able) else []
         for gang in (*decodes, *prefills):
             if self.waiting and not _is_decode(gang) and self.preemptions == preemptions:
                 self._admit(chosen, budget, gang.rank)  # more urgent than a prompt that is under way
@@ -99,9 +103,9 @@ class Roster:
                 break
             if gang.state is State.RUNNING:
                 self._place(gang, chosen, budget)
-        if self.waiting and self.preemptions == preemptions:
+        if self.waiting and self.preemptions == preemptions and not budget.is_short:
             self._admit(chosen, budget)
-        return chosen
+        return {} if budget.is_short else chosen
 
     def draft_wishes(self) -> DraftWishes:
         """What a draft model should guess for the next step: of sequences that decode and of which prompt lookup knows nothing, while few
@@ -150,13 +154,36 @@ class Roster:
         return min(gang.request.draft_len, num_free - 1, gang.tokens_left - 1, budget // share, room)
 
     def advance(self, gang: Gang, counts: tuple[int, ...]) -> None:
-        """The chosen tokens of a running gang are computed: seals its full blocks, and nobody need wait for those any more."""
+        """So many tokens of a running gang count as computed. `settle` follows when they are."""
         for sequence, count in zip(gang.sequences, counts, strict=True):
-            if count:
-                sealed = sequence.num_sealed
-                self.tables.advance(sequence, count)
-                if sequence.num_sealed > sealed:
-                    self._withdraw(gang, sequence.keys[sealed : sequence.num_sealed])
+            sequence.num_computed += count
+
+    def settle(self, gang: Gang) -> None:
+        """What counts as computed of a running gang is: seals its full blocks, and nobody need wait for those any more."""
+        for sequence in gang.sequences:
+            sealed = sequence.num_sealed
+            self.tables.settle(sequence)
+            if sequence.num_sealed > sealed:
+                self._withdraw(gang, sequence.keys[sealed : sequence.num_sealed])
+
+    def foresee(self, gang: Gang, counts: tuple[int, ...], is_drawn: bool) -> bool:
+        """The chosen tokens of a running gang are being computed, and an id drawn, if is_drawn: can what it does next be planned without
+        knowing more? Then they count as computed, and the id as pending; else the gang is held.
+
+        A gang that guesses or reads goes on from what it learns; one whose last id this is has ended; of the others none may turn out to
+        have ids that were not drawn."""
+        can_guess = gang.num_drafts > 0 or (gang.drafter is not None and self._num_sequences <= self.max_drafting)
+        is_known_to_end = is_drawn and gang.tokens_left <= 1
+        is_open = not is_drawn or gang.grammar is None or gang.grammar.is_open
+        gang.is_held = can_guess or gang.reader is not None or is_known_to_end or not is_open
+        if gang.is_held:
+            return False
+        self.advance(gang, counts)
+        if is_drawn:
+            gang.is_ahead = True
+            for sequence in gang.sequences:
+                sequence.expect(gang.grammar is not None and gang.grammar.draws_code)
+        return True
 
     def check(self) -> None:
         """Raises: AssertionError naming the first broken promise."""
@@ -176,7 +203,8 @@ class Roster:
     # -- tokens of a step --
 
     def _place(self, gang: Gang, chosen: Choice, budget: StepBudget) -> None:
-        """Gives a running gang what it can use of the budget; takes blocks from worse ranks when it could not move otherwise.
+        """Gives a running gang what it can use of the budget; takes blocks from worse ranks when it could not move otherwise, or leaves
+        that to another step.
 
         Mutates: chosen, budget.
         """
@@ -187,6 +215,9 @@ class Roster:
                 break
             victim = self.running[-1]
             if victim is gang or not any(self._fit(gang, room, _UNBOUNDED_ROWS)):
+                return
+            if not budget.may_preempt:
+                budget.is_short = True
                 return
             budget.give_back(sum(chosen.pop(victim, ())))
             self._preempt(victim)
@@ -284,6 +315,7 @@ class Roster:
         self._withdraw(gang, self._unsealed_keys(gang.sequences))
         for sequence in gang.sequences:
             self.tables.release(sequence)
+        gang.is_held = False
         del self.running[bisect_left(self.running, gang.rank, key=_rank)]
         self._num_sequences -= len(gang.sequences)
 

@@ -1,7 +1,8 @@
 """The scheduler's face: requests in, plans out, drawn ids in, outputs out. Called by the engine loop alone.
 
-`plan` and `commit` (or `fail`) alternate strictly: a second plan before the first one's commit is refused, so that a block that a step
-writes can't be given away meanwhile. `add` and `abort` may come at any time. Who runs is `roster`'s affair, blocks are `tables`'s;
+Each `plan` is followed by its `commit` (or `fail`), in the order of the plans. One step may be planned ahead of the commit of the one
+before it, when the runner computes in the order in which it is told: a block that a step writes and that is given away meanwhile is written
+by its next holder later than that. `add` and `abort` may come at any time. Who runs is `roster`'s affair, blocks are `tables`'s;
 here are requests and their ends. No clock (time is the argument `now`, in seconds), no thread, no I/O.
 Long, because add, abort, plan, commit and fail are the transitions of one table of live requests.
 """
@@ -22,7 +23,7 @@ from service.scheduling.flight import Flight, make_flight, settle_drafts
 from service.scheduling.grammar import Grammar, GrammarError
 from service.scheduling.intake import Intake
 from service.scheduling.pictures import PictureQueue, PictureRequest
-from service.scheduling.plan import Drawn, KVGroup, PictureResult, PromptReading, StepPlan
+from service.scheduling.plan import PENDING, Drawn, KVGroup, PictureResult, PromptReading, StepPlan
 from service.scheduling.reader import PromptReader
 from service.scheduling.roster import MAX_DRAFTING, Roster
 from service.scheduling.sequence import Finish, Gang, Output, Request, Sequence, State, Stats
@@ -87,7 +88,7 @@ class Scheduler:
         self._has_draft_model = has_draft_model
         self._num_drafts, self._num_right = dict.fromkeys(DRAFT_KINDS, 0), dict.fromkeys(DRAFT_KINDS, 0)
         self._live: dict[str, _Live] = {}
-        self._flight: Flight | None = None
+        self._flights: list[Flight] = []
         self._earliest_deadline = math.inf
         self._arrivals, self._sequence_ids = count(), count()
         self._released: list[int] = []
@@ -187,50 +188,66 @@ class Scheduler:
         return self._roster.draft_wishes()
 
     def plan(
-        self, now: float, limit: PromptLimit | None = None, drafts: Mapping[int, SequenceOf[int]] | None = None
+        self,
+        now: float,
+        limit: PromptLimit | None = None,
+        drafts: Mapping[int, SequenceOf[int]] | None = None,
+        *,
+        is_ahead: bool = False,
     ) -> tuple[StepPlan | None, list[Output]]:
         """The next step, None when there is nothing to do, and the outputs of choices that ended on their deadline. limit: of what prompts
         may cost in it; whoever asks knows whether somebody waits. It changes no id, and holds no prompt that can't be cut. drafts: ids that
-        a draft model guessed, by sequence.
+        a draft model guessed, by sequence. is_ahead: the last plan may be in flight still; who goes on whatever comes of it is planned as
+        if it had gone well, with `PENDING` for the id that it draws; None where nobody does.
 
-        Raises: RuntimeError when the last plan was neither committed nor failed.
+        Raises: RuntimeError when the last plan, or with is_ahead the one before it, was neither committed nor failed.
         """
-        if self._flight is not None:
-            raise RuntimeError(f"step {self._flight.plan.step_id} was planned and not committed")
+        if len(self._flights) > is_ahead:
+            raise RuntimeError(f"step {self._flights[0].plan.step_id} was planned and not committed")
         outputs = self.expire(now)
         if not self.has_work:
             return None, outputs
-        chosen = self._roster.choose(limit)
+        for flight in self._flights:
+            self._foresee(flight)
+        chosen = self._roster.choose(limit, is_ahead=bool(self._flights))
         work = self._work.take(now)
         if not chosen and not work:
             return None, outputs
         for gang in chosen:
             if gang.first_slice_at is None:
                 self._start(gang, now)
-        self._roster.add_drafts(chosen, drafts or {})
-        self._flight = make_flight(self._steps, chosen, work, tuple(self._released), self._pictures)
+        if not self._flights:
+            self._roster.add_drafts(chosen, drafts or {})
+        flight = make_flight(self._steps, chosen, work, tuple(self._released), self._pictures)
+        self._flights.append(flight)
         self._steps += 1
         self._released = []
-        return self._flight.plan, outputs
+        return flight.plan, outputs
 
     def commit(self, plan: StepPlan, drawn: SequenceOf[Drawn], now: float, readings: SequenceOf[PromptReading] = ()) -> list[Output]:
         """The step was computed: seals full blocks, keeps the readings (one per read, in order), appends the drawn ids (one per sample, in
         order), ends what is done.
 
-        Raises: RuntimeError when this is not the plan in flight; ValueError when drawn or readings differ in number from it.
+        Raises: RuntimeError when this is not the oldest plan in flight; ValueError when drawn or readings differ in number from it.
         """
         if len(drawn) != len(plan.samples):
             raise ValueError(f"{len(drawn)} ids were drawn for {len(plan.samples)} samples")
         if len(readings) != len(plan.reads):
             raise ValueError(f"{len(readings)} readings came for {len(plan.reads)} reads")
-        flight = self._land(plan)
+        flight = self._require_flight(plan)
+        if flight is not self._flights[0]:
+            raise RuntimeError(f"step {plan.step_id} has another in front of it")
+        self._flights.remove(flight)
         by_gang = flight.by_gang(drawn)
         num_right = {gang: settle_drafts(gang, ids) for gang, ids in by_gang.items() if gang.num_drafts}
         self._count_drafts(by_gang, num_right)
         for gang, counts in flight.chosen.items():
             if gang.state is State.RUNNING:  # else aborted while the step ran
                 num_wrong = len(by_gang[gang]) - 1 - num_right[gang] if gang in num_right else 0
-                self._roster.advance(gang, tuple(count - num_wrong for count in counts) if num_wrong else counts)
+                if gang not in flight.foreseen:
+                    self._roster.advance(gang, tuple(count - num_wrong for count in counts) if num_wrong else counts)
+                self._roster.settle(gang)
+            gang.is_held = False
         for reader, reading in zip(flight.readers, readings, strict=True):
             reader.take(reading)
         concluded = [(flight.sampled[index], error) for index, error in flight.concluded.items()]
@@ -242,20 +259,22 @@ class Scheduler:
         return outputs + [self._complete(gang, now) for gang in flight.ending if gang.state is State.RUNNING]
 
     def grammars(self, plan: StepPlan) -> list[Grammar | None]:
-        """Of each sample of the plan in flight. Raises: RuntimeError when this is not it."""
+        """Of each sample of a plan in flight; how they stand tells nothing before the steps in front of it are committed. Raises:
+        RuntimeError when this is none."""
         return [gang.grammar for gang in self._require_flight(plan).sampled]
 
     def conclude(self, plan: StepPlan, index: int, error: GrammarError | None) -> None:
-        """The choice of this sample of the plan in flight ends at `commit`, with "error" or, without one, "stop"; what is drawn for it
-        is of no account. Raises: RuntimeError when this is not the plan in flight."""
+        """The choice of this sample of a plan in flight ends at `commit`, with "error" or, without one, "stop"; what is drawn for it
+        is of no account. Raises: RuntimeError when this is no plan in flight."""
         self._require_flight(plan).concluded[index] = error
 
     def fail(self, plan: StepPlan, now: float) -> list[Output]:
         """The step failed: ends with "error" the gangs in it; others live on, and so do pictures, which are worked on elsewhere.
 
-        Raises: RuntimeError when this is not the plan in flight.
+        Raises: RuntimeError when this is no plan in flight.
         """
-        flight = self._land(plan)
+        flight = self._require_flight(plan)
+        self._flights.remove(flight)
         return [self._end(gang, "error", now) for gang in flight.chosen if gang.state is State.RUNNING]
 
     def check(self) -> None:
@@ -276,8 +295,10 @@ class Scheduler:
             raise AssertionError("a choice went on without what it read")
         if any(sequence.num_sealed > len(sequence.keys) for gang in gangs for sequence in gang.sequences) and self._tables.has_prefix_cache:
             raise AssertionError("a sealed block has no key")
-        if self._flight is None and any(gang.num_drafts for gang in gangs):
-            raise AssertionError("a guess outlived its step")
+        if not self._flights and any(gang.num_drafts or gang.is_held or gang.is_ahead for gang in gangs):
+            raise AssertionError("a guess, a hold or a pending id outlived its step")
+        if any((PENDING in sequence.tokens) != gang.is_ahead for gang in gangs for sequence in gang.sequences):
+            raise AssertionError("an id is pending that nobody draws, or the other way round")
         self._work.check()
 
     # -- making plans --
@@ -321,14 +342,22 @@ class Scheduler:
     # -- after a step --
 
     def _require_flight(self, plan: StepPlan) -> Flight:
-        if self._flight is None or self._flight.plan is not plan:
-            raise RuntimeError(f"step {plan.step_id} is not the one in flight")
-        return self._flight
-
-    def _land(self, plan: StepPlan) -> Flight:
-        flight = self._require_flight(plan)
-        self._flight = None
+        flight = next((flight for flight in self._flights if flight.plan is plan), None)
+        if flight is None:
+            raise RuntimeError(f"step {plan.step_id} is not in flight")
         return flight
+
+    def _foresee(self, flight: Flight) -> None:
+        """Its gangs as they will be if all goes well. Mutates: them, and the flight."""
+        drawing = set(flight.sampled)
+        for gang, counts in flight.chosen.items():
+            if gang.state is State.RUNNING and gang not in flight.foreseen:
+                is_drawn = gang in drawing
+                # Where no grammar says it, nobody knows whether the id will be a code.
+                if gang in flight.ending or (is_drawn and gang.grammar is None and self._pictures is not None):
+                    gang.is_held = True
+                elif self._roster.foresee(gang, counts, is_drawn):
+                    flight.foreseen.add(gang)
 
     def _count_drafts(self, by_gang: Mapping[Gang, SequenceOf[Drawn]], num_right: Mapping[Gang, int]) -> None:
         for gang, right in num_right.items():
@@ -361,7 +390,8 @@ class Scheduler:
         if gang.num_generated >= gang.params.max_tokens:
             return self._end(gang, "length", now, drawn=drawn)
         for sequence in gang.sequences if not is_known else ():
-            sequence.tokens.append(drawn.token)
+            sequence.learn(drawn.token)
+        gang.is_ahead = False
         if gang.reader is None:
             return Output(gang.request.request_id, gang.choice, drawn.token, drawn)
         return Output(gang.request.request_id, gang.choice, drawn.token, drawn, reading=_tell(gang))
@@ -385,6 +415,10 @@ class Scheduler:
         error: GrammarError | None = None,
     ) -> Output:
         """The one place where a choice ends. Mutates: everything that knew it."""
+        if gang.is_ahead:
+            gang.is_ahead = False
+            for sequence in gang.sequences:
+                sequence.drop(1)
         self._roster.remove(gang)
         if gang.first_slice_at is not None:
             self._released.extend(sequence.sequence_id for sequence in gang.sequences)

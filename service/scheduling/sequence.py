@@ -13,7 +13,7 @@ from typing import Literal
 from service.scheduling.block_pool import BlockKey
 from service.scheduling.drafts import Drafter
 from service.scheduling.grammar import Grammar, GrammarError
-from service.scheduling.plan import Drawn, PictureResult, PromptReading
+from service.scheduling.plan import PENDING, Drawn, PictureResult, PromptReading
 from service.scheduling.reader import PromptReader
 from service.scheduling.reading import Read
 from service.scheduling.sampling import SamplingParams
@@ -118,7 +118,7 @@ class Sequence:
     num_computed: tokens whose K/V is in the pool. num_known: those that were found there; one more than are computed, where the last
     token's logits are wanted and its block was found. num_sealed: leading blocks that are full and computed, or were found. num_trimmed:
     per group, leading entries already looked at by the window. keys: of leading full blocks, made when first asked for; so is grid_starts,
-    of leading tokens.
+    of leading tokens. tokens: the last one may be `PENDING`; is_code_pending: is it the code of a picture?
     """
 
     sequence_id: int
@@ -132,6 +132,7 @@ class Sequence:
     keys: list[BlockKey] = field(default_factory=list)
     grid_starts: list[int] = field(default_factory=list)
     frozen_tables: tuple[tuple[int, ...], ...] | None = None
+    is_code_pending: bool = False
 
     @property
     def num_pending(self) -> int:
@@ -145,9 +146,24 @@ class Sequence:
         """
         found = self.grid_starts
         if len(found) < end:
-            found += pictures.grid_starts(self.tokens[len(found) : end], len(found), found[-1] if found else -1)
+            tokens = self.tokens[len(found) : end]
+            if tokens[-1] == PENDING and self.is_code_pending:
+                tokens[-1] = pictures.first_code  # any code will do
+            found += pictures.grid_starts(tokens, len(found), found[-1] if found else -1)
         wanted = found[start:end]
         return tuple(wanted) if max(wanted) >= 0 else ()
+
+    def expect(self, is_code: bool) -> None:
+        """Its next id is being drawn: until it is known, `PENDING` stands in its place."""
+        self.tokens.append(PENDING)
+        self.is_code_pending = is_code
+
+    def learn(self, token: int) -> None:
+        """The id that was drawn, in the place of the pending one or behind the last."""
+        if self.tokens[-1] == PENDING:
+            self.tokens[-1] = token
+        else:
+            self.tokens.append(token)
 
     def drop(self, count: int) -> None:
         """Takes back its last tokens, which were guessed and are not computed."""
@@ -170,6 +186,7 @@ class Gang:
     and max_tokens held to what fits. awaits: key of the block that another gang computes for it. grammar: takes each id once, also
     when the gang is preempted and computed again. reader: of choice 0, where the request reads its prompt; for the first sequence, until
     it has told what it read. drafter: guesses its next ids. num_drafts: of its sequences' last tokens, between plan and commit.
+    is_ahead: its sequences' last token is `PENDING`. is_held: what comes after the step in flight can't be planned before that is known.
     """
 
     request: Request
@@ -182,6 +199,8 @@ class Gang:
     reader: PromptReader | None = None
     drafter: Drafter | None = None
     num_drafts: int = 0
+    is_ahead: bool = False
+    is_held: bool = False
     state: State = State.WAITING
     num_generated: int = 0
     preemptions: int = 0

@@ -117,8 +117,12 @@ class BlockTables:
         sequence.frozen_tables = None
 
     def advance(self, sequence: Sequence, count: int) -> None:
-        """`count` more tokens are computed: seals what became full, then gives back what no later token sees."""
+        """`count` more tokens are computed."""
         sequence.num_computed += count
+        self.settle(sequence)
+
+    def settle(self, sequence: Sequence) -> None:
+        """What counts as computed is: seals what became full, then gives back what no later token sees."""
         full = sequence.num_computed // self.block_size
         if full > sequence.num_sealed:
             if self.has_prefix_cache:

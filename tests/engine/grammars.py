@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from service.engine.engine import BLOCKED_WAIT_S, Engine, Lane
 from service.engine.messages import Down, Event, ModelInfo, Unreadable, Vocabulary
-from service.scheduling.plan import Drawn, KVGroup, StepPlan
+from service.scheduling.plan import PENDING, Drawn, KVGroup, StepPlan
 from service.scheduling.scheduler import Scheduler
 from tests.engine.test_loop import ListMailbox
+from tests.fakes import ScriptedDrawing
 
 EOS, OTHER_EOS, TOOL = 0, 1, 2
 _SPECIAL = [b"<|end|>", b"<|stop|>", b"<tool_call>"]
@@ -35,9 +36,17 @@ class RandomRunner:
     def __init__(self) -> None:
         self.num_masks = 0
         self.unmasked = 0
+        self.num_ahead = 0
+        self.last: dict[int, int] = {}
 
     def forward(self, plan: StepPlan) -> StepPlan:
+        self.num_ahead += any(piece.tokens[-1] == PENDING for piece in plan.slices)
         return plan
+
+    def draw(self, handle: StepPlan, masks: NDArray[np.int32] | None = None) -> ScriptedDrawing:
+        drawing = ScriptedDrawing(self, handle, masks)
+        drawing.try_to_draw()
+        return drawing
 
     def read(self, handle: StepPlan) -> list[object]:
         return []
@@ -77,12 +86,13 @@ class WakingMailbox(ListMailbox):
         self._woken.set()
 
 
-def random_lane(*, num_blocks: int = 512, max_sequences: int = 32) -> Lane:
+def random_lane(*, num_blocks: int = 512, max_sequences: int = 32, is_ahead: bool = False) -> Lane:
     info = ModelInfo("tiny", 2048, WIDTH, "float32", 1, num_blocks * 16, num_blocks, 16)
     scheduler = Scheduler(
         num_blocks=num_blocks, block_size=16, groups=(KVGroup(),), max_batch_tokens=256, max_sequences=max_sequences, max_context=2048
     )
-    return Lane(info, scheduler, RandomRunner())
+    runner = RandomRunner()
+    return Lane(info, scheduler, runner, ahead=runner if is_ahead else None)
 
 
 def serve(

@@ -576,6 +576,21 @@ def test_nothing_of_an_ended_request_is_kept() -> None:
     assert not [one for one in dead if one() is not None]
 
 
+def test_constrained_choices_are_begun_ahead_like_all_others() -> None:
+    """Their masks are those of the id in front, which is known by then."""
+    crowd = [wanted("r", grammar(regex_rule(r"[a-c]{2}/\d+\n?", "regex")), n=4, max_tokens=60), generate("b", max_tokens=40, seed=3)]
+    crowd.append(wanted("o", grammar(object_rule()), n=2, max_tokens=300))
+    lane = random_lane(is_ahead=True)
+    tokens, ends = serve(crowd, lane=lane)
+    one_by_one, other_ends = serve(crowd)
+    assert tokens == one_by_one
+    assert {key: (end.finish, end.stop_id) for key, end in ends.items()} == {
+        key: (end.finish, end.stop_id) for key, end in other_ends.items()
+    }
+    assert isinstance(lane.runner, RandomRunner)
+    assert lane.runner.num_ahead > 30
+
+
 def test_a_step_that_fails_ends_its_grammars_and_the_next_one_is_as_new(monkeypatch: pytest.MonkeyPatch) -> None:
     second = wanted("second", SCHEMA, seed=4)
     alone = serve([second])[0]

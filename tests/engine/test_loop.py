@@ -1,8 +1,10 @@
-"""The engine loop in this process, with the real scheduler, a scripted runner and a mailbox made of lists."""
+"""The engine loop in this process, with the real scheduler, a scripted runner and a mailbox made of lists. All of it with one step after
+the other, and with steps that are begun one ahead."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -29,6 +31,13 @@ from tests.fakes import (
     scripted_token,
     scripted_tokens,
 )
+
+IS_AHEAD = False
+
+
+@pytest.fixture(params=[False, True], ids=["one by one", "one ahead"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "IS_AHEAD", request.param)
 
 
 class ListMailbox:
@@ -84,7 +93,7 @@ def lane_of(
         max_waiting_requests=max_waiting_requests,
         has_draft_model=has_draft_model,
     )
-    return Lane(model.info, scheduler, model.runner)
+    return Lane(model.info, scheduler, model.runner, ahead=model.runner if IS_AHEAD else None)
 
 
 def run(*visits: Sequence[Down | Unreadable], lanes: Sequence[Lane] = ()) -> ListMailbox:
@@ -130,6 +139,16 @@ def test_a_step_is_one_delivery_and_says_what_it_took() -> None:
     assert all(delivery.step_s > 0 for delivery in mailbox.deliveries)
     last = mailbox.deliveries[-1].stats[0]
     assert (last.prompt_tokens, last.generation_tokens, last.steps) == (30, 6, 3)
+
+
+def test_steps_are_begun_before_the_ids_of_those_in_front_are_known() -> None:
+    lane = lane_of(scripted_model(num_blocks=5))
+    mailbox = run([generate("a", [1] * 14, max_tokens=40), generate("b", [2] * 14, max_tokens=40)], lanes=[lane])
+    assert isinstance(lane.runner, ScriptedRunner)
+    assert lane.runner.num_ahead > 50 if IS_AHEAD else lane.runner.num_ahead == 0
+    assert lane.stats().preemptions > 0
+    for name, prompt in (("a", [1] * 14), ("b", [2] * 14)):
+        assert tokens_of(mailbox, name) == scripted_tokens(prompt, 40)
 
 
 def test_a_stop_id_ends_and_is_no_token() -> None:
@@ -238,7 +257,7 @@ def test_failures_without_end_break_the_engine() -> None:
 
 def test_a_good_step_forgives_the_failed_ones() -> None:
     visits = [[generate(f"bad{i}", [FAIL_FORWARD])] for i in range(MAX_FAILURES - 1)]
-    mailbox = run(*visits, [generate("good", max_tokens=1)], *[[generate(f"late{i}", [FAIL_FORWARD])] for i in range(MAX_FAILURES - 1)])
+    mailbox = run(*visits, [generate("good", max_tokens=1)], [], *[[generate(f"late{i}", [FAIL_FORWARD])] for i in range(MAX_FAILURES - 1)])
     assert end_of(mailbox, "good").finish == "length"
 
 
@@ -279,7 +298,7 @@ def test_a_preempted_request_can_be_aborted() -> None:
     undisturbed = run(*visits, lanes=[lane])
     assert undisturbed.deliveries[-1].stats[0].preemptions > 0, "the pool was too large to preempt"
     preempted_at = next(i for i, delivery in enumerate(undisturbed.deliveries) if delivery.stats[0].preemptions)
-    visits[preempted_at + 1] = [Abort("b")]
+    visits[preempted_at + 1 + IS_AHEAD] = [Abort("b")]
     mailbox = run(*visits, lanes=[lane_of(scripted_model(num_blocks=5))])
     assert end_of(mailbox, "b").finish == "abort"
     assert end_of(mailbox, "b").usage.preemptions == 1

@@ -16,9 +16,11 @@ from service.scheduling.picture_grammar import PictureRule
 from service.scheduling.plan import PictureResult, PictureWork
 from service.scheduling.scheduler import Scheduler
 from service.vocabulary import PictureIds
+from tests.engine import test_loop
 from tests.engine.test_loop import run
 from tests.fakes import VOCAB, ScriptedRunner, generate, scripted_model
 
+way = test_loop.way  # as there: steps one by one, and one ahead
 PICTURES = PictureIds(first_code=500, num_codes=100, rows=2, columns=2, begin_id=700, frame_id=701, end_id=702)
 CODES = [500, 501, 502, 503]
 PIXELS = bytes(range(48))
@@ -72,7 +74,8 @@ def lane(painter: ScriptedPainter | None = None, runner: ScriptedRunner | None =
     scheduler = Scheduler(
         num_blocks=64, block_size=16, groups=model.groups, max_batch_tokens=64, max_sequences=8, max_context=512, pictures=PICTURES
     )
-    return Lane(info, scheduler, runner or MaskedRunner(), painter)
+    runner = runner or MaskedRunner()
+    return Lane(info, scheduler, runner, painter, ahead=runner if test_loop.IS_AHEAD else None)
 
 
 def of(events: list[Event], request_id: str) -> list[Event]:

@@ -51,6 +51,7 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    launch_pdl: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class Compiled:
     shared_bytes: int
     registers: int
     stack_bytes: int
+    ptx: str = ""
 
 
 def record(monkeypatch: pytest.MonkeyPatch, module: ModuleType, call: Callable[[], object]) -> list[Launch]:
@@ -77,11 +79,11 @@ class _Recorder:
         self.name, self.kernel, self.launches = name, kernel, launches
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int = 4, num_stages: int = 3, **kwargs: Any) -> None:
+        def launch(*args: Any, num_warps: int = 4, num_stages: int = 3, launch_pdl: bool = False, **kwargs: Any) -> None:
             names = [param.name for param in self.kernel.params]
             arguments = dict(zip(names, args, strict=False)) | kwargs
             assert set(arguments) == set(names), "a launch must give every parameter"
-            self.launches.append(Launch(self.name, self.kernel, arguments, num_warps, num_stages))
+            self.launches.append(Launch(self.name, self.kernel, arguments, num_warps, num_stages, launch_pdl))
 
         return launch
 
@@ -108,9 +110,10 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
             signature[param.name] = "fp32"
     source = ASTSource(launch.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": launch.num_warps, "num_stages": launch.num_stages})
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "launch_pdl": launch.launch_pdl}
+    compiled = triton.compile(source, target=target, options=options)
     registers, stack = _resources(compiled.asm["cubin"])
-    return Compiled(compiled.metadata.shared, registers, stack)
+    return Compiled(compiled.metadata.shared, registers, stack, compiled.asm["ptx"])
 
 
 def assert_fits(launch: Launch, capability: int, detail: str = "") -> None:

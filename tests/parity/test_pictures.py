@@ -184,6 +184,19 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_the_same_pictures_and_texts_when_steps_are_begun_ahead(served: Callable[..., Desk], rule: str) -> None:
+    """With few blocks, so that some lose theirs; beside texts without a grammar, whose next ids could be codes."""
+    desks = [served(num_blocks=40, is_ahead=is_ahead) for is_ahead in (False, True)]
+    for desk in desks:
+        crowd = [order(f"p{i}", replace(SAMPLED, seed=i), RULES[rule], guidance=1.0 + i % 2, draft_len=8 * (i == 3)) for i in range(4)]
+        desk.run([*crowd, *(Request(f"t{i}", (tuple(text(i, 9 + i)),), replace(SAMPLED, max_tokens=40)) for i in range(3))])
+    one_by_one, ahead = desks
+    assert ahead.ids == one_by_one.ids
+    assert one_by_one.num_pending == 0
+    assert ahead.num_pending > 20
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("rule", RULES)
 def test_the_same_picture_whoever_else_is_there(served: Callable[..., Desk], case: str, rule: str) -> None:

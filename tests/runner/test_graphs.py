@@ -1,63 +1,155 @@
-"""What surrounds a CUDA graph, run eagerly on the CPU: static inputs, filling them, and padding that writes nothing."""
+"""What surrounds a CUDA graph, on the CPU: a replay that calls again what was captured, on the same static tensors, equals eager steps."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
+import pytest
 import torch
+from torch import Tensor
 
-from bench.models import SHAPES, build_runner, step_of
-from kernels.ops import select_ops
-from service.runner.graphs import DecodeGraphs, _fill
-from service.runner.inputs import build_inputs
-from service.vocabulary import PictureIds
+from service.runner.runner import Runner
+from service.scheduling.plan import PENDING, PromptRead, Sample, Slice, StepPlan
+from service.scheduling.sampling import SamplingParams
+from tests.runner.served import CONFIGS, PLAIN, Served, build_runner
+
+NUM_BLOCKS = 40
+MOST = 6  # sequences in a step; the largest graph has 4 rows
 
 
-def test_padded_static_inputs_equal_the_plain_step() -> None:
-    device = torch.device("cpu")
-    runner = build_runner(SHAPES["tiny"], select_ops("reference"), device=device, dtype=torch.float32, num_blocks=3 * 2 * 4)
-    runner.cache.pool.normal_()
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices here are so small that a second thread only costs."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
+
+
+@dataclass
+class Rerun:
+    """A graph of the CPU: replaying calls again what was captured, which reads its inputs where it read them first."""
+
+    launch: Callable[[], Tensor]
+    output: Tensor
+
+    def replay(self) -> None:
+        self.output.copy_(self.launch())
+
+
+class RerunRecorder:
+    def capture(self, launch: Callable[[], Tensor]) -> tuple[Rerun, Tensor]:
+        output = launch().clone()
+        return Rerun(launch, output), output
+
+
+def captured(name: str, max_sequences: int = MOST) -> Runner:
+    runner = build_runner(CONFIGS[name], NUM_BLOCKS)
+    runner.capture_graphs(max_sequences, RerunRecorder())
+    return runner
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_replays_equal_eager_steps(name: str) -> None:
+    """Sequences that come, go, lose their blocks and grow, gangs, drafts, codes, ids that the host does not know: the same bits in logits
+    and pool as without graphs, and as without PENDING."""
+    few = {"plain": 20, "windows": 28, "pictures": 28}[name]
+    served = Served(CONFIGS[name], few, MOST, seed=3)
+    eager, graphed = build_runner(CONFIGS[name], NUM_BLOCKS), captured(name)
+    hiding = build_runner(CONFIGS[name], NUM_BLOCKS)
+    graphs = graphed.graphs
+    assert graphs is not None
+    for whole, hidden, drawn in served.steps(200):
+        want = eager.logits(eager.forward(whole))
+        for runner in (graphed, hiding):
+            got = runner.logits(runner.forward(hidden))
+            assert torch.equal(got, want), f"step {whole.step_id}"
+            assert torch.equal(runner.cache.pool, eager.cache.pool), f"step {whole.step_id}"
+            runner.state.keep(hidden, torch.tensor(drawn))
+    assert graphs.num_replays > 40
+    assert graphs.num_misses > 3
+    used = {"pending", "gangs", "lost"} | {"plain": {"known", "drafted"}, "windows": {"drafted"}, "pictures": {"codes"}}[name]
+    assert {key for key, count in served.counts.items() if count > 2} >= used, served.counts
+
+
+def test_capture_and_padding_write_nothing() -> None:
+    runner, untouched = captured("windows"), build_runner(CONFIGS["windows"], NUM_BLOCKS)
+    assert torch.equal(runner.cache.pool, untouched.cache.pool)
+    pieces = tuple(Slice(at, 4, (7,), ((2 * at, 2 * at + 1), (20 + 2 * at, 21 + 2 * at))) for at in range(3))
+    runner.forward(StepPlan(0, pieces, ()))
+    assert runner.graphs is not None
+    assert runner.graphs.num_replays == 1
+    for own, before in zip(runner.cache.views, untouched.cache.views, strict=True):
+        for numbers, kept in zip(own, before, strict=True):
+            changed = (numbers != kept).any(dim=-1).nonzero().tolist()
+            assert {(block, place) for block, _, place in changed} == {(2 * at + 1 + first, 0) for at in range(3) for first in (0, 20)}
+
+
+def test_which_steps_a_graph_runs() -> None:
+    runner = captured("plain")
+    graphs = runner.graphs
+    assert graphs is not None
+    assert list(graphs.captured) == [4, 2, 1]
+
+    def plan(*lengths: int, reads: tuple[PromptRead, ...] = ()) -> StepPlan:
+        pieces = tuple(Slice(at, 0, (7,) * count, ((at,),)) for at, count in enumerate(lengths))
+        return StepPlan(0, pieces, (), reads=reads)
+
+    for step, counts in (
+        (plan(1), (1, 0)),
+        (plan(1, 1, 1), (2, 0)),
+        (plan(1, 1, 1, 1), (3, 0)),
+        (plan(1, 1, 1, 1, 1), (3, 1)),
+        (plan(1, 1, 2), (3, 1)),
+        (plan(1, reads=(PromptRead(0, 0, pool="last"),)), (3, 2)),
+    ):
+        runner.forward(step)
+        assert (graphs.num_replays, graphs.num_misses) == counts
+
+
+def test_rows_come_in_the_order_of_the_samples() -> None:
+    runner = captured("plain")
+    pieces = tuple(Slice(at, 0, (5 + at,), ((at,),)) for at in range(4))
+    params = SamplingParams(max_tokens=1)
+    in_order = tuple(Sample(at, (at,), params, 1, 0) for at in range(4))
+    every = runner.logits(runner.forward(StepPlan(0, pieces, in_order))).clone()
+    for indexes in ((0, 1), (2, 3), (3, 0, 2), ()):
+        samples = tuple(in_order[at] for at in indexes)
+        assert torch.equal(runner.logits(runner.forward(StepPlan(0, pieces, samples))), every[list(indexes)])
+    gang = (Sample(1, (1, 3), params, 1, 0), Sample(0, (0,), params, 1, 0))
+    assert torch.equal(runner.logits(runner.forward(StepPlan(0, pieces, gang))), every[[1, 3, 0]])
+
+
+def test_nothing_of_a_picture_stays_in_the_graph() -> None:
+    """Codes beside text, then text alone with the same rows."""
+    graphed, eager = captured("pictures"), build_runner(CONFIGS["pictures"], NUM_BLOCKS)
+    samples = tuple(Sample(at, (at,), SamplingParams(max_tokens=1), 6, 0) for at in range(3))
+    text = tuple(Slice(at, 5, (7,), ((2 * at, 2 * at + 1), (20 + 2 * at, 21 + 2 * at))) for at in range(3))
+    codes = (replace(text[0], tokens=(103,), grid_starts=(3,)), replace(text[1], tokens=(104,), grid_starts=(5,)), text[2])
+    for pieces in (codes, text, codes):
+        plan = StepPlan(0, pieces, samples)
+        assert torch.equal(graphed.logits(graphed.forward(plan)), eager.logits(eager.forward(plan)))
+    assert not torch.equal(
+        eager.logits(eager.forward(StepPlan(0, codes, samples))), eager.logits(eager.forward(StepPlan(0, text, samples)))
+    )
+
+
+def test_an_id_that_nobody_drew_is_refused_and_changes_nothing() -> None:
+    runner = captured("plain")
     kept = runner.cache.pool.clone()
-    plan = step_of(runner, [(40, [5]), (0, [6]), (63, [7])], 64)
-    want = runner.logits(runner.forward(plan))
-    written = runner.cache.pool.clone()
-
-    graphs = DecodeGraphs(runner._compute, num_groups=2, max_context=64, block_size=16, max_sequences=8, device=device)
-    static = graphs._static_inputs(8)
-    runner.cache.pool.copy_(kept)
-    with torch.inference_mode():
-        runner._compute(static)
-        assert torch.equal(runner.cache.pool, kept), "capturing must not write"
-        inputs = build_inputs(plan, 2, 16, device)
-        static.ids[:3], static.positions[:3] = inputs.ids, inputs.positions
-        for target, source in zip(static.batches, inputs.batches, strict=True):
-            _fill(target, source, 3)
-        got = runner._compute(static)[:3]
-    torch.testing.assert_close(runner.cache.pool, written, atol=1e-4, rtol=1e-4)
-    assert torch.equal(runner.cache.pool == kept, written == kept), "the same places are written"
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    lost = StepPlan(0, (Slice(0, 0, (5,), ((0,),)), Slice(8, 4, (PENDING,), ((1, 2),))), ())
+    with pytest.raises(ValueError, match="sequence 8 waits for an id"):
+        runner.forward(lost)
+    assert torch.equal(runner.cache.pool, kept)
+    runner.forward(replace(lost, slices=(lost.slices[0], replace(lost.slices[1], tokens=(6,)))))
+    fresh = build_runner(PLAIN, NUM_BLOCKS)
+    fresh.forward(replace(lost, slices=(lost.slices[0], replace(lost.slices[1], tokens=(6,)))))
+    assert torch.equal(runner.cache.pool, fresh.cache.pool)
 
 
-def test_static_inputs_say_where_pictures_begin() -> None:
-    """Codes beside text, then text alone in the same graph: nothing of the step before stays."""
-    device = torch.device("cpu")
-    tiny = SHAPES["tiny"]
-    layers = tuple(replace(layer, radius=(1, 1) if layer.window else None) for layer in tiny.layers)
-    config = replace(tiny, layers=layers, pictures=PictureIds(100, 64, 4, 4, 1, 2, 3))
-    runner = build_runner(config, select_ops("reference"), device=device, dtype=torch.float32, num_blocks=3 * 2 * 4)
-    runner.cache.pool.normal_()
-    graphs = DecodeGraphs(runner._compute, num_groups=2, has_pictures=True, max_context=64, block_size=16, max_sequences=8, device=device)
-    static = graphs._static_inputs(8)
-    text = step_of(runner, [(40, [5]), (0, [6]), (63, [7])], 64)
-    codes = step_of(runner, [(40, [105]), (0, [106]), (63, [7])], 64)
-    starts = ((31,), (0,), ())
-    codes = replace(codes, slices=tuple(replace(piece, grid_starts=own) for piece, own in zip(codes.slices, starts, strict=True)))
-    with torch.inference_mode():
-        for plan in (codes, text):
-            inputs = build_inputs(plan, 2, 16, device)
-            static.ids[:3], static.positions[:3] = inputs.ids, inputs.positions
-            for target, source in zip(static.batches, inputs.batches, strict=True):
-                _fill(target, source, 3)
-            torch.testing.assert_close(runner._compute(static)[:3], runner.logits(runner.forward(plan)), atol=1e-5, rtol=1e-5)
-            assert static.batches[0].grid_start is not None
-            assert static.batches[0].grid_start.tolist() == ([31, 0, -1] if plan is codes else [-1] * 3) + [-1] * 5
+def test_a_back_end_without_step_kernels_says_so() -> None:
+    runner = build_runner(PLAIN, NUM_BLOCKS)
+    runner.model.ops = replace(runner.model.ops, step=None)
+    with pytest.raises(ValueError, match="does not prepare steps on the device"):
+        runner.capture_graphs(4, RerunRecorder())

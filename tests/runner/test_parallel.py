@@ -23,7 +23,7 @@ from service.runner import parallel
 from service.runner.kv_cache import KVCache, partition_layers
 from service.runner.parallel import Leader, Share, ShareSource
 from service.runner.runner import Runner
-from service.scheduling.plan import Slice, StepPlan
+from service.scheduling.plan import PENDING, Slice, StepPlan
 from tests.model import checkpoints
 from tests.runner.shares import CONFIGS, LLAMA, STREAMS, build_shares, build_whole, run_together, source_of
 
@@ -212,6 +212,9 @@ def test_a_step_that_fails_on_rank_0_is_the_end_of_all(tmp_path: Path, monkeypat
     good = Slice(0, 0, (1, 2, 3), ((0,), (1,)))
     leader.forward(StepPlan(0, (good,), ()))
     leader.forward(StepPlan(1, (), ()))  # a step that only encodes pictures is nothing to the others
+    assert (told, reasons) == ([(good,)], [])
+    with pytest.raises(ValueError, match="one waits for an id"):
+        leader.forward(StepPlan(2, (replace(good, tokens=(1, PENDING)),), ()))
     assert (told, reasons) == ([(good,)], [])
     with pytest.raises(IndexError):
         leader.forward(StepPlan(2, (replace(good, tokens=(LLAMA.vocab_size + 5,)),), ()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from service.runner.reader import LOGIT_ROWS
 from service.runner.runner import Runner
 from service.scheduling.plan import PromptRead, PromptReading, Slice, StepPlan
 from service.scheduling.reading import Pool
+from tests.runner.test_graphs import RerunRecorder
 
 IDS = tuple((11 * i * i + 5) % 509 for i in range(200))
 
@@ -125,21 +125,17 @@ def test_a_prompt_that_begins_again_is_not_counted_twice(runner: Runner, pool: P
     torch.testing.assert_close(*vectors, atol=1e-5, rtol=1e-5)
 
 
-def test_steps_with_reads_use_no_graph(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_with_reads_use_no_graph() -> None:
     """A graph keeps the logits of its steps and no hidden states."""
-
-    class Graphs:
-        def can_run(self, inputs: Any) -> bool:
-            return True
-
-        def run(self, inputs: Any) -> Tensor:
-            raise AssertionError("a graph was run")
-
-    monkeypatch.setattr(runner, "graphs", Graphs())
+    runner = build_runner(SHAPES["tiny"], select_ops("reference"), device=torch.device("cpu"), dtype=torch.float32, num_blocks=64)
+    runner.capture_graphs(2, RerunRecorder())
+    graphs = runner.graphs
+    assert graphs is not None
     (reading,) = run(runner, [piece(runner, 0, 0, 1)], [PromptRead(0, 0, pool="last", is_last=True)])
     assert reading.vector is not None
-    with pytest.raises(AssertionError, match="a graph was run"):
-        runner.forward(StepPlan(0, (piece(runner, 0, 0, 1),), ()))
+    assert (graphs.num_replays, graphs.num_misses) == (0, 1)
+    runner.forward(StepPlan(0, (piece(runner, 0, 0, 1),), ()))
+    assert (graphs.num_replays, graphs.num_misses) == (1, 1)
 
 
 def test_a_step_without_reads_keeps_no_states(runner: Runner) -> None:

@@ -24,7 +24,7 @@ def sample_of(row: int, *, history: tuple[int, ...] | None = None, prompt_len: i
 
 def draw(logits: torch.Tensor, *samples: Sample, sampler: Sampler | None = None) -> list[Drawn]:
     sampler = sampler or Sampler(select_ops("reference"), VOCAB, torch.device("cpu"))
-    return sampler.sample(logits.clone(), StepPlan(1, (), samples))
+    return sampler.sample(logits.clone(), StepPlan(1, (), samples)).wait()
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from service.scheduling.budget import PromptLimit
 from service.scheduling.grammar import GrammarError
-from service.scheduling.plan import Drawn, KVGroup, PromptRead, PromptReading, Sample, Slice, StepPlan, TokenReading
+from service.scheduling.plan import PENDING, Drawn, KVGroup, PromptRead, PromptReading, Sample, Slice, StepPlan, TokenReading
 from service.scheduling.sampling import SamplingParams
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.sequence import Output, Request
@@ -73,12 +73,14 @@ def solo_reading(request: Request) -> PromptReading:
 @dataclass
 class CountingGrammar:
     """Complete after `length` ids, or broken by the first `refused` one; remembers what it was given. runs: what has to follow when so many
-    ids were taken."""
+    ids were taken. is_blind: nobody can say what the next id brings."""
 
     length: int
     refused: int | None = None
     taken: list[int] = field(default_factory=list)
     runs: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    is_blind: bool = False
+    draws_code: bool = False
 
     def accept(self, token: int) -> bool:
         if token == self.refused:
@@ -101,6 +103,10 @@ class CountingGrammar:
     def num_free(self) -> int:
         ends = [at for at in self.runs if at > len(self.taken)]
         return min([*ends, self.length]) - len(self.taken)
+
+    @property
+    def is_open(self) -> bool:
+        return not self.is_blind and self.certain(len(self.taken) + 1) is None
 
 
 def solo(request: Request, choice: int, max_tokens: int) -> tuple[list[int], str, int | None]:
@@ -131,7 +137,8 @@ def solo(request: Request, choice: int, max_tokens: int) -> tuple[list[int], str
 @dataclass
 class FakeRunner:
     """places: (block, offset) -> (group, position, token, state after that token). rows: of the newest step, per slice, the state after
-    each of its tokens. sums: of sequences whose vector is under way, all states so far. histories: the ids that led to each state."""
+    each of its tokens. sums: of sequences whose vector is under way, all states so far. histories: the ids that led to each state. last:
+    the id that was drawn last for each sequence."""
 
     groups: tuple[KVGroup, ...]
     block_size: int
@@ -144,8 +151,10 @@ class FakeRunner:
     sums: dict[int, list[bytes]] = field(default_factory=dict)
     guessed: int = 0
     histories: dict[bytes, tuple[int, ...]] = field(default_factory=lambda: {START: ()})
+    last: dict[int, int] = field(default_factory=dict)
 
     def run(self, plan: StepPlan) -> list[Drawn]:
+        plan = replace(plan, slices=tuple(map(self._resolve, plan.slices)))
         lengths = [len(piece.tokens) for piece in plan.slices]
         assert all(lengths), "an empty slice"
         assert sum(lengths) == plan.num_tokens <= self.max_batch_tokens
@@ -159,7 +168,14 @@ class FakeRunner:
             self.sums.pop(sequence_id, None)
         self.computed += plan.num_tokens
         self.guessed += sum(1 for sample in plan.samples if sample.back)
-        return [self._sample(plan, sample) for sample in plan.samples]
+        drawn = [self._sample(plan, sample) for sample in plan.samples]
+        for sample, one in zip(plan.samples, drawn, strict=True):
+            self.last.update((plan.slices[index].sequence_id, one.token) for index in sample.slice_indexes)
+        return drawn
+
+    def _resolve(self, piece: Slice) -> Slice:
+        assert PENDING not in piece.tokens[:-1]
+        return replace(piece, tokens=(*piece.tokens[:-1], self.last[piece.sequence_id])) if piece.tokens[-1] == PENDING else piece
 
     def read(self, plan: StepPlan) -> list[PromptReading]:
         assert len({read.slice_index for read in plan.reads}) == len(plan.reads), "a slice is read twice"
@@ -240,6 +256,7 @@ class FakeRunner:
         assert first.sequence_id == sample.sequence_id
         assert sample.position == first.start + len(first.tokens) - sample.back
         assert sample.num_generated == sample.position - sample.prompt_len
+        assert sample.num_generated < sample.params.max_tokens, "an id that nobody may have"
         return Drawn(draw([self.rows[index][-1 - sample.back] for index in sample.slice_indexes], sample.params, sample.banned))
 
 
@@ -254,6 +271,7 @@ class Bench:
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     ends: dict[tuple[str, int], Output] = field(default_factory=dict)
     readings: dict[tuple[str, int], PromptReading] = field(default_factory=dict)
+    results: dict[int, tuple[list[Drawn], list[PromptReading]]] = field(default_factory=dict)
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request, self.now)
@@ -274,15 +292,21 @@ class Bench:
                 assert output.usage is not None
                 self.ends[key] = output
 
-    def plan(self) -> StepPlan | None:
-        plan, outputs = self.scheduler.plan(self.now, self.limit)
+    def plan(self, *, is_ahead: bool = False) -> StepPlan | None:
+        plan, outputs = self.scheduler.plan(self.now, self.limit, is_ahead=is_ahead)
         self.take(outputs)
         self.scheduler.check()
         return plan
 
+    def launch(self, plan: StepPlan) -> None:
+        """Has the runner compute a plan, which else happens when it is committed."""
+        if plan.step_id not in self.results:
+            self.results[plan.step_id] = self.runner.run(plan), self.runner.read(plan)
+
     def commit(self, plan: StepPlan) -> None:
-        drawn = self.runner.run(plan)
-        self.take(self.scheduler.commit(plan, drawn, self.now, self.runner.read(plan)))
+        self.launch(plan)
+        drawn, readings = self.results.pop(plan.step_id)
+        self.take(self.scheduler.commit(plan, drawn, self.now, readings))
         self.scheduler.check()
 
     def step(self) -> StepPlan | None:

@@ -39,6 +39,7 @@ ROWS = [tuple((row * 7 + i * i) % VOCAB if i > row * 5 else i % 3 for i in range
 class SchedulerMachine(RuleBasedStateMachine):
     bench: Bench
     plan: StepPlan | None = None
+    ahead: StepPlan | None = None  # planned behind it
 
     @initialize(
         num_blocks=st.sampled_from((12, 12, 18, 24)),
@@ -59,7 +60,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.outside: set[tuple[str, int]] = set()  # choices that something other than the model has ended
         self.pictures: set[str] = set()
         self.painting: list[PictureWork] = []
-        self.plan = None
+        self.is_blind = sizes["pictures"] is not None
+        self.plan = self.ahead = None
 
     @rule(
         row=st.sampled_from(ROWS),
@@ -120,7 +122,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             tenant,
             1.0 if second is None else 3.0,
             read=read,
-            grammars=() if grammar is None else tuple(replace(grammar, taken=[]) for _ in range(num_choices)),
+            grammars=() if grammar is None else tuple(replace(grammar, taken=[], is_blind=self.is_blind) for _ in range(num_choices)),
             draft_len=draft_len,
         )
         before = self.bench.scheduler.stats
@@ -178,9 +180,24 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.plan is None)
     @rule()
     def make_plan(self) -> None:
+        self.plan = self._plan(is_ahead=False)
+        if self.plan is None:
+            assert self.painting or not self.bench.scheduler.has_work, "something waits and nothing happens"
+
+    @precondition(lambda self: self.plan is not None and self.ahead is None)
+    @rule()
+    def plan_ahead(self) -> None:
+        assert self.plan is not None
+        self.bench.launch(self.plan)
+        self.ahead = self._plan(is_ahead=True)
+        if self.ahead is not None:
+            self.bench.launch(self.ahead)
+            assert not any(sample.back for sample in self.ahead.samples), "guesses behind what nobody knows"
+
+    def _plan(self, *, is_ahead: bool) -> StepPlan | None:
         known = set(self.bench.ends)
-        self.plan = self.bench.plan()
-        if self.plan is not None and (work := [*self.plan.encode, *self.plan.draw]):
+        plan = self.bench.plan(is_ahead=is_ahead)
+        if plan is not None and (work := [*plan.encode, *plan.draw]):
             assert not self.painting, "two batches are out"
             self.painting = work
         for key in self.bench.ends.keys() - known:
@@ -191,8 +208,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert deadline is not None
             assert deadline <= self.bench.now
             self.outside.add(key)
-        if self.plan is None:
-            assert self.painting or not self.bench.scheduler.has_work, "something waits and nothing happens"
+        return plan
 
     @precondition(lambda self: self.plan is not None)
     @rule()
@@ -200,13 +216,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.plan is not None
         self.bench.now += 1.0
         self.bench.commit(self.plan)
-        self.plan = None
+        self.plan, self.ahead = self.ahead, None
 
-    @rule(times=st.integers(1, 12))
-    def step(self, times: int) -> None:
+    @rule(times=st.integers(1, 12), is_ahead=st.booleans())
+    def step(self, times: int, is_ahead: bool) -> None:
         for _ in range(times):
             if self.plan is None:
                 self.make_plan()
+            if self.plan is not None and self.ahead is None and is_ahead:
+                self.plan_ahead()
             if self.plan is not None:
                 self.commit()
 
@@ -214,17 +232,35 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def fail(self) -> None:
         assert self.plan is not None
-        # A failed step may have written anything into its places, and must not be believed; what was found is none of them.
-        for piece in self.plan.slices:
-            for position in range(piece.start + piece.is_first_known, piece.start + len(piece.tokens)):
-                for table in piece.tables:
-                    place = (table[position // self.bench.runner.block_size], position % self.bench.runner.block_size)
-                    self.bench.runner.places.pop(place, None)
-        outputs = self.bench.scheduler.fail(self.plan, self.bench.now)
+        self._fail(self.plan)
+        self.plan, self.ahead = self.ahead, None
+
+    @precondition(lambda self: self.ahead is not None)
+    @rule()
+    def fail_ahead(self) -> None:
+        assert self.ahead is not None
+        self._fail(self.ahead)
+        self.ahead = None
+
+    def _fail(self, plan: StepPlan) -> None:
+        # A failed step may have written anything into its places, and must not be believed; what was found is none of them. What was
+        # written there behind it, by whoever got the block, is good.
+        later = self._places(self.ahead) if self.ahead is not None and plan is self.plan else set()
+        for place in self._places(plan) - later:
+            self.bench.runner.places.pop(place, None)
+        outputs = self.bench.scheduler.fail(plan, self.bench.now)
         assert all(output.finish == "error" for output in outputs)
         self.bench.take(outputs)
         self.outside.update((output.request_id, output.choice) for output in outputs)
-        self.plan = None
+
+    def _places(self, plan: StepPlan) -> set[tuple[int, int]]:
+        size = self.bench.runner.block_size
+        return {
+            (table[position // size], position % size)
+            for piece in plan.slices
+            for position in range(piece.start + piece.is_first_known, piece.start + len(piece.tokens))
+            for table in piece.tables
+        }
 
     @invariant()
     def is_sound(self) -> None:
@@ -233,11 +269,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "requests"):
             return
-        self.step(1)
-        for _ in range(3000):
+        self.step(2, False)
+        for step in range(3000):
             if not self.bench.scheduler.has_work:
                 break
-            self.step(1)
+            self.step(1, step % 7 > 2)
             if self.painting and self.plan is None:
                 self.paint(8, True)
         scheduler = self.bench.scheduler
