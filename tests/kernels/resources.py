@@ -33,6 +33,7 @@ def check(key: str, found: dict[str, int], never_spills: bool) -> None:
     """found: FIELDS of a compiled launch. Raises: AssertionError where the table says something else or nothing."""
     assert not (never_spills and found["spilled_bytes"]), f"{key} spills {found['spilled_bytes']} bytes a thread"
     if recorded is not None:
+        assert recorded.get(key, found) == found, f"two launches are both called {key}, and take {recorded[key]} and {found}"
         recorded[key] = dict(found)
         return
     line = f"{json.dumps(key)}: {json.dumps(found)}"
