@@ -53,7 +53,7 @@ def runner_of(clock: Clock, name: str, sequences: int, tokens: int, *, weights: 
 
 def deterministic_ops() -> Ops:
     try:
-        ops: Ops = select_ops("triton", deterministic=True)  # type: ignore[call-arg]
+        ops: Ops = select_ops("triton", deterministic=True)
     except TypeError as error:
         raise NotBuiltError("not built: select_ops('triton', deterministic=True)") from error
     return ops

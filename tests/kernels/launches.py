@@ -126,7 +126,8 @@ def assert_fits(launch: Launch, capability: int, detail: str = "") -> None:
 
 
 def _variant(launch: Launch) -> str:
-    """What tells a compiled launch from others of its kernel: types, constants, which numbers are 1 or divisible by 16, warps, stages."""
+    """What tells a compiled launch from others of its kernel: types, constants, which numbers are 1 or divisible by 16, warps, stages, and
+    whether it is launched dependent."""
     types, constants, numbers = [], [], ""
     for param in launch.kernel.params:
         value = launch.arguments[param.name]
@@ -136,8 +137,8 @@ def _variant(launch: Launch) -> str:
             constants.append(f"{param.name}={str(value).replace(' ', '').removeprefix('torch.')}")
         elif isinstance(value, int):
             numbers += "1" if value == 1 else "d" if value % 16 == 0 else "n"
-    kinds = ",".join(dict.fromkeys(types))
-    return " ".join([kinds, *constants, *([numbers] if numbers else []), f"{launch.num_warps} warps, {launch.num_stages} stages"])
+    kinds, how = ",".join(dict.fromkeys(types)), f"{launch.num_warps} warps, {launch.num_stages} stages"
+    return " ".join([kinds, *constants, *([numbers] if numbers else []), how + ", dependent" * launch.launch_pdl])
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
