@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from bench.gpu_clock import Clock, NotBuiltError, Rates
+from bench.gpu_clock import Clock, Rates
 from bench.gpu_score import found
 from bench.models import SHAPES, build_runner
-from kernels.ops import Ops, select_ops
+from kernels.ops import select_ops
 from service.model.config import ModelConfig
 from service.model.transformer import Precision
 from service.runner.kv_cache import partition_layers
@@ -43,20 +43,12 @@ def runner_of(clock: Clock, name: str, sequences: int, tokens: int, *, weights: 
         config = config_of(clock, name)
         num_blocks = sequences * len(partition_layers(config).groups) * (-(-tokens // BLOCK_SIZE) + 1)
         precision = Precision(clock.dtype, weights_of(weights))
-        ops = deterministic_ops() if is_deterministic else select_ops("triton")
+        ops = select_ops("triton", deterministic=is_deterministic)
         runner = build_runner(config, ops, device=clock.device, dtype=precision, num_blocks=num_blocks, block_size=BLOCK_SIZE)
         if clock.is_gpu:
             runner.capture_graphs(sequences)
         _held[key] = runner
     return _held[key]
-
-
-def deterministic_ops() -> Ops:
-    try:
-        ops: Ops = select_ops("triton", deterministic=True)
-    except TypeError as error:
-        raise NotBuiltError("not built: select_ops('triton', deterministic=True)") from error
-    return ops
 
 
 def weights_of(kind: str) -> Any:

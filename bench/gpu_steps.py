@@ -12,7 +12,7 @@ import numpy as np
 
 from bench.gpu_clock import Clock, NeedsDeviceError
 from bench.gpu_engine import Limits, Wanted, forget, serve
-from bench.gpu_models import deterministic_ops, limit_of, runner_of, work_of
+from bench.gpu_models import limit_of, runner_of, work_of
 from bench.gpu_score import Line, Step, scored, steps_of
 from bench.gpu_transformers import lines_of
 from bench.models import step_of
@@ -104,7 +104,6 @@ def host_share(clock: Clock, name: str, count: int) -> dict[str, Any]:
 
 def invariant(clock: Clock, name: str, count: int) -> dict[str, Any]:
     """A step with --deterministic beside one without: limit_s is the latter."""
-    deterministic_ops()
     count, context = clock.sized((count, CONTEXT), (2, 33))
     times = []
     for is_deterministic in (False, True):
