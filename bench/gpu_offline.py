@@ -23,7 +23,7 @@ MOST_SEQUENCES = 256
 
 def answers(clock: Clock, name: str, count: int, prompt_len: int, num_drawn: int, deadline_s: float = 15.0) -> dict[str, Any]:
     """Of equal lengths, greedy."""
-    count, prompt_len, num_drawn = clock.sized((count, prompt_len, num_drawn), (min(count // 64, 5), 5, 3))
+    count, prompt_len, num_drawn = clock.sized((count, prompt_len, num_drawn), (min(count // 128, 3), 5, 3))
     at_once = min(count, MOST_SEQUENCES)
     runner = runner_of(clock, name, at_once, prompt_len + num_drawn)
     source = random.Random(0)
