@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import host_step
 from bench.gpu_clock import Clock, NeedsDeviceError
 from bench.gpu_engine import Limits, Wanted, forget, serve
 from bench.gpu_models import limit_of, runner_of, work_of
@@ -102,6 +103,12 @@ def host_share(clock: Clock, name: str, count: int) -> dict[str, Any]:
     return scored(busy_s, between_s, visible_s=between_s - busy_s, visible_share=1 - busy_s / between_s, loop=loop)
 
 
+def host_inputs(clock: Clock) -> dict[str, Any]:
+    """Milliseconds of the host for the inputs of a step of 256, out of a state on the device and built anew; no model."""
+    batch, context, count = clock.sized((256, 2048, 100), (4, 32, 4))
+    return host_step.measure(clock.device, batch=batch, context=context, count=count)
+
+
 def invariant(clock: Clock, name: str, count: int) -> dict[str, Any]:
     """A step with --deterministic beside one without: limit_s is the latter."""
     count, context = clock.sized((count, CONTEXT), (2, 33))
@@ -153,7 +160,7 @@ LINES = (
         "what the device computes",
         0.75,
         0.99,
-        {"qwen3-0.6b, 256": partial(host_share, name="qwen3-0.6b", count=256)},
+        {"qwen3-0.6b, 256": partial(host_share, name="qwen3-0.6b", count=256), "inputs, 256": host_inputs},
     ),
     Line(
         "G20",
