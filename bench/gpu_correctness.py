@@ -17,6 +17,7 @@ from bench.gpu_clock import Clock, NotBuiltError
 from bench.gpu_score import Step, found
 from kernels.attention import cases as attention_cases
 from kernels.attention import reference as attention_reference
+from kernels.experts import cases as experts_cases
 from kernels.gated import cases as gated_cases
 from kernels.kv_write import cases as kv_write_cases
 from kernels.linear import cases as linear_cases
@@ -24,6 +25,7 @@ from kernels.norm import cases as norm_cases
 from kernels.ops import PagedKV
 from kernels.sample import cases as sample_cases
 from tests.kernels import checks
+from tests.kernels.checks_experts import check_experts
 from tests.kernels.rule import assert_earned
 
 BOTH = (torch.bfloat16, torch.float32)
@@ -34,6 +36,7 @@ CHECKS: dict[str, tuple[Any, Callable[..., None], tuple[torch.dtype, ...]]] = {
     "norm": (norm_cases.CASES, checks.check_norm, BOTH),
     "gated": (gated_cases.CASES, checks.check_gated, BOTH),
     "linear": (linear_cases.CASES, checks.check_linear, BOTH),
+    "experts": (experts_cases.CASES, check_experts, BOTH),
     "sample": (sample_cases.CASES, checks.check_sample, ()),
 }
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Ops
-from service.model.config import LayerAttention, ModelConfig, expected_shapes
+from service.model.config import Experts, LayerAttention, ModelConfig, expected_shapes
 from service.model.transformer import Precision, Transformer, build_transformer
 from service.runner.kv_cache import KVCache, partition_layers
 from service.runner.runner import Runner
@@ -51,6 +51,10 @@ SHAPES = {
     "llamagen-1.4b": shape(48, 1536, 4096, (24, 24, 64), 16_384),
     "tiny-dense": shape(2, 64, 96, (4, 2, 16), 211),
     "tiny-gemma": gemma(6, 64, 96, (4, 1, 16), 211, 24),
+    "qwen3-30b-a3b": shape(
+        48, 2048, 6144, (32, 4, 128), 151_936, has_qk_norm=True, experts=Experts(128, 8, 768, is_normalised=True, is_sparse=(True,) * 48)
+    ),
+    "tiny-experts": shape(3, 128, 256, (4, 2, 32), 509, experts=Experts(8, 2, 64, True, (True, False, True), shared_width=96)),
     "tiny": shape(4, 128, 256, (6, 2, 32), 509, attention=(LayerAttention(window=24, sink=4), LayerAttention()) * 2),
 }
 

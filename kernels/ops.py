@@ -86,7 +86,8 @@ class GroupedWeight:
     """A matrix [out, in] as unsigned whole numbers of `bits` bits (4 or 8), with a scale and an offset for every 32 inputs of an output:
     weight ~ values * scale + offset. The blocks of GGUF's Q4_0, Q4_1 and Q8_0 are this, number by number.
 
-    Products quantise x to int8 with a scale for every 32 inputs too. packed: as in `Int8Weight`.
+    Products quantise x to int8 with a scale for every 32 inputs too; a back end may keep x as it is, which is more exact. packed: as in
+    `Int8Weight`.
     """
 
     out_features: int
@@ -98,8 +99,48 @@ class GroupedWeight:
     packed: object | None = None
 
 
-Weight = Tensor | Int8Weight | GroupedWeight
+@dataclass(frozen=True, eq=False, slots=True)
+class Fp8Weight:
+    """A matrix [out, in] as 8-bit floats with one scale per output row: weight ~ values * scales[:, None]. No value is NaN.
+
+    Products keep x as it is; a back end may quantise each row of x by its own scale where the rows are many. packed: as in `Int8Weight`.
+    """
+
+    out_features: int
+    in_features: int
+    values: Tensor  # float8_e4m3fn [out, in]
+    scales: Tensor  # float32 [out]
+    packed: object | None = None
+
+
+Weight = Tensor | Int8Weight | GroupedWeight | Fp8Weight
 """A matrix [out, in]: dense, or quantised."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SharedExpert:
+    """A feed-forward block that every token passes beside its own experts: gate_up [2S, D] and down [D, S], S its own width."""
+
+    gate_up: Weight
+    down: Weight
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ExpertWeights:
+    """A feed-forward block of E experts, of which each token passes `top_k`. Source: kernels/experts/reference.py.
+
+    router, dense [E, D], gives a token's logits; with a shared expert it is [E + 1, D], and the sigmoid of the last one is the factor of
+    what that expert gives. gate_up [E * 2F, D] holds the experts one below the other, each its gate rows, then its up rows; down
+    [E * D, F] likewise. is_normalised: the shares of a token's experts add up to 1, instead of those of all experts.
+    """
+
+    router: Tensor
+    gate_up: Weight
+    down: Weight
+    num_experts: int
+    top_k: int
+    is_normalised: bool
+    shared: SharedExpert | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -108,7 +149,8 @@ class LayerWeights:
 
     qkv [(N + 2K) * H, D] and qkv_bias [(N + 2K) * H] hold the query, key and value rows in this order; gate_up [2F, D] the gate
     rows, then the up rows; rotary [positions, 2, H / 2] float32 cos then sin; q_norm and k_norm [H]; out_norm and down_norm [D], of
-    models that also norm what `out` and `down` give before it is added to the residual.
+    models that also norm what `out` and `down` give before it is added to the residual. experts: what the layer has in the place of one
+    feed-forward block; gate_up and down are then those of `experts`, all of them.
     """
 
     spec: LayerSpec
@@ -124,6 +166,7 @@ class LayerWeights:
     k_norm: Tensor | None = None
     out_norm: Tensor | None = None
     down_norm: Tensor | None = None
+    experts: ExpertWeights | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -175,6 +218,7 @@ class SampleRows:
     counts int32 [R, V] or None: how often the sequence has generated v; `seen` bool [R, V] or None: v is in prompt or output.
     repetition (1 is off), presence, frequency (0 is off) float32 [R]; read only when `counts` and `seen` are given.
     num_top: how many of the likeliest tokens to report with their logprobs; 0 reports none. logprobs: report any at all.
+    is_filtered: may a row that is not greedy have top_k, top_p or min_p on? Known to the host, which must not wait for the tensors.
     """
 
     temperature: Tensor
@@ -191,6 +235,7 @@ class SampleRows:
     frequency: Tensor | None = None
     num_top: int = 0
     logprobs: bool = False
+    is_filtered: bool = True
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -217,19 +262,21 @@ class Ops:
       attend(q [T, N, H], kv, spec) -> y [T, N * H]
       out_mlp(y [T, N * H], residual, weights) -> (x [T, D], residual)
           residual = residual + out_norm(out(y)); RMSNorm; x = down_norm(down(gated(gate_up(norm)))), without out_norm and down_norm
-          where weights has none. The caller adds x at the next norm.
+          where weights has none, or down_norm(experts(norm)) where it has experts. The caller adds x at the next norm.
     Coarse, one a step.
       layers(x [T, D], weights, positions int64 [T], kv) -> (x [T, D], residual [T, D]): the three above for each layer's weights and kv
           in turn, which a back end may do in one call (`stack`).
       draw(x [R, D], head [V, D], rows) -> Sampled: sample(linear(x, head)), whose logits a back end need not write.
     Fine.
       linear(x [M, in], weight) -> [M, out], x's dtype; an int8 weight quantises each row of x by its own scale, so that a row's
-          result is bit-equal whatever the other rows are.
+          result is bit-equal whatever the other rows are. What the other weights do with x stands with them.
       embed(ids int64 [T], weight [V, D], dtype) -> [T, D]
       rms_norm(x [T, D], residual or None, weight [D], eps) -> (normed [T, D], residual [T, D])
       kv_write(qkv [T, (N + 2K) * H], weights, positions, kv) -> q [T, N, H]
           the product's rows split, normed, rotated (half-split pairs: i with i + H/2), K/V stored. Mutates: kv.keys, kv.values.
       gated(gate_up [T, 2F], activation) -> [T, F]
+      experts(x [T, D], weights, activation) -> [T, D]
+          the sum over a token's experts, in the order of their shares, of share * down(gated(gate_up(x))), and the shared expert's.
       sample(logits float32 [R, V], rows) -> Sampled. Source of the noise: kernels/sample/reference.py.
     Set-up.
       pack(weight) -> weight: once per matrix at load; brings it into the form `linear` reads fastest.
@@ -245,6 +292,7 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     kv_write: Callable[[Tensor, LayerWeights, Tensor, PagedKV], Tensor]
     gated: Callable[[Tensor, Activation], Tensor]
+    experts: Callable[[Tensor, ExpertWeights, Activation], Tensor]
     sample: Callable[[Tensor, SampleRows], Sampled]
     draw: Callable[[Tensor, Weight, SampleRows], Sampled]
     pack: Callable[[Weight], Weight]

@@ -137,6 +137,7 @@ def _load_message(settings: Settings, models: Sequence[Resolved], draft: Resolve
         draft=ModelSource(draft.name, str(draft.path)) if draft is not None else None,
         max_prefill_s=settings.max_prefill_ms / 1e3,
         prepared_folder=str(cache_folder() / "prepared"),
+        kernel_folder=str(cache_folder() / "triton"),
         max_prepared_bytes=settings.max_prepared_bytes,
         tensor_parallel=settings.tensor_parallel,
         async_scheduling=settings.async_scheduling,

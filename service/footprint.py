@@ -15,13 +15,16 @@ from kernels.ops import GROUP
 from service.catalog import Resolved
 from service.errors import StartupError
 from service.memory import available_bytes
-from service.model.config import ModelConfig, expected_shapes
+from service.model.config import ROUTERS, ModelConfig, expected_shapes
 from service.model.encoder_config import EncoderConfig, read_encoder_config
 from service.model.families import read_config
 from service.model.weights import WeightSource, open_weights
 from service.runner.kv_cache import KVLayout, partition_layers
 from service.runner.load import BLOCK_SIZE, MOST_KV_BYTES_CPU, Storage, choose_encoder_storage, choose_storage
 from service.settings import format_bytes
+
+_JOINED = (("q", "k", "v"), ("gate", "up"), ("shared_gate", "shared_up"))
+"""Parts of a layer that are one matrix in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,36 +40,59 @@ class Footprint:
 
 def weight_bytes(config: ModelConfig, storage: Storage, source: WeightSource | None = None) -> int:
     """Of all matrices, each counted once; beside a quantised head there are a bfloat16 embedding and the basis of the rotation, unless
-    numbers in groups are kept, which int4 does where source has them, or nothing can be rotated."""
+    numbers in groups are kept, which int4 does where source has them, or nothing can be rotated. Of fp8 only the layers are quantised."""
+    if storage.precision.weights == "fp8":
+        return _fp8_bytes(config, storage)
     has_groups = source is not None and source.layers_have_groups(config)
     if storage.precision.weights != "dense" and (config.has_post_norms or (storage.precision.weights == "int4" and has_groups)):
-        return _grouped_bytes(config, source, has_4_bits=storage.precision.weights == "int4")
-    matrices = {name: shape for name, shape in expected_shapes(config).items() if len(shape) == 2}
+        return _grouped_bytes(config, source, has_4_bits=storage.precision.weights == "int4") + _router_bytes(config, storage)
+    matrices = _matrices(config)
     if storage.precision.weights != "dense":
         rows, columns = matrices.pop("embedding")
         head = matrices.pop("head", (rows, columns))
         basis = 4 * config.width**2  # brings vectors back to where the model's own channels are
         has_groups = storage.precision.weights == "int4"
         quantised = (quantised_bytes(name, *shape, has_groups=has_groups) for name, shape in {**matrices, "head": head}.items())
-        return 2 * rows * columns + basis + sum(quantised)
-    return sum(rows * columns for rows, columns in matrices.values()) * storage.precision.dtype.itemsize
+        return 2 * rows * columns + basis + sum(quantised) + _router_bytes(config, storage)
+    return sum(rows * columns for rows, columns in matrices.values()) * storage.precision.dtype.itemsize + _router_bytes(config, storage)
+
+
+def _matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """All that a precision may quantise, by name."""
+    shapes = expected_shapes(config).items()
+    return {name: (shape[0], shape[1]) for name, shape in shapes if len(shape) == 2 and name.rpartition(".")[2] not in ROUTERS}
+
+
+def _router_bytes(config: ModelConfig, storage: Storage) -> int:
+    if config.experts is None:
+        return 0
+    rows = config.experts.count + (1 if config.experts.shared_width else 0)
+    return sum(config.experts.is_sparse) * rows * config.width * storage.precision.dtype.itemsize
+
+
+def _fp8_bytes(config: ModelConfig, storage: Storage) -> int:
+    matrices = [(name, *shape) for name, shape in expected_shapes(config).items() if len(shape) == 2]
+    sizes = (
+        rows * (columns + 4 if name.startswith("layers.") else columns * storage.precision.dtype.itemsize)
+        for name, rows, columns in matrices
+    )
+    return sum(sizes)
 
 
 def _grouped_bytes(config: ModelConfig, source: WeightSource | None, *, has_4_bits: bool) -> int:
     """Matrices that are one in memory have the bits of the widest among them, if the file has groups for all of them."""
     total = 0
-    for name, shape in expected_shapes(config).items():
+    for name, shape in _matrices(config).items():
         layer, _, part = name.rpartition(".")
-        joined = next((parts for parts in (("q", "k", "v"), ("gate", "up")) if part in parts), (part,))
+        joined = next((parts for parts in _JOINED if part in parts), (part,))
         bits = [source.bits_of(f"{layer}.{one}" if layer else one) if source else 0 for one in joined]
-        if len(shape) == 2:
-            total += _bytes_of(*shape, max(bits) if all(bits) else _made_bits(part) if has_4_bits else 8)
+        total += _bytes_of(*shape, max(bits) if all(bits) else _made_bits(part) if has_4_bits else 8)
     return total
 
 
 def _made_bits(part: str) -> int:
     """Of each number where int4 makes groups."""
-    return 4 if part in ("out", "gate", "up") else 8
+    return 4 if part in ("out", "gate", "up", "shared_gate", "shared_up") else 8
 
 
 def _bytes_of(rows: int, columns: int, bits: int) -> int:
@@ -127,18 +153,19 @@ def print_plan(model: Resolved, memory_bytes: int, max_context: int) -> None:
     config = read_config(model.path)
     if max_context:
         config = config.with_max_context(max_context)
+    active = f" ({config.num_active_parameters / 1e6:.1f} M for a token)" if config.experts is not None else ""
     console.print(
-        f"{model.name}: {config.num_parameters / 1e6:.1f} M parameters, {len(config.layers)} layers of width {config.width}, "
+        f"{model.name}: {config.num_parameters / 1e6:.1f} M parameters{active}, {len(config.layers)} layers of width {config.width}, "
         f"context {config.max_context}",
         highlight=False,
     )
     table = Table("dtype", "weights", "K/V per token", "K/V memory", "K/V tokens", f"sequences of {config.max_context}")
     most, source = 0, open_weights(model.path, config)
-    for name in ("int4", "int8", "bfloat16", "float32"):
-        size = footprint(config, choose_storage(name, torch.device("cpu")), memory_bytes, source)
+    for name, device in (("int4", "cpu"), ("int8", "cpu"), ("fp8", "cuda"), ("bfloat16", "cpu"), ("float32", "cpu")):
+        size = footprint(config, choose_storage(name, torch.device(device)), memory_bytes, source)
         most = max(most, size.kv_tokens)
         numbers = (format_bytes(size.weight_bytes), format_bytes(size.kv_token_bytes), format_bytes(size.kv_bytes))
-        table.add_row(name, *numbers, f"{size.kv_tokens}", f"{size.num_sequences}")
+        table.add_row(name if device == "cpu" else f"{name} (GPU)", *numbers, f"{size.kv_tokens}", f"{size.num_sequences}")
     console.print(table)
     if saving := window_saving(config):
         console.print(f"local layers give back what lies behind their windows: {saving}", highlight=False)

@@ -40,6 +40,9 @@ _LANE: tuple[tuple[str, str, bool, Callable[[LaneStats], float]], ...] = (
     ("prompt_tokens", "Prompt tokens taken in.", True, lambda lane: lane.prompt_tokens),
     ("generation_tokens", "Tokens drawn.", True, lambda lane: lane.generation_tokens),
     ("engine_steps", "Steps finished.", True, lambda lane: lane.steps),
+    ("graph_replays", "Steps of one token a sequence that ran as a recorded graph.", True, lambda lane: lane.graph_replays),
+    ("graph_misses", "Steps of one token a sequence that had to do without a recorded graph.", True, lambda lane: lane.graph_misses),
+    ("kernel_compiles", "GPU kernels that a step had to compile or fetch, after warm-up.", True, lambda lane: lane.kernel_compiles),
 )
 # name and what it is, by kind of drafter; of each the place in `LaneStats.drafts`.
 _DRAFTS = (

@@ -39,7 +39,7 @@ class Settings:
     models: tuple[str, ...] = DEFAULT_MODELS
     host: str = "127.0.0.1"
     port: int = 8000
-    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4", "fp8"] = "auto"
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     device: str = "auto"
     memory: int = 0
@@ -254,8 +254,8 @@ _OPTIONS = (
     _option(
         "--dtype",
         "dtype",
-        type=click.Choice(["auto", "float32", "bfloat16", "int8", "int4"]),
-        help="Of the weights. auto is int8 on a CPU and bfloat16 on a GPU.",
+        type=click.Choice(["auto", "float32", "bfloat16", "int8", "int4", "fp8"]),
+        help="Of the weights. auto is int8 on a CPU and bfloat16 on a GPU; fp8 is for GPUs alone.",
     ),
     _option(
         "--kv-dtype",

@@ -26,7 +26,7 @@ from service.engine.prompt_pace import PromptPace
 from service.errors import StartupError
 from service.memory import give_memory_back
 from service.ranks import Ranks, bind_life_to_parent
-from service.scheduling.plan import KVGroup
+from service.scheduling.plan import KVGroup, RunnerCounts
 from service.scheduling.scheduler import Scheduler
 
 log = logging.getLogger("braid.worker")
@@ -50,6 +50,9 @@ class Loaded(Protocol):
 
     @property
     def painter(self) -> Painter | None: ...
+
+    @property
+    def counts(self) -> Callable[[], RunnerCounts]: ...
 
     @property
     def draft(self) -> Loaded | None:
@@ -139,7 +142,8 @@ def build_lane(loaded: Loaded, load: Load) -> Lane:
         max_waiting_tokens=_NO_LIMIT,
     )
     drafting = None if loaded.draft is None else build_drafting(loaded.draft, load)
-    return Lane(info, scheduler, loaded.runner, loaded.painter, pace=PromptPace(load.max_prefill_s), drafting=drafting, ahead=loaded.ahead)
+    pace = PromptPace(load.max_prefill_s)
+    return Lane(info, scheduler, loaded.runner, loaded.painter, pace=pace, drafting=drafting, ahead=loaded.ahead, counts=loaded.counts)
 
 
 def build_drafting(draft: Loaded, load: Load) -> Drafting:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from service.engine.messages import Generate, Load, ModelInfo
-from service.scheduling.plan import PENDING, Drawn, KVGroup, PromptRead, PromptReading, Sample, Slice, StepPlan
+from service.scheduling.plan import PENDING, Drawn, KVGroup, PromptRead, PromptReading, RunnerCounts, Sample, Slice, StepPlan
 from service.scheduling.sampling import SamplingParams
 
 VOCAB = 1000
@@ -150,6 +150,7 @@ class ScriptedModel:
     painter: None = None
     draft: None = None
     ahead: None = None
+    counts: type[RunnerCounts] = RunnerCounts
 
 
 def scripted_model(name: str = "tiny", *, num_blocks: int = 64, step_s: float = 0.0, max_context: int = 512) -> ScriptedModel:

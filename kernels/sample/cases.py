@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.ops import SampleRows
+from kernels.linear.reference import quantize_int8
+from kernels.ops import SampleRows, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,40 @@ def build(case: SampleCase, device: torch.device | str = "cpu", seed: int = 0) -
         rows.counts, rows.seen = counts.to(device), ((counts > 0) | in_prompt).to(device)
         rows.repetition, rows.presence, rows.frequency = filled(1.3), filled(0.4), filled(0.25)
     return logits.to(device), rows
+
+
+HEAD_CASES = (
+    (SampleCase("head_plain", "noise alone decides; logits are never written"), 64),
+    (SampleCase("head_greedy", "of the largest product, without noise", temperature=0.0), 80),
+    (SampleCase("head_one", "a row alone, in a tile of sixteen", 1, temperature=0.7), 200),
+    (SampleCase("head_more_rows", "more than sixteen, the last tile of the vocabulary ragged", 17, 129), 64),
+    (SampleCase("head_masked", "a grammar allows a tenth", masked=0.9), 64),
+    (SampleCase("head_masked_out", "a grammar that allows nothing gives id 0", masked=1.0), 64),
+    (SampleCase("head_penalties", "on counted tokens", has_penalties=True), 64),
+    (SampleCase("head_filters", "scores are written, filtered, drawn", temperature=0.8, top_k=20, top_p=0.9), 64),
+    (SampleCase("head_all", "everything at once", top_p=0.9, min_p=0.01, masked=0.5, has_penalties=True), 64),
+    (SampleCase("head_two_blocks", "the second with one row", 65, 130), 64),
+    (SampleCase("head_composed", "penalties on more rows than the kernel has registers for", 17, 40, has_penalties=True), 64),
+    (SampleCase("head_wide", "many tiles and a wide model", 3, 3000, temperature=0.7, top_k=50, top_p=0.9, size="small"), 576),
+    (SampleCase("head_large", "a small model's head", 3, 49_152, temperature=0.7, size="bench"), 576),
+    (SampleCase("head_large_filters", "a large model's head", 64, 128_256, temperature=0.7, top_k=50, top_p=0.9, size="bench"), 4096),
+)
+"""Each with the width of the hidden states that the head multiplies."""
+
+
+def build_head(
+    case: SampleCase, width: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> tuple[Tensor, Weight, SampleRows]:
+    """(hidden states [R, width], head [V, width], rows) whose product has logits as spread as the case says. dtype: of the head; beside one
+    in int8 the hidden states are bfloat16."""
+    _, rows = build(case, device, seed)
+    rows.is_filtered = case.temperature > 0 and (case.top_k > 0 or case.top_p < 1 or case.min_p > 0)
+    generator = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn((case.num_rows, width), generator=generator)
+    head = torch.randn((case.vocab_size, width), generator=generator) * (case.spread / width**0.5)
+    if dtype == torch.int8:
+        return x.to(device, torch.bfloat16), quantize_int8(head.to(device)), rows
+    return x.to(device, dtype), head.to(device, dtype), rows
 
 
 def pack_mask(allowed_RV: Tensor) -> Tensor:

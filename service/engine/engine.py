@@ -41,7 +41,7 @@ from service.scheduling.budget import PromptLimit
 from service.scheduling.grammar import Grammar, GrammarError
 from service.scheduling.picture_grammar import PictureGrammar, PictureRule
 from service.scheduling.pictures import PictureRequest
-from service.scheduling.plan import Drawn, PictureResult, PictureWork, PromptReading, StepPlan
+from service.scheduling.plan import Drawn, PictureResult, PictureWork, PromptReading, RunnerCounts, StepPlan
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.sequence import Finish, Output, Request
 
@@ -110,8 +110,8 @@ class Flying:
 @dataclass(eq=False, slots=True)
 class Lane:
     """One model: what it is, who decides, who computes, who paints, who guesses, how long its steps take and how long its prompts may hold
-    them up. ahead: its runner, where steps are begun one ahead; flying: the one that was, while another is not. finished: when a step was
-    known last."""
+    them up. counts: what its runner counts. ahead: its runner, where steps are begun one ahead; flying: the one that was, while another is
+    not. finished: when a step was known last."""
 
     info: ModelInfo
     scheduler: Scheduler
@@ -122,6 +122,7 @@ class Lane:
     constraints: Constraints | None = None  # once the model's vocabulary is known
     masks: PictureMasks | None = field(init=False)
     drafting: Drafting | None = None
+    counts: Callable[[], RunnerCounts] = RunnerCounts
     ahead: Ahead | None = None
     flying: Flying | None = None
     finished: float = 0.0
@@ -158,6 +159,7 @@ class Lane:
             prefix_hits=stats.prefix_hits,
             steps=stats.steps,
             drafts=stats.drafts,
+            **self.counts()._asdict(),
         )
 
 

@@ -33,10 +33,10 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     max_prefill_s: that prompts may add to a step beside decoding sequences; 0: no bound. prepared_folder: where at most
     max_prepared_bytes of weights are kept as later starts want them; 0: none are, and none are looked for. tensor_parallel:
     processes that share each model's matrices. async_scheduling: are steps begun one ahead? deterministic: no row of a step may depend
-    on the others."""
+    on the others. kernel_folder: where compiled GPU kernels are kept; "" leaves it to Triton."""
 
     models: tuple[ModelSource, ...]
-    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"]
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4", "fp8"]
     device: str
     memory_bytes: int
     max_context: int
@@ -53,6 +53,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     tensor_parallel: int = 1
     async_scheduling: Literal["auto", "on", "off"] = "auto"
     deterministic: bool = False
+    kernel_folder: str = ""
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
@@ -136,7 +137,7 @@ class Unreadable(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """Start-up, for people and machines: phase (such as "weights", "kv_cache", "warm_up") and the share done, 0 ... 1."""
+    """Start-up, for people and machines: phase ("starting", "weights", "kv_cache", "warm_up", "graphs") and the share done, 0 ... 1."""
 
     phase: str
     fraction: float
@@ -222,7 +223,8 @@ class Event(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LaneStats(msgspec.Struct, frozen=True):
-    """One model's state after a step, and its totals since start. drafts: by kind, ids guessed ahead and those of them that were right."""
+    """One model's state after a step, and its totals since start. drafts: by kind, ids guessed ahead and those of them that were right.
+    graph_replays, graph_misses, kernel_compiles: as in `RunnerCounts`."""
 
     model: str
     running: int
@@ -237,6 +239,9 @@ class LaneStats(msgspec.Struct, frozen=True):
     prefix_hits: int
     steps: int
     drafts: dict[str, tuple[int, int]] = {}
+    graph_replays: int = 0
+    graph_misses: int = 0
+    kernel_compiles: int = 0
 
 
 class Delivery(msgspec.Struct, frozen=True, tag=True):

@@ -104,9 +104,10 @@ class DecodeGraphs:
             block_table=torch.zeros((limits.num_groups, largest, width), dtype=torch.int32, device=device),
         )
 
-    def capture(self) -> None:
+    def capture(self, progress: Callable[[float], None] = lambda fraction: None) -> None:
         """Warms the kernels up and records every size. Nothing is written to the K/V pool: all rows are padding."""
-        for size in reversed(self.sizes):
+        for number, size in enumerate(reversed(self.sizes)):
+            progress(number / len(self.sizes))
             graph, output = self.recorder.capture(partial(self._launch, size))
             self.captured[size] = Captured(graph, output)
 

@@ -33,7 +33,8 @@ from service.runner.image_tokenizer import Painter
 from service.runner.kv_cache import KVCache, KVLayout, partition_layers
 from service.runner.parallel import Leader, Peers, Share, ShareSource, add_up, gather_head, join, lead, split_ops
 from service.runner.runner import Runner
-from service.scheduling.plan import KVGroup, Slice, StepPlan
+from service.runner.warmup import CompileWatch, Limits, keep_kernels, run_steps, warm_up
+from service.scheduling.plan import KVGroup, RunnerCounts, Slice, StepPlan
 
 BLOCK_SIZE = 16
 # Without --memory: half of what is free once the weights are in, and no more than this, is K/V. On a CPU untouched pages cost nothing.
@@ -49,7 +50,7 @@ _DRAFT_NAME = "/draft"  # no model has a slash at its front
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A model that can run: what the engine makes a lane of. draft: another, which guesses ids for it. ahead: the runner, where its steps
-    may be begun one ahead."""
+    may be begun one ahead. counts: of its runner."""
 
     info: ModelInfo
     runner: Runner | EncoderRunner | Leader
@@ -57,6 +58,7 @@ class Loaded:
     painter: Painter | None = None
     draft: Loaded | None = None
     ahead: Runner | None = None
+    counts: Callable[[], RunnerCounts] = RunnerCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Storage:
 
 def choose_storage(dtype: str, device: torch.device, kv_dtype: str = "auto") -> Storage:
     """auto is bfloat16 on a GPU and int8 on a CPU, also for files of 4 bits: it reads prompts and serves crowds faster. Beside int8 and
-    int4 K/V is int8 on a CPU. Raises: StartupError for what a GPU does not have yet: int4, and K/V in int8."""
+    int4 K/V is int8 on a CPU. Raises: StartupError for what a device does not have: fp8 on a CPU, and K/V in int8 on a GPU."""
     if dtype == "auto":
         dtype = "int8" if device.type == "cpu" else "bfloat16"
     storage = _choose_weights(dtype, device)
@@ -89,9 +91,13 @@ def _choose_weights(dtype: str, device: torch.device) -> Storage:
             return Storage(dtype, Precision(torch.float32, "int8"), torch.int8)
         return Storage(dtype, Precision(torch.bfloat16, "int8"), torch.bfloat16)
     if dtype == "int4":
-        if device.type != "cpu":
-            raise StartupError("--dtype int4 runs on the CPU alone so far; use bfloat16 or int8 on a GPU")
-        return Storage(dtype, Precision(torch.float32, "int4"), torch.int8)
+        if device.type == "cpu":
+            return Storage(dtype, Precision(torch.float32, "int4"), torch.int8)
+        return Storage(dtype, Precision(torch.bfloat16, "int4"), torch.bfloat16)
+    if dtype == "fp8":
+        if device.type == "cpu":
+            raise StartupError("--dtype fp8 runs on a GPU alone; on a CPU there are float32, bfloat16, int8 and int4")
+        return Storage(dtype, Precision(torch.bfloat16, "fp8"), torch.bfloat16)
     return Storage(dtype, Precision(torch.bfloat16), torch.bfloat16)
 
 
@@ -118,6 +124,8 @@ def load_models(load: Load, progress: Callable[[str, float], None], peers: Peers
     if load.threads or peers is not None:
         torch.set_num_threads(max((load.threads or torch.get_num_threads()) // load.tensor_parallel, 1))
     device = choose_device(load.device)
+    if device.type == "cuda":
+        keep_kernels(load.kernel_folder)
     if load.deterministic and device.type == "cpu" and load.dtype in ("float32", "bfloat16"):
         raise StartupError(f"--deterministic with --dtype {load.dtype} needs a GPU; on a CPU int8 and int4 are deterministic")
     ops = select_ops("cpu" if device.type == "cpu" else "triton", load.deterministic)
@@ -160,10 +168,7 @@ def load_models(load: Load, progress: Callable[[str, float], None], peers: Peers
         loaded = [replace(one, runner=lead(cast(Runner, one.runner), index, peers)) for index, one in enumerate(loaded)]
         if rank:
             return loaded  # rank 0's warm-up is everybody's
-    for number, equipped in enumerate(loaded):
-        progress("warm_up", number / len(loaded))
-        _warm_up(equipped, load, device)
-    progress("warm_up", 1.0)
+    _warm_up_all(loaded, load, device, progress)
     _keep_prepared(models)
     if load.async_scheduling == "on" or (load.async_scheduling == "auto" and device.type == "cuda"):
         loaded = [replace(one, ahead=one.runner) if isinstance(one.runner, Runner) else one for one in loaded]
@@ -214,6 +219,8 @@ def _load_model(source: ModelSource, load: Load, ops: Ops, device: torch.device,
         return _Read(source, build_encoder(encoder, weights, dtype=storage.precision.dtype, device=device, progress=progress), storage)
     config = read_config(path)
     storage = choose_storage(load.dtype, device, load.kv_dtype)
+    if config.experts is not None and device.type != "cpu" and storage.precision.weights not in ("dense", "int8"):
+        raise StartupError(f"--dtype {storage.name}: {source.name} is a mixture of experts, which a GPU serves in bfloat16 and int8 alone")
     shelf = None
     if load.max_prepared_bytes and load.tensor_parallel == 1 and _has_own_products(storage, device):
         shelf = open_shelf(path, config, repr(storage.precision), Path(load.prepared_folder), load.max_prepared_bytes)
@@ -275,6 +282,7 @@ def _kv_budget(load: Load, device: torch.device, weight_bytes: int, mapped_bytes
             )
         return left
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what quantising took lies there, and would count as taken
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * 0.85)
     return min(available_bytes(mapped_bytes) // 2, MOST_KV_BYTES_CPU) // load.tensor_parallel
@@ -301,7 +309,8 @@ def _equip(source: ModelSource, model: Transformer, load: Load, storage: Storage
         # Of more than two ranks' sums the order depends on the size of the step.
         usual_draft_len=DRAFT_LEN_CPU if _has_own_products(storage, device) and load.tensor_parallel == 1 else 0,
     )
-    return Loaded(info, Runner(model, cache, num_groups=len(layout.groups), device=device), layout.groups, painter)
+    runner = Runner(model, cache, num_groups=len(layout.groups), device=device)
+    return Loaded(info, runner, layout.groups, painter, counts=runner.counts)
 
 
 def _has_own_products(storage: Storage, device: torch.device) -> bool:
@@ -355,9 +364,34 @@ def _most_blocks(config: ModelConfig, layout: KVLayout, num_sequences: int) -> i
     return -(-config.max_context // BLOCK_SIZE) * len(layout.groups) * num_sequences
 
 
+def _warm_up_all(loaded: Sequence[Loaded], load: Load, device: torch.device, progress: Callable[[str, float], None]) -> None:
+    """On a GPU in three phases: steps, so that nothing is compiled while a graph is recorded; graphs; and steps as they will be."""
+    watch = CompileWatch()
+    if device.type == "cuda":
+        watch.install()
+    for number, one in enumerate(loaded):
+        progress("warm_up", number / len(loaded) / 2)
+        _warm_up(one, load, device)
+    if device.type == "cuda":
+        for number, one in enumerate(loaded):
+            if not isinstance(one.runner, EncoderRunner):
+                one.runner.capture_graphs(load.max_sequences, progress=_share_of(progress, "graphs", number / len(loaded), 1 / len(loaded)))
+        for number, one in enumerate(loaded):
+            if not isinstance(one.runner, EncoderRunner):
+                share = _share_of(progress, "warm_up", 0.5 + number / len(loaded) / 2, 0.5 / len(loaded))
+                warm_up(one.runner, _limits_of(one, load), share)
+                one.runner.watch_compiles(watch)
+        watch.report()
+    progress("warm_up", 1.0)
+
+
+def _share_of(progress: Callable[[str, float], None], phase: str, start: float, part: float) -> Callable[[float], None]:
+    return lambda fraction: progress(phase, start + fraction * part)
+
+
 def _warm_up(loaded: Loaded, load: Load, device: torch.device) -> None:
     """One prefill and one decode step, and a prefill of codes where there are any, so that the first request meets warm code; on a GPU
-    also the graphs.
+    every kind of forward pass.
 
     Writes block 0, which no sequence owns yet: what it holds is never read before it is written again.
     """
@@ -365,15 +399,31 @@ def _warm_up(loaded: Loaded, load: Load, device: torch.device) -> None:
         text = Slice(sequence_id=-1, start=0, tokens=(0,) * min(BLOCK_SIZE, loaded.info.max_context), tables=((0,),))
         loaded.runner.forward(StepPlan(step_id=-1, slices=(text,), samples=()))
         return
+    pictures = loaded.info.pictures
+    if loaded.painter is not None and pictures is not None:
+        loaded.painter.warm_up()
+    if device.type == "cuda":
+        run_steps(loaded.runner, _limits_of(loaded, load))
+        return
     tables = tuple((0,) for _ in loaded.groups)
-    count, pictures = min(BLOCK_SIZE, load.max_batch_tokens), loaded.info.pictures
+    count = min(BLOCK_SIZE, load.max_batch_tokens)
     pieces = [Slice(sequence_id=-1, start=0, tokens=(0,) * length, tables=tables) for length in (count, 1)]
     if pictures is not None:
         codes = (pictures.first_code,) * min(count, pictures.num_places)
         pieces.append(Slice(sequence_id=-1, start=0, tokens=codes, tables=tables, grid_starts=(0,) * len(codes)))
     for step, piece in enumerate(pieces):
         loaded.runner.forward(StepPlan(step_id=-1 - step, slices=(piece,), samples=()))
-    if loaded.painter is not None and pictures is not None:
-        loaded.painter.warm_up()
-    if device.type == "cuda":
-        loaded.runner.capture_graphs(load.max_sequences)
+
+
+def _limits_of(loaded: Loaded, load: Load) -> Limits:
+    """Of the plans that its scheduler will make."""
+    info = loaded.info
+    return Limits(
+        num_groups=len(loaded.groups),
+        block_size=info.block_size,
+        max_batch_tokens=load.max_batch_tokens,
+        max_sequences=load.max_sequences,
+        max_context=info.max_context,
+        vocab_size=info.vocab_size,
+        pictures=info.pictures,
+    )

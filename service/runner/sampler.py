@@ -113,6 +113,7 @@ class Sampler:
             mask=masks,
             num_top=max((p.logprobs or 0 for p in params), default=0),
             logprobs=any(p.logprobs is not None for p in params),
+            is_filtered=any(p.temperature >= GREEDY_BELOW and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params),
         )
         if any(p.has_penalties for p in params):
             self._add_penalties(rows, samples)

@@ -7,6 +7,7 @@ reads them, `commit` takes the sampled ids back.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from service.scheduling.reading import Pool
 from service.scheduling.sampling import SamplingParams
@@ -132,6 +133,15 @@ class Drawn:
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+
+
+class RunnerCounts(NamedTuple):
+    """Of a runner since it was ready. graph_replays: steps that ran as a recorded graph; graph_misses: those of one token a sequence that
+    had to do without; kernel_compiles: kernels that warm-up had not compiled or fetched from disk, and a step had to."""
+
+    graph_replays: int = 0
+    graph_misses: int = 0
+    kernel_compiles: int = 0
 
 
 TokenReading = tuple[float, tuple[tuple[int, float], ...]]

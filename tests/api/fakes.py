@@ -264,7 +264,7 @@ class FakeEngine:
 
     def stats(self) -> dict[str, LaneStats]:
         drafts = {"lookup": (12, 7), "model": (8, 3)}
-        return {name: LaneStats(name, len(self._streams), 2, 320, 0, 1280, 5, 70, 30, 70, 20, 9, drafts) for name in self.infos}
+        return {name: LaneStats(name, len(self._streams), 2, 320, 0, 1280, 5, 70, 30, 70, 20, 9, drafts, 6, 2, 1) for name in self.infos}
 
     @property
     def num_in_flight(self) -> int:

@@ -85,6 +85,9 @@ def test_numbers_that_the_engine_counts(server: Running) -> None:
     assert total(server, "num_preemptions_total") == 5
     assert total(server, "prompt_tokens_total") == 70
     assert total(server, "generation_tokens_total") == 30
+    assert total(server, "graph_replays_total") == 6
+    assert total(server, "graph_misses_total") == 2
+    assert total(server, "kernel_compiles_total") == 1
     assert total(server, "spec_decode_num_draft_tokens_total", drafter="lookup") == 12
     assert total(server, "spec_decode_num_accepted_tokens_total", drafter="model") == 3
     assert total(server, "spec_decode_num_accepted_tokens_total", drafter="jacobi") == 0

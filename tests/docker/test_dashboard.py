@@ -30,6 +30,8 @@ WANTED = (
     "prefix_cache_hits_total",
     "prefix_cache_queries_total",
     "num_preemptions_total",
+    "kernel_compiles_total",
+    "graph_misses_total",
     "request_queue_time_seconds_bucket",
     "iteration_tokens_total_bucket",
     "http_requests_total",

@@ -15,7 +15,7 @@ from service.engine.engine import MAX_FAILURES, BrokenEngineError, Engine, Lane
 from service.engine.messages import MAX_CHOICES, Abort, Delivery, Down, Event, Shutdown, Unreadable, Up
 from service.engine.prompt_pace import PromptPace
 from service.scheduling.budget import PromptLimit
-from service.scheduling.plan import KVGroup, StepPlan
+from service.scheduling.plan import KVGroup, RunnerCounts, StepPlan
 from service.scheduling.scheduler import Scheduler
 from tests.fakes import (
     DRAW_OUTSIDE,
@@ -121,6 +121,13 @@ def tokens_of(mailbox: ListMailbox, request_id: str, choice: int = 0) -> list[in
 def end_of(mailbox: ListMailbox, request_id: str, choice: int = 0) -> Event:
     (end,) = [event for event in mailbox.events if (event.request_id, event.choice) == (request_id, choice) and event.finish]
     return end
+
+
+def test_a_lane_tells_what_its_runner_counts() -> None:
+    lane = lane_of(scripted_model())
+    lane.counts = lambda: RunnerCounts(graph_replays=3, graph_misses=2, kernel_compiles=1)
+    stats = run([generate("a", [5, 6, 7], max_tokens=2)], lanes=[lane]).deliveries[-1].stats[0]
+    assert (stats.graph_replays, stats.graph_misses, stats.kernel_compiles) == (3, 2, 1)
 
 
 def test_choices_draw_with_their_own_seeds() -> None:

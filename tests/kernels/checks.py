@@ -109,9 +109,10 @@ def check_sample(case: sample_cases.SampleCase, device: str, monkeypatch: pytest
     expected = sample_reference.sample(logits, rows)
     assert torch.equal(logits, before)
     scores = sample_reference.penalised(logits, rows) / (case.temperature or 1.0)
-    torch.testing.assert_close(triton.scored(logits, rows), scores, rtol=1e-6, atol=1e-6)
+    own = triton.scored(logits, rows)
+    torch.testing.assert_close(own.scores, scores, rtol=1e-6, atol=1e-6)
     if case.temperature > 0:
-        disputed = (scores >= triton.thresholds(scores, rows)[:, None]) != (scores >= sample_reference.thresholds(scores, rows)[:, None])
+        disputed = (own.scores >= triton.thresholds(own, rows)[:, None]) != (scores >= sample_reference.thresholds(scores, rows)[:, None])
         if case.size == "tiny":
             assert not bool(disputed.any())
         else:  # the kernel sums a nucleus in float32: of many thousand small scores, the last few may fall on either side

@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
 else:
     import numpy as np
+    import torch
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -29,7 +30,9 @@ else:
     _convert_float = interpreter._convert_float
 
     def _convert_rounded(data: Any, source: Any, target: Any, rounding: Any) -> Any:
-        """The interpreter cuts float32 down to bfloat16; the hardware rounds to the nearest, ties to even, as this does."""
+        """The interpreter cuts float32 down to bfloat16 and to 8 bits; the hardware rounds to the nearest, ties to even, as this does."""
+        if source == tl.float32 and target == tl.float8e4nv:
+            return torch.from_numpy(np.ascontiguousarray(data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         if source != tl.float32 or target != tl.bfloat16:
             return _convert_float(data, source, target, rounding)
         bits = np.ascontiguousarray(data).view(np.uint32).astype(np.uint64)
