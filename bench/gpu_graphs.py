@@ -18,7 +18,7 @@ CONTEXTS = (1, 17, 300, 2047)
 def steps(clock: Clock) -> list[Step]:
     return [
         ({"case": f"graph equals eager, {name}, {batch} sequences"}, partial(compare, clock, name, batch))
-        for name in ("tiny", "smollm2-135m")
+        for name in ("tiny", "tiny-experts", "smollm2-135m")
         for batch in (1, 3, 16)
     ]
 

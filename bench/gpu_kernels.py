@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from bench.gpu_clock import Clock
+from bench.gpu_products import bytes_of
 from bench.gpu_score import Step
 from kernels.attention import cases as attention_cases
+from kernels.experts import cases as experts_cases
 from kernels.gated import cases as gated_cases
 from kernels.kv_write import cases as kv_write_cases
 from kernels.linear import cases as linear_cases
@@ -24,17 +26,19 @@ from kernels.sample import cases as sample_cases
 
 def steps(clock: Clock) -> list[Step]:
     tables: list[tuple[str, Any, Callable[..., dict[str, Any]]]] = [
-        ("attention", attention_cases, attention),
-        ("kv_write", kv_write_cases, kv_write),
-        ("norm", norm_cases, norm),
-        ("gated", gated_cases, gated),
-        ("linear", linear_cases, linear),
-        ("sample", sample_cases, sample),
+        ("attention", attention_cases.CASES, attention),
+        ("kv_write", kv_write_cases.CASES, kv_write),
+        ("norm", norm_cases.CASES, norm),
+        ("gated", gated_cases.CASES, gated),
+        ("linear", linear_cases.CASES, linear),
+        ("sample", sample_cases.CASES, sample),
+        ("experts", experts_cases.CASES, experts),
+        ("linear", linear_cases.FLOAT_CASES, float_product),
     ]
     return [
         ({"case": f"{kernel}/{case.name}"}, partial(work, clock, case))
-        for kernel, module, work in tables
-        for case in clock.sized([case for case in module.CASES if case.size == "bench"], module.CASES[:1])
+        for kernel, cases, work in tables
+        for case in clock.sized([case for case in cases if case.size == "bench"], cases[:1])
     ]
 
 
@@ -94,3 +98,21 @@ def sample(clock: Clock, case: sample_cases.SampleCase) -> dict[str, Any]:
     logits, rows = sample_cases.build(case, clock.device)
     ours, plain = (select_ops(name).sample for name in ("triton", "reference"))
     return row(clock, lambda: ours(logits, rows), lambda: plain(logits, rows), moved=logits.nbytes)
+
+
+def experts(clock: Clock, case: experts_cases.ExpertsCase) -> dict[str, Any]:
+    """Weights of as many experts as so many tokens reach on average, if the router likes all the same."""
+    x, weights, activation = experts_cases.build(case, clock.dtype, clock.device)
+    ours, plain = (select_ops(name).experts for name in ("triton", "reference"))
+    share = 1 - (1 - case.top_k / case.num_experts) ** case.num_tokens
+    flops = 6.0 * case.num_tokens * case.top_k * case.hidden * case.width
+    moved = share * (bytes_of(weights.gate_up) + bytes_of(weights.down))
+    return row(clock, lambda: ours(x, weights, activation), lambda: plain(x, weights, activation), moved=moved, flops=flops)
+
+
+def float_product(clock: Clock, case: linear_cases.FloatCase) -> dict[str, Any]:
+    x, weight = linear_cases.build_float(case, clock.dtype, clock.device)
+    ops = select_ops("triton")
+    packed = ops.pack(weight)
+    flops = 2.0 * case.num_rows * case.in_features * case.out_features
+    return row(clock, lambda: ops.linear(x, packed), None, moved=bytes_of(weight) + x.nbytes, flops=flops)

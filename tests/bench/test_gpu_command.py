@@ -20,7 +20,11 @@ RUN = gpu.Run("cuda", is_tiny=False, rates={})
 NEEDS_DEVICE = {
     "tests marked for a GPU": "skipped",
     "dependent launch": "launches that depend on one another",
-    **{f"graph equals eager, {name}, {count} sequences": "no graphs" for name in ("tiny", "smollm2-135m") for count in (1, 3, 16)},
+    **{
+        f"graph equals eager, {name}, {count} sequences": "no graphs"
+        for name in ("tiny", "tiny-experts", "smollm2-135m")
+        for count in (1, 3, 16)
+    },
     "G18 qwen3-0.6b, 256": "its own host",
 }
 # Baselines that a CPU has too, by the line they belong to.
