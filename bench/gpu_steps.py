@@ -29,7 +29,8 @@ def step_s(clock: Clock, runner: Runner, plan: StepPlan) -> float:
     def work() -> None:
         runner.sample(runner.forward(plan))
 
-    work()
+    if clock.is_gpu:
+        work()
     found = float(np.median([clock.wall_s(work) for _ in range(clock.sized(30, 1))]))
     forget(runner, [plan])
     return found
@@ -62,7 +63,7 @@ def decode(
 ) -> dict[str, Any]:
     """In the engine's loop. alone_s: of a step whose ids the host waits for; busy_s: of it the device computes, by the profiler. The
     limit is of the weights as they are held, and of so many launches a layer."""
-    count, prompt_len, num_drawn = clock.sized((count, prompt_len, 40), (min(count, 2), 3, 4))
+    count, prompt_len, num_drawn = clock.sized((count, prompt_len, 40), (min(count, 2), 3, 3))
     runner = runner_of(clock, name, count, prompt_len + num_drawn, weights=weights)
     mine, plans, loop = in_loop(clock, runner, count, prompt_len, num_drawn)
     plan = step_of(runner, [(prompt_len - 1, [7])] * count, prompt_len)
@@ -92,7 +93,7 @@ def nano(clock: Clock) -> dict[str, Any]:
 
 def host_share(clock: Clock, name: str, count: int) -> dict[str, Any]:
     """Between two steps of the engine's loop, what the device does not fill. score: 1 is nothing."""
-    count, prompt_len, num_drawn = clock.sized((count, 256, 40), (2, 3, 4))
+    count, prompt_len, num_drawn = clock.sized((count, 256, 40), (2, 3, 3))
     runner = runner_of(clock, name, count, prompt_len + num_drawn)
     between_s, _, loop = in_loop(clock, runner, count, prompt_len, num_drawn)
     if not clock.is_gpu:
@@ -111,7 +112,7 @@ def host_inputs(clock: Clock) -> dict[str, Any]:
 
 def invariant(clock: Clock, name: str, count: int) -> dict[str, Any]:
     """A step with --deterministic beside one without: limit_s is the latter."""
-    count, context = clock.sized((count, CONTEXT), (2, 33))
+    count, context = clock.sized((count, CONTEXT), (min(count, 2), 17))
     times = []
     for is_deterministic in (False, True):
         runner = runner_of(clock, name, count, context, is_deterministic=is_deterministic)

@@ -31,9 +31,12 @@ def shape(layers: int, width: int, feed_forward_width: int, heads: tuple[int, in
     )
 
 
-def gemma(layers: int, width: int, feed_forward_width: int, heads: tuple[int, int, int], vocab_size: int, window: int) -> ModelConfig:
-    """As Gemma 3: five local layers and a global one in turn, post norms, scaled embeddings."""
-    attention = tuple(LayerAttention(rope_base=1e6) if at % 6 == 5 else LayerAttention(window=window) for at in range(layers))
+def gemma(
+    layers: int, width: int, feed_forward_width: int, heads: tuple[int, int, int], vocab_size: int, local: tuple[int, int] = (512, 5)
+) -> ModelConfig:
+    """As Gemma 3: local layers and a global one in turn, post norms, scaled embeddings. local: the window, and how many in a row."""
+    window, count = local
+    attention = tuple(LayerAttention(rope_base=1e6) if at % (count + 1) == count else LayerAttention(window=window) for at in range(layers))
     own = {"has_qk_norm": True, "has_post_norms": True, "activation": "gelu_tanh", "embedding_scale": width**0.5, "norm_offset": 1.0}
     return shape(layers, width, feed_forward_width, heads, vocab_size, attention=attention, **own)
 
@@ -45,12 +48,12 @@ SHAPES = {
     "llama-1b": shape(16, 2048, 8192, (32, 8, 64), 128_256),
     "llama-8b": shape(32, 4096, 14_336, (32, 8, 128), 128_256),
     "hybrid-270m": shape(18, 640, 2048, (4, 1, 256), 262_144, attention=HYBRID, has_qk_norm=True),
-    "gemma3-1b": gemma(26, 1152, 6912, (4, 1, 256), 262_144, 512),
-    "gemma3-270m": gemma(18, 640, 2048, (4, 1, 256), 262_144, 512),
+    "gemma3-1b": gemma(26, 1152, 6912, (4, 1, 256), 262_144),
+    "gemma3-270m": gemma(18, 640, 2048, (4, 1, 256), 262_144),
     "llamagen-111m": shape(12, 768, 2048, (12, 12, 64), 16_384),
     "llamagen-1.4b": shape(48, 1536, 4096, (24, 24, 64), 16_384),
     "tiny-dense": shape(2, 64, 96, (4, 2, 16), 211),
-    "tiny-gemma": gemma(6, 64, 96, (4, 1, 16), 211, 24),
+    "tiny-gemma": gemma(3, 64, 96, (4, 1, 16), 211, (24, 2)),
     "qwen3-30b-a3b": shape(
         48, 2048, 6144, (32, 4, 128), 151_936, has_qk_norm=True, experts=Experts(128, 8, 768, is_normalised=True, is_sparse=(True,) * 48)
     ),

@@ -20,15 +20,15 @@ def test_pairs_of_queries_and_keys(start: int, count: int, window: int | None) -
 
 
 def test_a_step_reads_weights_once_and_what_its_windows_show() -> None:
-    config = SHAPES["tiny-gemma"]  # five layers with a window of 24, and one without
+    config = SHAPES["tiny-gemma"]  # two layers with a window of 24, and one without
     runner = build_runner(config, select_ops("reference"), device=torch.device("cpu"), dtype=torch.float32, num_blocks=64)
     plan = step_of(runner, [(40, [7]), (0, [1, 2, 3])], 48)
     matrices = sum(a * b for a, b in (size for size in expected_shapes(config).values() if len(size) == 2))
     token = 2 * config.num_kv_heads * config.head_width * 4
     num_bytes, flops = work_of(runner, plan)
-    assert num_bytes == 4 * matrices + token * (5 * (24 + 3) + 41 + 3)
+    assert num_bytes == 4 * matrices + token * (2 * (24 + 3) + 41 + 3)
     head = config.vocab_size * config.width
-    pairs = 5 * (24 + 6) + 41 + 6
+    pairs = 2 * (24 + 6) + 41 + 6
     rest = flops - 2 * (matrices - head) * 4 - 2 * head * 2 - 4 * pairs * config.num_heads * config.head_width
     assert 0 <= rest <= 2 * 4 * (config.num_parameters - matrices)  # norms' weights are counted as if they were matrices
     assert limit_of(Rates(read=10.0, bf16=1e30, fp8=0.0, kernel_s=0.0), runner, [plan, plan]) == pytest.approx(2 * num_bytes / 10)
