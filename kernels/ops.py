@@ -198,7 +198,7 @@ class PagedKV:
     """One layer's keys and values in the paged pool, and where this step's tokens are.
 
     keys, values [B, K, P, H] (views of the pool: only the last dimension is sure to be contiguous; blocks may be strided).
-    key_scales, value_scales: float32 [B, K, P], what the whole numbers of an int8 pool are multiplied by; None for others.
+    key_scales, value_scales: float32 [B, K, P], what the numbers of a pool of int8 or float8_e4m3fn are multiplied by; None for others.
     """
 
     keys: Tensor

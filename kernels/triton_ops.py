@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kernels.attention.triton import attend
+from kernels.attention.variants import attend
 from kernels.compose import FineOps, compose
 from kernels.experts.triton import deterministic_experts, experts
 from kernels.gated.triton import gated

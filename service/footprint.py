@@ -112,7 +112,7 @@ def footprint(config: ModelConfig, storage: Storage, memory_bytes: int, source: 
         kv_bytes = max(memory_bytes - weights, 0)
     else:
         kv_bytes = min(max(available_bytes() - weights, 0) // 2, MOST_KV_BYTES_CPU)
-    layout = partition_layers(config)
+    layout = partition_layers(config, storage.local_kv_dtype)
     block_bytes = layout.block_bytes(config, BLOCK_SIZE, storage.kv_dtype)
     num_blocks = kv_bytes // block_bytes
     return Footprint(
@@ -161,16 +161,29 @@ def print_plan(model: Resolved, memory_bytes: int, max_context: int) -> None:
     )
     table = Table("dtype", "weights", "K/V per token", "K/V memory", "K/V tokens", f"sequences of {config.max_context}")
     most, source = 0, open_weights(model.path, config)
-    for name, device in (("int4", "cpu"), ("int8", "cpu"), ("fp8", "cuda"), ("bfloat16", "cpu"), ("float32", "cpu")):
-        size = footprint(config, choose_storage(name, torch.device(device)), memory_bytes, source)
+    for name, storage in _storages().items():
+        size = footprint(config, storage, memory_bytes, source)
         most = max(most, size.kv_tokens)
         numbers = (format_bytes(size.weight_bytes), format_bytes(size.kv_token_bytes), format_bytes(size.kv_bytes))
-        table.add_row(name if device == "cpu" else f"{name} (GPU)", *numbers, f"{size.kv_tokens}", f"{size.num_sequences}")
+        table.add_row(name, *numbers, f"{size.kv_tokens}", f"{size.num_sequences}")
     console.print(table)
     if saving := window_saving(config):
         console.print(f"local layers give back what lies behind their windows: {saving}", highlight=False)
     if not most:
         raise StartupError("nothing is left for K/V beside the weights; give more --memory")
+
+
+def _storages() -> dict[str, Storage]:
+    """By the name of their row: each precision of a CPU with its own K/V, and what a GPU has beside them."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    return {
+        "int4": choose_storage("int4", cpu),
+        "int8": choose_storage("int8", cpu),
+        "GPU, fp8": choose_storage("fp8", gpu),
+        "bfloat16": choose_storage("bfloat16", cpu),
+        "GPU, fp8 K/V": choose_storage("bfloat16", gpu, "fp8"),
+        "float32": choose_storage("float32", cpu),
+    }
 
 
 def _print_encoder(console: Console, name: str, config: EncoderConfig, memory_bytes: int) -> None:

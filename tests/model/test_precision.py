@@ -96,8 +96,6 @@ def test_without_the_library_groups_become_dense(grouped_file: Path, monkeypatch
 def test_what_a_device_does_not_have_is_refused() -> None:
     gpu = torch.device("cuda")
     assert choose_storage("auto", gpu).name == "bfloat16"
-    with pytest.raises(StartupError, match="on the CPU alone so far"):
-        choose_storage("auto", gpu, "int8")
     with pytest.raises(StartupError, match="on a GPU alone; on a CPU there are float32, bfloat16, int8 and int4"):
         choose_storage("fp8", torch.device("cpu"))
 
@@ -122,3 +120,19 @@ def test_fp8_keeps_tables_dense_and_turns_nothing(is_tied: bool, has_post_norms:
     assert weight_bytes(config, Storage("fp8", Precision(torch.float32, "fp8"), torch.float32)) == made.held_bytes
     error = (logits(made) - logits(dense)).norm() / logits(dense).norm()
     assert 0.001 < error < 0.15, "three bits of mantissa"
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("int8", torch.int8), ("fp8", torch.float8_e4m3fn)])
+def test_a_gpu_quantises_keys_of_layers_that_see_everything(name: str, dtype: torch.dtype) -> None:
+    gpu = torch.device("cuda")
+    storage = choose_storage("auto", gpu, name)
+    assert (storage.name, storage.kv_dtype, storage.local_kv_dtype) == ("bfloat16", dtype, torch.bfloat16)
+    assert choose_storage("float32", gpu, name).local_kv_dtype == torch.float32
+    assert choose_storage("auto", gpu).kv_dtype == torch.bfloat16
+    assert choose_storage("auto", gpu, "bfloat16").local_kv_dtype is None
+
+
+def test_a_cpu_has_no_fp8_and_quantises_all_layers() -> None:
+    with pytest.raises(StartupError, match="use int8, bfloat16 or float32 on a CPU"):
+        choose_storage("auto", torch.device("cpu"), "fp8")
+    assert choose_storage("bfloat16", torch.device("cpu"), "int8").local_kv_dtype is None
