@@ -51,7 +51,7 @@ WORKLOADS = (
 
 def unfused(ops: Ops) -> Ops:
     """The same kernels, one call for each."""
-    fine = FineOps(ops.attend, ops.linear, ops.embed, ops.rms_norm, ops.kv_write, ops.gated, ops.sample, ops.pack)
+    fine = FineOps(ops.attend, ops.linear, ops.embed, ops.rms_norm, ops.kv_write, ops.gated, ops.experts, ops.sample, ops.pack)
     return compose("cpu, unfused", fine)
 
 
@@ -66,7 +66,7 @@ def with_torch_products(ops: Ops) -> Ops:
     def pack(weight: Weight) -> Weight:
         return pack_floats(weight) if isinstance(weight, Int8Weight) else weight
 
-    fine = FineOps(ops.attend, linear, REFERENCE_FINE_OPS.embed, ops.rms_norm, ops.kv_write, ops.gated, ops.sample, pack)
+    fine = FineOps(ops.attend, linear, REFERENCE_FINE_OPS.embed, ops.rms_norm, ops.kv_write, ops.gated, ops.experts, ops.sample, pack)
     return compose("cpu, torch's products", fine)
 
 

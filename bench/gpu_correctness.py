@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from kernels.attention import cases as attention_cases
+from kernels.experts import cases as experts_cases
 from kernels.gated import cases as gated_cases
 from kernels.kv_write import cases as kv_write_cases
 from kernels.linear import cases as linear_cases
 from kernels.norm import cases as norm_cases
 from kernels.sample import cases as sample_cases
 from tests.kernels import checks
+from tests.kernels.checks_experts import check_experts
 
 CHECKS: dict[str, tuple[Any, Callable[..., None]]] = {
     "attention": (attention_cases.CASES, checks.check_attention),
@@ -22,6 +24,7 @@ CHECKS: dict[str, tuple[Any, Callable[..., None]]] = {
     "norm": (norm_cases.CASES, checks.check_norm),
     "gated": (gated_cases.CASES, checks.check_gated),
     "linear": (linear_cases.CASES, checks.check_linear),
+    "experts": (experts_cases.CASES, check_experts),
     "sample": (sample_cases.CASES, checks.check_sample),
 }
 

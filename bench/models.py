@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Ops
-from service.model.config import LayerAttention, ModelConfig, expected_shapes
+from service.model.config import Experts, LayerAttention, ModelConfig, expected_shapes
 from service.model.transformer import Precision, Transformer, build_transformer
 from service.runner.kv_cache import KVCache, partition_layers
 from service.runner.runner import Runner
@@ -38,6 +38,10 @@ SHAPES = {
     "llama-1b": shape(16, 2048, 8192, (32, 8, 64), 128_256),
     "llama-8b": shape(32, 4096, 14_336, (32, 8, 128), 128_256),
     "hybrid-270m": shape(18, 640, 2048, (4, 1, 256), 262_144, attention=HYBRID, has_qk_norm=True),
+    "qwen3-30b-a3b": shape(
+        48, 2048, 6144, (32, 4, 128), 151_936, has_qk_norm=True, experts=Experts(128, 8, 768, is_normalised=True, is_sparse=(True,) * 48)
+    ),
+    "tiny-experts": shape(3, 128, 256, (4, 2, 32), 509, experts=Experts(8, 2, 64, True, (True, False, True), shared_width=96)),
     "tiny": shape(4, 128, 256, (6, 2, 32), 509, attention=(LayerAttention(window=24, sink=4), LayerAttention()) * 2),
 }
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kernels.ops import Activation, AttentionSpec, LayerWeights, Ops, PagedKV, Sampled, SampleRows, Weight
+from kernels.ops import Activation, AttentionSpec, ExpertWeights, LayerWeights, Ops, PagedKV, Sampled, SampleRows, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class FineOps:
     rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     kv_write: Callable[[Tensor, LayerWeights, Tensor, PagedKV], Tensor]
     gated: Callable[[Tensor, Activation], Tensor]
+    experts: Callable[[Tensor, ExpertWeights, Activation], Tensor]
     sample: Callable[[Tensor, SampleRows], Sampled]
     pack: Callable[[Weight], Weight]
 
@@ -42,7 +43,10 @@ def compose(name: str, fine: FineOps) -> Ops:
         spec = weights.spec
         total = after(fine.linear(y, weights.out), weights.out_norm, spec.norm_eps)
         normed, residual = fine.rms_norm(total, residual_TD, weights.mlp_norm, spec.norm_eps)
-        x = fine.linear(fine.gated(fine.linear(normed, weights.gate_up), spec.activation), weights.down)
+        if weights.experts is not None:
+            x = fine.experts(normed, weights.experts, spec.activation)
+        else:
+            x = fine.linear(fine.gated(fine.linear(normed, weights.gate_up), spec.activation), weights.down)
         return after(x, weights.down_norm, spec.norm_eps), residual
 
     def after(x_TD: Tensor, norm: Tensor | None, eps: float) -> Tensor:
@@ -61,6 +65,7 @@ def compose(name: str, fine: FineOps) -> Ops:
         rms_norm=fine.rms_norm,
         kv_write=fine.kv_write,
         gated=fine.gated,
+        experts=fine.experts,
         sample=fine.sample,
         draw=draw,
         pack=fine.pack,

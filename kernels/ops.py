@@ -103,12 +103,39 @@ Weight = Tensor | Int8Weight | GroupedWeight
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class SharedExpert:
+    """A feed-forward block that every token passes beside its own experts: gate_up [2S, D] and down [D, S], S its own width."""
+
+    gate_up: Weight
+    down: Weight
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ExpertWeights:
+    """A feed-forward block of E experts, of which each token passes `top_k`. Source: kernels/experts/reference.py.
+
+    router, dense [E, D], gives a token's logits; with a shared expert it is [E + 1, D], and the sigmoid of the last one is the factor of
+    what that expert gives. gate_up [E * 2F, D] holds the experts one below the other, each its gate rows, then its up rows; down
+    [E * D, F] likewise. is_normalised: the shares of a token's experts add up to 1, instead of those of all experts.
+    """
+
+    router: Tensor
+    gate_up: Weight
+    down: Weight
+    num_experts: int
+    top_k: int
+    is_normalised: bool
+    shared: SharedExpert | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class LayerWeights:
     """The parameters of one decoder layer, and the rotary table of its base.
 
     qkv [(N + 2K) * H, D] and qkv_bias [(N + 2K) * H] hold the query, key and value rows in this order; gate_up [2F, D] the gate
     rows, then the up rows; rotary [positions, 2, H / 2] float32 cos then sin; q_norm and k_norm [H]; out_norm and down_norm [D], of
-    models that also norm what `out` and `down` give before it is added to the residual.
+    models that also norm what `out` and `down` give before it is added to the residual. experts: what the layer has in the place of one
+    feed-forward block; gate_up and down are then those of `experts`, all of them.
     """
 
     spec: LayerSpec
@@ -124,6 +151,7 @@ class LayerWeights:
     k_norm: Tensor | None = None
     out_norm: Tensor | None = None
     down_norm: Tensor | None = None
+    experts: ExpertWeights | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -219,7 +247,7 @@ class Ops:
       attend(q [T, N, H], kv, spec) -> y [T, N * H]
       out_mlp(y [T, N * H], residual, weights) -> (x [T, D], residual)
           residual = residual + out_norm(out(y)); RMSNorm; x = down_norm(down(gated(gate_up(norm)))), without out_norm and down_norm
-          where weights has none. The caller adds x at the next norm.
+          where weights has none, or down_norm(experts(norm)) where it has experts. The caller adds x at the next norm.
     Coarse, one a step.
       layers(x [T, D], weights, positions int64 [T], kv) -> (x [T, D], residual [T, D]): the three above for each layer's weights and kv
           in turn, which a back end may do in one call (`stack`).
@@ -232,6 +260,8 @@ class Ops:
       kv_write(qkv [T, (N + 2K) * H], weights, positions, kv) -> q [T, N, H]
           the product's rows split, normed, rotated (half-split pairs: i with i + H/2), K/V stored. Mutates: kv.keys, kv.values.
       gated(gate_up [T, 2F], activation) -> [T, F]
+      experts(x [T, D], weights, activation) -> [T, D]
+          the sum over a token's experts, in the order of their shares, of share * down(gated(gate_up(x))), and the shared expert's.
       sample(logits float32 [R, V], rows) -> Sampled. Source of the noise: kernels/sample/reference.py.
     Set-up.
       pack(weight) -> weight: once per matrix at load; brings it into the form `linear` reads fastest.
@@ -247,6 +277,7 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     kv_write: Callable[[Tensor, LayerWeights, Tensor, PagedKV], Tensor]
     gated: Callable[[Tensor, Activation], Tensor]
+    experts: Callable[[Tensor, ExpertWeights, Activation], Tensor]
     sample: Callable[[Tensor, SampleRows], Sampled]
     draw: Callable[[Tensor, Weight, SampleRows], Sampled]
     pack: Callable[[Weight], Weight]

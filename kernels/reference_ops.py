@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from kernels.attention.reference import attend
 from kernels.compose import FineOps, compose
+from kernels.experts.reference import experts
 from kernels.gated.reference import gated
 from kernels.kv_write.reference import kv_write
 from kernels.linear.reference import embed, linear, pack
@@ -17,7 +18,7 @@ from kernels.ops import Ops, StepOps
 from kernels.sample.reference import sample
 from kernels.step.reference import apply, prepare
 
-REFERENCE_FINE_OPS = FineOps(attend, linear, embed, rms_norm, kv_write, gated, sample, pack)
+REFERENCE_FINE_OPS = FineOps(attend, linear, embed, rms_norm, kv_write, gated, experts, sample, pack)
 
 
 def reference_ops() -> Ops:

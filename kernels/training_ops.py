@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.compose import FineOps, compose
+from kernels.experts.reference import experts
 from kernels.gated.reference import gated
 from kernels.kv_write.reference import rotate
 from kernels.linear.reference import linear, pack
@@ -24,7 +25,7 @@ from kernels.sample.reference import sample
 
 def training_ops() -> Ops:
     """Every op under autograd, except sampling. For batches made by `whole_documents` only."""
-    return compose("training", FineOps(_Masks().attend, linear, embed, norm, kv_write, gated, sample, pack))
+    return compose("training", FineOps(_Masks().attend, linear, embed, norm, kv_write, gated, experts, sample, pack))
 
 
 @dataclass(eq=False, slots=True)

@@ -15,13 +15,16 @@ from kernels.ops import GROUP
 from service.catalog import Resolved
 from service.errors import StartupError
 from service.memory import available_bytes
-from service.model.config import ModelConfig, expected_shapes
+from service.model.config import ROUTERS, ModelConfig, expected_shapes
 from service.model.encoder_config import EncoderConfig, read_encoder_config
 from service.model.families import read_config
 from service.model.weights import WeightSource, open_weights
 from service.runner.kv_cache import KVLayout, partition_layers
 from service.runner.load import BLOCK_SIZE, MOST_KV_BYTES_CPU, Storage, choose_encoder_storage, choose_storage
 from service.settings import format_bytes
+
+_JOINED = (("q", "k", "v"), ("gate", "up"), ("shared_gate", "shared_up"))
+"""Parts of a layer that are one matrix in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,33 +43,45 @@ def weight_bytes(config: ModelConfig, storage: Storage, source: WeightSource | N
     numbers in groups are kept, which int4 does where source has them, or nothing can be rotated."""
     has_groups = source is not None and source.layers_have_groups(config)
     if storage.precision.weights != "dense" and (config.has_post_norms or (storage.precision.weights == "int4" and has_groups)):
-        return _grouped_bytes(config, source, has_4_bits=storage.precision.weights == "int4")
-    matrices = {name: shape for name, shape in expected_shapes(config).items() if len(shape) == 2}
+        return _grouped_bytes(config, source, has_4_bits=storage.precision.weights == "int4") + _router_bytes(config, storage)
+    matrices = _matrices(config)
     if storage.precision.weights != "dense":
         rows, columns = matrices.pop("embedding")
         head = matrices.pop("head", (rows, columns))
         basis = 4 * config.width**2  # brings vectors back to where the model's own channels are
         has_groups = storage.precision.weights == "int4"
         quantised = (quantised_bytes(name, *shape, has_groups=has_groups) for name, shape in {**matrices, "head": head}.items())
-        return 2 * rows * columns + basis + sum(quantised)
-    return sum(rows * columns for rows, columns in matrices.values()) * storage.precision.dtype.itemsize
+        return 2 * rows * columns + basis + sum(quantised) + _router_bytes(config, storage)
+    return sum(rows * columns for rows, columns in matrices.values()) * storage.precision.dtype.itemsize + _router_bytes(config, storage)
+
+
+def _matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """All that a precision may quantise, by name."""
+    shapes = expected_shapes(config).items()
+    return {name: (shape[0], shape[1]) for name, shape in shapes if len(shape) == 2 and name.rpartition(".")[2] not in ROUTERS}
+
+
+def _router_bytes(config: ModelConfig, storage: Storage) -> int:
+    if config.experts is None:
+        return 0
+    rows = config.experts.count + (1 if config.experts.shared_width else 0)
+    return sum(config.experts.is_sparse) * rows * config.width * storage.precision.dtype.itemsize
 
 
 def _grouped_bytes(config: ModelConfig, source: WeightSource | None, *, has_4_bits: bool) -> int:
     """Matrices that are one in memory have the bits of the widest among them, if the file has groups for all of them."""
     total = 0
-    for name, shape in expected_shapes(config).items():
+    for name, shape in _matrices(config).items():
         layer, _, part = name.rpartition(".")
-        joined = next((parts for parts in (("q", "k", "v"), ("gate", "up")) if part in parts), (part,))
+        joined = next((parts for parts in _JOINED if part in parts), (part,))
         bits = [source.bits_of(f"{layer}.{one}" if layer else one) if source else 0 for one in joined]
-        if len(shape) == 2:
-            total += _bytes_of(*shape, max(bits) if all(bits) else _made_bits(part) if has_4_bits else 8)
+        total += _bytes_of(*shape, max(bits) if all(bits) else _made_bits(part) if has_4_bits else 8)
     return total
 
 
 def _made_bits(part: str) -> int:
     """Of each number where int4 makes groups."""
-    return 4 if part in ("out", "gate", "up") else 8
+    return 4 if part in ("out", "gate", "up", "shared_gate", "shared_up") else 8
 
 
 def _bytes_of(rows: int, columns: int, bits: int) -> int:
@@ -127,8 +142,9 @@ def print_plan(model: Resolved, memory_bytes: int, max_context: int) -> None:
     config = read_config(model.path)
     if max_context:
         config = config.with_max_context(max_context)
+    active = f" ({config.num_active_parameters / 1e6:.1f} M for a token)" if config.experts is not None else ""
     console.print(
-        f"{model.name}: {config.num_parameters / 1e6:.1f} M parameters, {len(config.layers)} layers of width {config.width}, "
+        f"{model.name}: {config.num_parameters / 1e6:.1f} M parameters{active}, {len(config.layers)} layers of width {config.width}, "
         f"context {config.max_context}",
         highlight=False,
     )

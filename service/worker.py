@@ -143,9 +143,7 @@ def build_lane(loaded: Loaded, load: Load) -> Lane:
     )
     drafting = None if loaded.draft is None else build_drafting(loaded.draft, load)
     pace = PromptPace(load.max_prefill_s)
-    return Lane(
-        info, scheduler, loaded.runner, loaded.painter, pace=pace, drafting=drafting, ahead=loaded.ahead, counts=loaded.counts
-    )
+    return Lane(info, scheduler, loaded.runner, loaded.painter, pace=pace, drafting=drafting, ahead=loaded.ahead, counts=loaded.counts)
 
 
 def build_drafting(draft: Loaded, load: Load) -> Drafting:

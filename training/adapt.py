@@ -118,4 +118,6 @@ def adapted_ops(adapters: Sequence[Adapters], both_ways: BothWays | None = None)
         return product
 
     attend = base.attend if both_ways is None else both_ways.attend
-    return compose("fine-tuning", FineOps(attend, linear, base.embed, base.rms_norm, base.kv_write, base.gated, base.sample, base.pack))
+    return compose(
+        "fine-tuning", FineOps(attend, linear, base.embed, base.rms_norm, base.kv_write, base.gated, base.experts, base.sample, base.pack)
+    )

@@ -28,7 +28,7 @@ from training.tokens import SPECIALS
 
 _SIZES = ("width", "feed_forward_width", "num_heads", "num_kv_heads", "head_width", "norm_eps", "has_qk_norm")
 """What a recipe can say, under these names, and must say as the checkpoint has it."""
-_FIXED = ("has_tied_head", "has_qkv_bias", "has_post_norms", "embedding_scale", "activation", "scale")
+_FIXED = ("has_tied_head", "has_qkv_bias", "has_post_norms", "embedding_scale", "activation", "scale", "experts")
 """What all recipes' decoders have alike."""
 
 

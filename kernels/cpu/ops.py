@@ -11,19 +11,21 @@ import os
 import weakref
 from collections.abc import Sequence
 from ctypes import addressof, c_void_p
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
 from kernels.compose import FineOps, compose
 from kernels.cpu.library import KV, Batch, Layer, Matrix, Spec, load
-from kernels.cpu.packed import linear_floats, pack_floats, pack_groups, pack_strips
+from kernels.cpu.packed import linear_floats, pack_floats, pack_groups, pack_strips, rows_of
 from kernels.cpu.structs import DrawRows, batch_struct, key_of, layer_struct, pointer, pool_struct, spec_struct, strips_of, tensors_of
+from kernels.experts.reference import Parts, by_expert
 from kernels.linear import reference as plain_linear
 from kernels.ops import (
     Activation,
     AttentionSpec,
+    ExpertWeights,
     GroupedWeight,
     Int8Weight,
     LayerWeights,
@@ -55,10 +57,11 @@ def cpu_ops(isa: str | None = None, num_threads: int | None = None, *, spin_us: 
     """
     library = load()
     if library is None:
-        return compose("cpu", replace(REFERENCE_FINE_OPS, linear=_linear_without_library, pack=_pack_without_library))
+        fine = replace(REFERENCE_FINE_OPS, linear=_linear_without_library, experts=_experts_without_library, pack=_pack_without_library)
+        return compose("cpu", fine)
     name = os.environ.get(ISA_VARIABLE, "") if isa is None else isa
     native = _Native(library, name, num_threads or torch.get_num_threads(), spin_us)
-    fine = FineOps(native.attend, native.linear, native.embed, native.rms_norm, native.kv_write, native.gated, native.sample, native.pack)
+    fine = FineOps(**{field.name: getattr(native, field.name) for field in fields(FineOps)})
     native.composed = compose("cpu", fine)
     stack = Stack((native.qkv, native.attend, native.out_mlp), native.layers)
     return replace(native.composed, qkv=native.qkv, out_mlp=native.out_mlp, draw=native.draw, stack=stack)
@@ -74,6 +77,10 @@ def _linear_without_library(x: Tensor, weight: Weight) -> Tensor:
     if isinstance(weight, Int8Weight) and isinstance(weight.packed, tuple):
         return linear_floats(x, weight, weight.packed)
     return plain_linear.linear(x, weight)
+
+
+def _experts_without_library(x: Tensor, weights: ExpertWeights, activation: Activation) -> Tensor:
+    return by_expert(x, weights, activation, Parts(_linear_without_library, REFERENCE_FINE_OPS.gated, rows_of))
 
 
 def _is_native(x: Tensor) -> bool:
@@ -97,6 +104,8 @@ class _Native:
         self._pools: dict[tuple[int, ...], tuple[tuple[Tensor | None, ...], KV | None]] = {}
         self._batches: dict[tuple[int, ...], tuple[tuple[Tensor | None, ...], Batch]] = {}  # of one step, one for each table
         self._query_start: Tensor | None = None  # of that step
+        self._parts = Parts(self.linear, self.gated, self._rows_of)
+        self._rows: dict[tuple[int, int, int], tuple[Weight, Weight]] = {}  # of experts, with the matrix that they are rows of
 
     # --- coarse -------------------------------------------------------------------------------------------------------------------
 
@@ -120,7 +129,7 @@ class _Native:
 
     def out_mlp(self, y: Tensor, residual: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
         layer, is_fused = self._layer(weights)
-        if not (is_fused and _is_native(y)):
+        if not (is_fused and weights.experts is None and _is_native(y)):
             return self.composed.out_mlp(y, residual, weights)
         y, residual = y.contiguous(), residual.contiguous()
         x = torch.empty_like(residual)
@@ -237,6 +246,9 @@ class _Native:
         )
         return out
 
+    def experts(self, x: Tensor, weights: ExpertWeights, activation: Activation) -> Tensor:
+        return by_expert(x, weights, activation, self._parts)
+
     def sample(self, logits: Tensor, rows: SampleRows) -> Sampled:
         scores = (penalised(logits, rows) if rows.counts is not None else logits.float()).contiguous()
         draw = DrawRows(rows, rows.mask if rows.counts is None else None)
@@ -270,6 +282,12 @@ class _Native:
             known = self._layers[id(weights)] = (addressof(struct), is_fused, (weights, struct))
         return known[0], known[1]
 
+    def _rows_of(self, weight: Weight, start: int, end: int) -> Weight:
+        key = (id(weight), start, end)
+        if key not in self._rows:
+            self._rows[key] = weight, rows_of(weight, start, end)
+        return self._rows[key][1]
+
     def _stack(self, weights: Sequence[LayerWeights]) -> tuple[ctypes.Array[c_void_p], ctypes.Array[Spec]] | None:
         """Addresses of all layers' structs, and their attention; None where some layer can't be fused."""
         key = tuple(map(id, weights))
@@ -277,7 +295,8 @@ class _Native:
         if known is None:
             layers = [self._layer(one) for one in weights]
             shapes = {(one.spec.num_heads, one.spec.head_width, len(one.attention_norm)) for one in weights}
-            if len(shapes) > 1 or weights[0].spec.head_width % _LANES or not all(is_fused for _, is_fused in layers):
+            has_experts = any(one.experts is not None for one in weights)
+            if has_experts or len(shapes) > 1 or weights[0].spec.head_width % _LANES or not all(is_fused for _, is_fused in layers):
                 return None
             addresses = (c_void_p * len(layers))(*(address for address, _ in layers))
             known = self._stacks[key] = addresses, (Spec * len(layers))(*(spec_struct(one.spec.attention) for one in weights))

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu.library import Matrix
+from kernels.experts import reference as plain_experts
 from kernels.linear.reference import EXACT_COLUMNS, quantize_rows
-from kernels.ops import GROUP, GroupedWeight, Int8Weight
+from kernels.ops import GROUP, GroupedWeight, Int8Weight, Weight
 
 STRIP = 16
 """Outputs side by side: one 64-byte line holds 4 inputs of each."""
@@ -57,6 +58,26 @@ def pack_groups(weight: GroupedWeight) -> GroupedWeight:
     empty = weight.scales.new_empty(0)
     strips = strips_of((data,), weight.out_features, weight.in_features, weight.bits)
     return replace(weight, values=weight.values.new_empty(0), scales=empty, offsets=empty, packed=strips)
+
+
+def rows_of(weight: Weight, start: int, end: int) -> Weight:
+    """Rows start ... end - 1 of a matrix, packed or not, over the same memory. Raises: ValueError for rows that cut through a strip."""
+    if not isinstance(weight, Tensor) and (start, end) == (0, weight.out_features):
+        return weight
+    packed = None if isinstance(weight, Tensor) else weight.packed
+    if isinstance(weight, Tensor) or packed is None:
+        return plain_experts.rows_of(weight, start, end)
+    if isinstance(packed, tuple) and isinstance(weight, Int8Weight):
+        parts = tuple(part[start:end] for part in packed)
+        return replace(weight, out_features=end - start, values=weight.values[start:end], scales=weight.scales[start:end], packed=parts)
+    if not isinstance(packed, PackedStrips) or start % STRIP or end % STRIP:
+        raise ValueError(
+            f"rows {start} ... {end - 1} of a packed matrix can't be had by themselves; both ends must be multiples of {STRIP}"
+        )
+    data, *vectors = packed.tensors
+    tensors = (data[start // STRIP : end // STRIP], *(vector[start:end] for vector in vectors))
+    bits = weight.bits if isinstance(weight, GroupedWeight) else 0
+    return replace(weight, out_features=end - start, packed=strips_of(tensors, end - start, weight.in_features, bits))
 
 
 def pack_floats(weight: Int8Weight) -> Int8Weight:

@@ -50,7 +50,7 @@ def _out_mlp_in_front_of(ops: Ops) -> Callable[..., tuple[Tensor, Tensor]]:
     def out_mlp(y: Tensor, residual_TD: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
         out, down, eps = weights.out, weights.down, weights.spec.norm_eps
         gate_up = weights.gate_up
-        if not (_is_narrow(out, y) and _is_narrow(gate_up, y) and _is_narrow(down, y) and len(gate_up) == 2 * down.shape[1]):
+        if weights.experts is not None or not (_is_narrow(out, y) and _is_narrow(gate_up, y) and _is_narrow(down, y)):
             return ops.out_mlp(y, residual_TD, weights)
         if weights.out_norm is None:
             hidden, residual = normed_gate_up(product(y, out, residual=residual_TD.contiguous()), None, weights)

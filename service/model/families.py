@@ -17,7 +17,7 @@ import numpy as np
 
 from service.checkpoint import GGUFFile, GGUFTensor, find_checkpoint, open_gguf, read_json
 from service.errors import WeightsError
-from service.model.config import LayerAttention, ModelConfig, RopeScaling
+from service.model.config import Experts, LayerAttention, ModelConfig, RopeScaling
 from service.vocabulary import PictureIds
 
 HF_NAMES = {
@@ -40,7 +40,13 @@ HF_NAMES = {
     "layers.{}.gate": "model.layers.{}.mlp.gate_proj.weight",
     "layers.{}.up": "model.layers.{}.mlp.up_proj.weight",
     "layers.{}.down": "model.layers.{}.mlp.down_proj.weight",
+    "layers.{}.router": "model.layers.{}.mlp.gate.weight",
+    "layers.{}.shared_gate": "model.layers.{}.mlp.shared_expert.gate_proj.weight",
+    "layers.{}.shared_up": "model.layers.{}.mlp.shared_expert.up_proj.weight",
+    "layers.{}.shared_down": "model.layers.{}.mlp.shared_expert.down_proj.weight",
+    "layers.{}.shared_router": "model.layers.{}.mlp.shared_expert_gate.weight",
 }
+"""A layer's experts are called as one block would be, once `experts_files` has made one matrix of them."""
 GGUF_NAMES = {
     "embedding": "token_embd.weight",
     "final_norm": "output_norm.weight",
@@ -59,6 +65,11 @@ GGUF_NAMES = {
     "layers.{}.gate": "blk.{}.ffn_gate.weight",
     "layers.{}.up": "blk.{}.ffn_up.weight",
     "layers.{}.down": "blk.{}.ffn_down.weight",
+    "layers.{}.router": "blk.{}.ffn_gate_inp.weight",
+    "layers.{}.shared_gate": "blk.{}.ffn_gate_shexp.weight",
+    "layers.{}.shared_up": "blk.{}.ffn_up_shexp.weight",
+    "layers.{}.shared_down": "blk.{}.ffn_down_shexp.weight",
+    "layers.{}.shared_router": "blk.{}.ffn_gate_inp_shexp.weight",
 }
 HF_POST_NORM_NAMES = {
     "layers.{}.out_norm": "model.layers.{}.post_attention_layernorm.weight",
@@ -73,14 +84,16 @@ GGUF_POST_NORM_NAMES = {
 HF_TEXT_PREFIXES = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
 """What stands before the names of a text model inside a larger one, and what is usual."""
 HF_BESIDE_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")  # Mistral models call themselves llama
+GGUF_FAMILIES = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3")  # Mistral and Mixtral: llama
+GGUF_EXPERTS = {"llama": True, "qwen2moe": False, "qwen3moe": True}
+"""Families that may have experts; do the shares of a token's add up to 1? No file says so (source: llama.cpp)."""
 GGUF_INTERLEAVED = ("llama",)
 """Families whose query and key rows GGUF stores in the order that a rotary embedding of neighbouring pairs wants."""
 GGUF_ROPE_FACTORS = "rope_freqs.weight"
 
 _MOST_LAYERS = 4096
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_GGUF_UNBUILT = ("logit_scale", "residual_scale", "embedding_scale", "expert_count")
+_GGUF_UNBUILT = ("logit_scale", "residual_scale", "embedding_scale")
 _GGUF_SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
@@ -169,7 +182,11 @@ HF_FAMILIES: dict[str, tuple[Windows, bool, bool]] = {  # windows, has_qkv_bias,
     "MistralForCausalLM": (_mistral_windows, False, False),
     "Qwen2ForCausalLM": (_qwen_windows, True, False),
     "Qwen3ForCausalLM": (_qwen_windows, False, True),
+    "MixtralForCausalLM": (_mistral_windows, False, False),
+    "Qwen2MoeForCausalLM": (_qwen_windows, True, False),
+    "Qwen3MoeForCausalLM": (_qwen_windows, False, True),
 }
+HF_EXPERTS = ("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
 
 
 def _read_folder(path: Path) -> ModelConfig:
@@ -186,7 +203,32 @@ def _read_folder(path: Path) -> ModelConfig:
         raise WeightsError(
             f"the model's architecture is {architecture!r}; supported are {', '.join((*HF_FAMILIES, *HF_GEMMAS))} and {BRAID}"
         )
-    return _hf_config(values, HF_FAMILIES[architecture], eos_ids)
+    config = _hf_config(values, HF_FAMILIES[architecture], eos_ids)
+    return replace(config, experts=_hf_experts(values, architecture)) if architecture in HF_EXPERTS else config
+
+
+def _hf_experts(values: Mapping[str, Any], architecture: str) -> Experts | None:
+    """None where every layer has one block."""
+    if values.get("qkv_bias") is False:
+        raise WeightsError("the model's config has qkv_bias = false, which is not supported")
+    num_layers = whole(values, "num_hidden_layers")
+    count = whole(values, "num_local_experts" if "num_local_experts" in values else "num_experts")
+    if architecture == "MixtralForCausalLM":
+        return Experts(count, whole(values, "num_experts_per_tok"), whole(values, "intermediate_size"), True, (True,) * num_layers)
+    every, dense = whole(values, "decoder_sparse_step", 1), values.get("mlp_only_layers") or []
+    if every < 1 or not isinstance(dense, list) or any(not isinstance(each, int) for each in dense):
+        raise WeightsError(f"the model's config has decoder_sparse_step = {every} and mlp_only_layers = {dense!r}, which say of no layer")
+    if not count:
+        return None
+    experts = Experts(
+        count=count,
+        top_k=whole(values, "num_experts_per_tok"),
+        width=whole(values, "moe_intermediate_size"),
+        is_normalised=bool(values.get("norm_topk_prob", False)),
+        is_sparse=tuple(index not in dense and (index + 1) % every == 0 for index in range(num_layers)),
+        shared_width=whole(values, "shared_expert_intermediate_size") if architecture == "Qwen2MoeForCausalLM" else 0,
+    )
+    return experts if any(experts.is_sparse) else None
 
 
 def _hf_config(values: Mapping[str, Any], family: tuple[Windows, bool, bool], eos_ids: tuple[int, ...]) -> ModelConfig:
@@ -482,7 +524,7 @@ def read_gguf_config(gguf: GGUFFile) -> ModelConfig:
     config = ModelConfig(
         vocab_size=whole(values, "vocab_size", table.shape[0] if table else None),
         width=width,
-        feed_forward_width=whole(values, "feed_forward_length"),
+        feed_forward_width=whole(values, "feed_forward_length", values.get("expert_feed_forward_length")),
         num_heads=num_heads,
         num_kv_heads=whole(values, "attention.head_count_kv", num_heads),
         head_width=head_width,
@@ -495,8 +537,29 @@ def read_gguf_config(gguf: GGUFFile) -> ModelConfig:
         scale=real(values, "attention.scale") if values.get("attention.scale") else None,
         eos_ids=_ids([each for each in eos if each is not None]),
         bos_id=bos[0] if bos else None,
+        experts=_gguf_experts(gguf, values, family),
     )
     return config if gemma is None else _gguf_gemma(values, gemma, config)
+
+
+def _gguf_experts(gguf: GGUFFile, values: Mapping[str, Any], family: str) -> Experts | None:
+    """None of a model without any."""
+    if not values.get("expert_count"):
+        return None
+    is_softmax = values.get("expert_gating_func", 1) == 1
+    if family not in GGUF_EXPERTS or not is_softmax or values.get("expert_weights_scale", 1.0) not in (0.0, 1.0):
+        raise WeightsError(
+            f"the experts of this {family} model are chosen in a way that is not built; {', '.join(GGUF_EXPERTS)} are, by softmax"
+        )
+    num_layers = _num_layers(values, "block_count")
+    return Experts(
+        count=whole(values, "expert_count"),
+        top_k=whole(values, "expert_used_count"),
+        width=whole(values, "expert_feed_forward_length", values.get("feed_forward_length")),
+        is_normalised=GGUF_EXPERTS[family],
+        is_sparse=tuple(GGUF_NAMES["layers.{}.router"].format(index) in gguf.tensors for index in range(num_layers)),
+        shared_width=whole(values, "expert_shared_feed_forward_length", 0),
+    )
 
 
 def _gguf_gemma(values: Mapping[str, Any], gemma: Gemma, plain: ModelConfig) -> ModelConfig:

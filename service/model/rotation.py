@@ -94,10 +94,13 @@ class RotatedSource:
     def _gate(self, layer: str, weight: Tensor) -> Tensor:
         return self._reader(f"{layer}.mlp_norm", weight)
 
-    _up = _gate
+    _up = _router = _shared_gate = _shared_up = _shared_router = _gate
 
     def _down(self, layer: str, weight: Tensor) -> Tensor:
-        return self._writer(weight)
+        experts = weight.view(-1, self.config.width, weight.shape[1])  # a layer may have several, one below the other
+        return self._writer(experts).view(weight.shape)
+
+    _shared_down = _down
 
     def _ones(self, layer: str, norm: Tensor) -> Tensor:
         return torch.ones_like(norm)

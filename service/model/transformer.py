@@ -19,6 +19,7 @@ from kernels.ops import (
     GROUP,
     Activation,
     AttentionSpec,
+    ExpertWeights,
     GroupedWeight,
     Int8Weight,
     LayerSpec,
@@ -26,9 +27,11 @@ from kernels.ops import (
     Neighbourhood,
     Ops,
     PagedKV,
+    SharedExpert,
     Weight,
 )
-from service.model.config import LayerAttention, ModelConfig
+from service.errors import WeightsError
+from service.model.config import Experts, LayerAttention, ModelConfig
 from service.model.layers import DecoderLayer, rotary_table
 from service.model.prepared import Shelf
 from service.model.rotation import RotatedSource, TensorSource
@@ -72,15 +75,28 @@ class Transformer(nn.Module):
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of weights that a decode step reads: every matrix once; of the embedding only some rows, unless it is the head too."""
-        matrices = [matrix for layer in self.weights for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        return sum(map(_bytes_of, [*matrices, self.head]))
+        """Bytes of weights that a decode step of one sequence reads: every matrix once, but of experts those of one token; of the embedding
+        only some rows, unless it is the head too."""
+        return self._bytes_of_layers(is_held=False) + _bytes_of(self.head)
 
     @property
     def held_bytes(self) -> int:
         """Bytes of weights in memory."""
         rest = sum(_bytes_of(x) for x in (self.basis, self.grid_rows, self.grid_columns) if x is not None)
-        return self.read_bytes + rest + (0 if self.embedding is self.head else _bytes_of(self.embedding))
+        tables = _bytes_of(self.head) + (0 if self.embedding is self.head else _bytes_of(self.embedding))
+        return self._bytes_of_layers(is_held=True) + rest + tables
+
+    def _bytes_of_layers(self, *, is_held: bool) -> int:
+        total = 0
+        for layer in self.weights:
+            blocks = _bytes_of(layer.gate_up) + _bytes_of(layer.down)
+            total += _bytes_of(layer.qkv) + _bytes_of(layer.out)
+            if (experts := layer.experts) is not None:
+                total += _bytes_of(experts.router)
+                total += 0 if experts.shared is None else _bytes_of(experts.shared.gate_up) + _bytes_of(experts.shared.down)
+                blocks = blocks if is_held else blocks * experts.top_k // experts.num_experts
+            total += blocks
+        return total
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, kv: Sequence[PagedKV]) -> tuple[Tensor, Tensor]:
         """All layers over flat tokens. kv: one per layer. Returns (x [T, D], residual [T, D]), whose sum the head's norm takes.
@@ -195,15 +211,14 @@ class _Builder:
     def vector(self, name: str) -> Tensor:
         return self._kept(name, lambda: self.source.get(name).to(device=self.device, dtype=self.precision.dtype).contiguous())
 
-    def matrix(self, *names: str, bits: int = 4) -> Weight:
-        """bits: of each number where numbers in groups have to be made."""
-        return self._kept("+".join(names), lambda: self._matrix(names, bits))
+    def matrix(self, *names: str, bits: int = 4, count: int = 1) -> Weight:
+        """bits: of each number where numbers in groups have to be made. count: of experts that the matrices hold."""
+        return self._kept("+".join(names), lambda: self._matrix(names, bits, count))
 
-    def _matrix(self, names: Sequence[str], bits: int) -> Weight:
+    def _matrix(self, names: Sequence[str], bits: int, count: int) -> Weight:
         if self.groups is not None and all(map(self.groups.bits_of, names)):
-            return self.ops.pack(_joined([self.groups.get_grouped(name) for name in names]))
-        parts = [self.source.get(name) for name in names]
-        dense = torch.cat(parts) if len(parts) > 1 else parts[0]
+            return self.ops.pack(_joined([self.groups.get_grouped(name) for name in names], count))
+        dense = _below([self.source.get(name) for name in names], count)
         if self.precision.weights == "dense":
             return self.ops.pack(dense.to(device=self.device, dtype=self.precision.dtype).contiguous())
         dense = dense.to(device=self.device, dtype=torch.float32)
@@ -229,28 +244,58 @@ class _Builder:
 
     def layer(self, index: int) -> LayerWeights:
         config, at = self.config, f"layers.{index}."
-        attention = config.layers[index]
+        attention, sparse = config.layers[index], config.experts_of(index)
+        experts = None if sparse is None else self.experts(at, sparse)
         return LayerWeights(
             spec=layer_spec(config, attention),
             attention_norm=self.vector(at + "attention_norm"),
             qkv=self.matrix(at + "q", at + "k", at + "v", bits=8),
             out=self.matrix(at + "out"),
             mlp_norm=self.vector(at + "mlp_norm"),
-            gate_up=self.matrix(at + "gate", at + "up"),
-            down=self.matrix(at + "down", bits=8),
+            gate_up=self.matrix(at + "gate", at + "up") if experts is None else experts.gate_up,
+            down=self.matrix(at + "down", bits=8) if experts is None else experts.down,
             rotary=self.rotary[(attention.rope_base, attention.rope_scaling)],
             qkv_bias=torch.cat([self.vector(at + name) for name in ("q_bias", "k_bias", "v_bias")]) if config.has_qkv_bias else None,
             q_norm=self.vector(at + "q_norm") if config.has_qk_norm else None,
             k_norm=self.vector(at + "k_norm") if config.has_qk_norm else None,
             out_norm=self.vector(at + "out_norm") if config.has_post_norms else None,
             down_norm=self.vector(at + "down_norm") if config.has_post_norms else None,
+            experts=experts,
+        )
+
+    def experts(self, at: str, experts: Experts) -> ExpertWeights:
+        """Raises: WeightsError where the CPU's packed matrices can't be taken apart into those of experts again."""
+        if self.precision.weights != "dense" and torch.device(self.device).type == "cpu" and (experts.width % 8 or self.config.width % 16):
+            raise WeightsError(
+                f"the model has experts of width {experts.width} and is {self.config.width} wide; on a CPU those in int8 and int4 must be "
+                "a multiple of 8 wide and the model one of 16; use float32 or bfloat16"
+            )
+        router, shared = self.vector(at + "router"), None
+        if experts.shared_width:
+            router = torch.cat([router, self.vector(at + "shared_router")])
+            shared = SharedExpert(self.matrix(at + "shared_gate", at + "shared_up"), self.matrix(at + "shared_down", bits=8))
+        return ExpertWeights(
+            router=router,
+            gate_up=self.matrix(at + "gate", at + "up", count=experts.count),
+            down=self.matrix(at + "down", bits=8),
+            num_experts=experts.count,
+            top_k=experts.top_k,
+            is_normalised=experts.is_normalised,
+            shared=shared,
         )
 
 
-def _joined(parts: Sequence[GroupedWeight]) -> GroupedWeight:
-    """One matrix below the other. Numbers of 4 bits beside some of 8 become such themselves: what they stand for is the same."""
+def _below(parts: Sequence[Tensor], count: int) -> Tensor:
+    """One matrix below the other, [..., in]; of `count` experts the first one's rows of all, then the next one's."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.view(count, -1, part.shape[-1]) for part in parts], dim=1).flatten(0, 1)
+
+
+def _joined(parts: Sequence[GroupedWeight], count: int) -> GroupedWeight:
+    """As `_below`. Numbers of 4 bits beside some of 8 become such themselves: what they stand for is the same."""
     out_features = sum(part.out_features for part in parts)
-    tensors = (torch.cat([getattr(part, name) for part in parts]) for name in ("values", "scales", "offsets"))
+    tensors = (_below([getattr(part, name) for part in parts], count) for name in ("values", "scales", "offsets"))
     return GroupedWeight(out_features, parts[0].in_features, max(part.bits for part in parts), *tensors)
 
 

@@ -7,7 +7,7 @@ Nothing in a file is believed before it is compared with what the config asks fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from torch import Tensor
 from kernels.ops import GROUP, GroupedWeight
 from service.checkpoint import GGUFTensor, find_checkpoint, open_gguf, read_json
 from service.errors import WeightsError
-from service.model.config import ModelConfig, expected_shapes
+from service.model.config import ROUTERS, ModelConfig, expected_shapes
 from service.model.encoder_config import ENCODER_IGNORED, ENCODER_NAMES, ENCODER_PREFIX, EncoderConfig, encoder_shapes
+from service.model.experts_files import FileTensor, flat_experts, join_experts
 from service.model.families import (
     GGUF_INTERLEAVED,
     GGUF_NAMES,
@@ -43,18 +44,6 @@ _MOST_NAMED = 5
 # gguf.quants works on 16 rows at a time, and on rows of a thousand numbers spends its time in Python: 16 rows handed over as one took
 # SmolLM2's 272 tensors from 0.65 s to 0.18 s (AMD Zen 5, one core).
 _ROWS_AS_ONE = 16
-
-
-@dataclass(frozen=True, slots=True)
-class FileTensor:
-    """One tensor as its file describes it; read gives its contents, dense. read_grouped: as the numbers in the file, where they are of
-    `GROUPED_TYPES`. read_part: dimension (0 or 1), start and end to that part of it, where a file can be read in parts."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], Tensor]
-    read_grouped: Callable[[], GroupedWeight] | None = None
-    read_part: Callable[[int, int, int], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +73,8 @@ class WeightSource:
 
     def layers_have_groups(self, config: ModelConfig) -> bool:
         """Are all matrices of the layers in groups already?"""
-        return all(self.bits_of(name) for name, shape in expected_shapes(config).items() if len(shape) == 2 and name.startswith("layers."))
+        names = [name for name, shape in expected_shapes(config).items() if len(shape) == 2 and name.startswith("layers.")]
+        return all(self.bits_of(name) for name in names if name.rpartition(".")[2] not in ROUTERS)
 
     def get_grouped(self, name: str) -> GroupedWeight:
         """The numbers of the file as they are, unpacked. Raises: WeightsError where the file has none in groups."""
@@ -105,6 +95,8 @@ def open_weights(path: Path, config: ModelConfig) -> WeightSource:
         names = GGUF_NAMES | (GGUF_POST_NORM_NAMES if config.has_post_norms else {})
         return _match(_gguf(checkpoint.path, config), names, shapes, GGUF_TYPES)
     names, found = HF_NAMES | (HF_POST_NORM_NAMES if config.has_post_norms else {}), _safetensors(checkpoint.path)
+    if config.experts is not None:
+        found = join_experts(found, config.experts.count)
     if not config.norm_offset:
         return _match(found, names, shapes, SAFETENSORS_TYPES)
     source = _match(_of_text(found), names, shapes, SAFETENSORS_TYPES)
@@ -180,7 +172,7 @@ def _gguf(path: Path, config: ModelConfig) -> dict[str, FileTensor]:
         for index in range(len(config.layers)):
             heads |= {f"blk.{index}.attn_q.{part}": config.num_heads for part in ("weight", "bias")}
             heads |= {f"blk.{index}.attn_k.{part}": config.num_kv_heads for part in ("weight", "bias")}
-    return {name: _gguf_tensor(tensor, heads.get(name)) for name, tensor in gguf.tensors.items()}
+    return {name: _gguf_tensor(tensor, heads.get(name)) for name, tensor in flat_experts(gguf.tensors).items()}
 
 
 def _gguf_tensor(tensor: GGUFTensor, num_heads: int | None) -> FileTensor:

@@ -215,6 +215,8 @@ def _load_model(source: ModelSource, load: Load, ops: Ops, device: torch.device,
         return _Read(source, build_encoder(encoder, weights, dtype=storage.precision.dtype, device=device, progress=progress), storage)
     config = read_config(path)
     storage = choose_storage(load.dtype, device, load.kv_dtype)
+    if config.experts is not None and device.type != "cpu" and storage.precision.weights not in ("dense", "int8"):
+        raise StartupError(f"--dtype {storage.name}: {source.name} is a mixture of experts, which a GPU serves in bfloat16 and int8 alone")
     shelf = None
     if load.max_prepared_bytes and load.tensor_parallel == 1 and _has_own_products(storage, device):
         shelf = open_shelf(path, config, repr(storage.precision), Path(load.prepared_folder), load.max_prepared_bytes)

@@ -3,6 +3,7 @@
 Every rank has whole heads (query heads, and the K/V heads that they read) and a part of the feed-forward width; the products behind them
 are added over all ranks. Embedding, norms and the residual stream are on every rank. Of the head each has some ids; rank 0, which samples,
 gathers their logits. No process is started here (`service/ranks.py` does). Called by the loader, and by `follower` for what it is told.
+More than 350 lines, because what a rank holds, adds and is told are one agreement.
 Source: Shoeybi et al. 2019 (Megatron-LM), section 3.
 """
 
@@ -28,9 +29,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.compose import FineOps, compose
-from kernels.ops import LayerWeights, Ops, Weight
+from kernels.ops import Activation, ExpertWeights, LayerWeights, Ops, Weight
 from service.errors import StartupError
-from service.model.config import ModelConfig
+from service.model.config import Experts, ModelConfig
 from service.model.transformer import Transformer
 from service.model.weights import WeightSource
 from service.runner.graphs import Recorder
@@ -122,7 +123,7 @@ def add_up(x: Tensor) -> Tensor:
 
 
 def split_ops(ops: Ops, add_up: Callable[[Tensor], Tensor]) -> Ops:
-    """The same back end over a layer's share: what `out` and `down` give is added over all ranks.
+    """The same back end over a layer's share: what `out` and `down`, or its experts, give is added over all ranks.
 
     `out_mlp` is the composition of the back end's fine ops, for a fused one has no place for a sum.
     """
@@ -133,7 +134,10 @@ def split_ops(ops: Ops, add_up: Callable[[Tensor], Tensor]) -> Ops:
             product = ops.linear(x, weight)
             return product if weight is weights.gate_up else add_up(product)
 
-        return compose(ops.name, replace(_fine(ops), linear=linear)).out_mlp
+        def experts(x: Tensor, of: ExpertWeights, activation: Activation) -> Tensor:
+            return add_up(ops.experts(x, of, activation))
+
+        return compose(ops.name, replace(_fine(ops), linear=linear, experts=experts)).out_mlp
 
     def out_mlp(y: Tensor, residual: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
         return composed(weights)(y, residual, weights)
@@ -166,22 +170,33 @@ class Share:
             allowed = ", ".join(str(each) for each in range(1, whole.num_heads + 1) if _can_split(whole, each))
             raise StartupError(
                 f"--tensor-parallel {size} can't split {name}, which has {whole.num_heads} query heads, {whole.num_kv_heads} K/V heads and "
-                f"a feed-forward width of {whole.feed_forward_width}; it allows {allowed}"
+                f"a feed-forward width of {_told_widths(whole)}; it allows {allowed}"
             )
+        experts = whole.experts
+        if experts is not None:
+            experts = replace(experts, width=experts.width // size, shared_width=experts.shared_width // size)
         return replace(
             whole,
             num_heads=whole.num_heads // size,
             num_kv_heads=max(whole.num_kv_heads // size, 1),
             feed_forward_width=whole.feed_forward_width // size,
             has_tied_head=False,
+            experts=experts,
         )
 
+    def experts_in(self, name: str) -> Experts | None:
+        """Those that a tensor holds one below the other; None for a tensor without any."""
+        layer, _, part = name.rpartition(".")
+        return self.whole.experts_of(int(layer.removeprefix("layers."))) if part in ("gate", "up", "down") else None
+
     def span(self, name: str) -> tuple[int, int, int] | None:
-        """(dimension, start, end) of the part of a tensor; None where every rank has the whole."""
+        """(dimension, start, end) of the part of a tensor, or of each expert in it; None where every rank has the whole."""
         part, whole, size = name.rpartition(".")[2], self.whole, self.size
         heads = (self.rank * whole.num_heads // size, whole.num_heads // size)
         keys = (self.rank * whole.num_kv_heads // size, max(whole.num_kv_heads // size, 1))
-        wide = whole.feed_forward_width // size
+        experts = whole.experts if part.startswith("shared_") else self.experts_in(name)
+        width = whole.feed_forward_width if experts is None else experts.shared_width if part.startswith("shared_") else experts.width
+        wide = width // size
         match part:
             case "q" | "q_bias":
                 return _rows(*heads, whole.head_width)
@@ -189,9 +204,9 @@ class Share:
                 return _rows(*keys, whole.head_width)
             case "out":
                 return 1, *_rows(*heads, whole.head_width)[1:]
-            case "gate" | "up":
+            case "gate" | "up" | "shared_gate" | "shared_up":
                 return 0, self.rank * wide, (self.rank + 1) * wide
-            case "down":
+            case "down" | "shared_down":
                 return 1, self.rank * wide, (self.rank + 1) * wide
             case "head":
                 count = _ids_of_a_rank(whole.vocab_size, size)
@@ -202,7 +217,7 @@ class Share:
 @dataclass(frozen=True, slots=True)
 class ShareSource:
     """A `TensorSource` of a rank's part of every tensor. Of safetensors no more is read than that; another file's matrix is whole in
-    memory for a moment."""
+    memory for a moment, and so are the experts of a layer."""
 
     source: WeightSource
     share: Share
@@ -211,7 +226,15 @@ class ShareSource:
         span = self.share.span(name)
         if name == "head" and self.share.whole.has_tied_head:
             name = "embedding"
-        return self.source.get(name) if span is None else self.source.get_part(name, *span)
+        if span is None:
+            return self.source.get(name)
+        experts = self.share.experts_in(name)
+        if experts is None:
+            return self.source.get_part(name, *span)
+        dim, start, end = span
+        rows = self.source.get(name)
+        each = rows.view(experts.count, -1, rows.shape[1])
+        return each.narrow(dim + 1, start, end - start).clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
 
 def _rows(first: int, count: int, width: int) -> tuple[int, int, int]:
@@ -220,7 +243,19 @@ def _rows(first: int, count: int, width: int) -> tuple[int, int, int]:
 
 def _can_split(config: ModelConfig, size: int) -> bool:
     has_whole_groups = config.num_kv_heads % size == 0 or size % config.num_kv_heads == 0
-    return config.num_heads % size == 0 and has_whole_groups and config.feed_forward_width % size == 0
+    widths = [config.feed_forward_width]
+    if config.experts is not None:
+        widths += [config.experts.width, config.experts.shared_width]
+    return config.num_heads % size == 0 and has_whole_groups and all(width % size == 0 for width in widths)
+
+
+def _told_widths(config: ModelConfig) -> str:
+    told = str(config.feed_forward_width)
+    return (
+        told
+        if config.experts is None
+        else f"{told}, of {config.experts.width} in each expert and {config.experts.shared_width} in a shared one"
+    )
 
 
 # --- what rank 0 does, and what the others do with it ---------------------------------------------------------------------------------

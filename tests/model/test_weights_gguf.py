@@ -180,7 +180,8 @@ def test_wrong_shapes_are_told_with_both(tmp_path: Path, name: str) -> None:
         ({"llama.rope.freq_base": float("inf")}, "must be a positive number"),
         ({"llama.rope.dimension_count": 8}, "keys are 16 wide, values 16, and 8 dimensions are rotated"),
         ({"llama.rope.scaling.type": "yarn"}, "kind 'yarn'"),
-        ({"llama.expert_count": 8}, "expert_count = 8"),
+        ({"llama.expert_count": 8}, "expert_used_count = None"),
+        ({"llama.expert_count": 8, "llama.expert_gating_func": 2}, "chosen in a way that is not built"),
         ({"llama.context_length": True}, "context_length = True"),
         ({"split.count": 3}, "one part of a split model"),
     ],
@@ -193,7 +194,7 @@ def test_what_is_not_built_or_makes_no_sense_is_refused(tmp_path: Path, metadata
 
 def test_unknown_family_is_named(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", TINY, random_tensors(TINY), family="mamba")
-    with pytest.raises(WeightsError, match="architecture is 'mamba'; supported in GGUF files are llama, qwen2, qwen3"):
+    with pytest.raises(WeightsError, match="architecture is 'mamba'; supported in GGUF files are llama, qwen2, qwen2moe, qwen3"):
         read_config(path)
 
 

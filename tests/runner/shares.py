@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels.ops import select_ops
-from service.model.config import LayerAttention, ModelConfig
+from service.model.config import Experts, LayerAttention, ModelConfig
 from service.model.families import HF_NAMES, HF_POST_NORM_NAMES, read_config
 from service.model.transformer import Precision, Transformer, build_transformer
 from service.model.weights import WeightSource, open_weights
@@ -43,6 +43,8 @@ CONFIGS: dict[str, ModelConfig] = {
         LLAMA, has_qk_norm=True, has_post_norms=True, has_tied_head=True, embedding_scale=8.0, norm_offset=1.0, activation="gelu_tanh"
     ),
     "braid": replace(braid.CONFIG, num_heads=8),
+    "experts": replace(LLAMA, experts=Experts(6, 2, 32, True, (True, False))),
+    "shared_expert": replace(LLAMA, has_qkv_bias=True, experts=Experts(4, 3, 64, False, (True, True), shared_width=96)),
 }
 TOKENS = [(7 * i * i + 3 * i + 1) % 131 for i in range(53)]
 STREAMS = {name: braid.STREAM if name == "braid" else TOKENS for name in CONFIGS}

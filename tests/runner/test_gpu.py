@@ -9,9 +9,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
-def test_captured_short_replayed_long_equals_eager(batch: int) -> None:
+@pytest.mark.parametrize("shape", ["tiny", "tiny-experts"])
+def test_captured_short_replayed_long_equals_eager(shape: str, batch: int) -> None:
     from bench.gpu_graphs import compare
 
-    row = compare("tiny", batch)
+    row = compare(shape, batch)
     assert row["capture_left_kv_alone"]
     assert row["largest_difference"] == 0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.ops import select_ops
 from service.errors import StartupError
-from service.model.config import expected_shapes
+from service.model.config import Experts, expected_shapes
 from service.model.transformer import Precision, Transformer, build_transformer
 from service.model.weights import FileTensor, WeightSource, open_weights
 from service.runner import parallel
@@ -54,7 +54,7 @@ def test_over_the_plain_back_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "shared_expert"])
 def test_int8_shares_lose_no_more_than_the_whole_in_int8(tmp_path: Path, name: str, size: int) -> None:
     """A row of `out` or `down`, and a row of what they multiply, has a scale for each rank's part of it; with post norms they are held in
     groups of 32 where a part is so many columns wide."""
@@ -145,6 +145,8 @@ def test_the_parts_of_a_tensor_are_what_the_shares_config_expects(tmp_path: Path
         ({"num_heads": 9, "num_kv_heads": 3}, 2, "1, 3"),
         ({"num_heads": 12, "num_kv_heads": 4}, 3, "1, 2, 4, 12"),
         ({"feed_forward_width": 100}, 8, "1, 2, 4"),
+        ({"experts": Experts(4, 2, 36, True, (True, True))}, 8, "1, 2, 4"),
+        ({"experts": Experts(4, 2, 32, True, (True, True), shared_width=50)}, 4, "1, 2"),
     ],
 )
 def test_what_can_not_be_split_is_refused(changes: dict[str, Any], size: int, allowed: str) -> None:

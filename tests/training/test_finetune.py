@@ -25,6 +25,7 @@ from service.model.families import read_config
 from service.model.weights import half_split_rows, open_weights
 from tests.codec import tiny
 from tests.model import checkpoints
+from tests.model.test_experts import write_file
 from training.adapt import BothWays
 from training.export import hf_name
 from training.finetune.cli import main
@@ -130,6 +131,11 @@ def test_gemma_is_not_taught(tmp_path: Path) -> None:
     path = checkpoints.write_gguf(tmp_path / "gemma.gguf", config, checkpoints.random_tensors(config), family="gemma2")
     with pytest.raises(StartupError, match=r"gemma.gguf can't be taught: Gemma's families are served alone"):
         Learner(path, Adaptation(rank=2), 3, seed=0)
+
+
+def test_a_mixture_of_experts_is_not_taught(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"tiny.gguf can't be taught: mixtures of experts are served alone"):
+        Learner(write_file(tmp_path / "tiny.gguf", "qwen3moe"), Adaptation(rank=2), 3, seed=0)
 
 
 def examples_of(*texts: tuple[int, ...]) -> list[Example]:

@@ -44,6 +44,8 @@ class Learner:
         config = read_config(path)
         if config.has_post_norms or config.embedding_scale != 1.0:  # an export would have to write its norms as they were stored
             raise StartupError(f"{path.name} can't be taught: Gemma's families are served alone so far")
+        if config.experts is not None:
+            raise StartupError(f"{path.name} can't be taught: mixtures of experts are served alone so far")
         if adaptation.frozen_layers > len(config.layers):
             raise StartupError(f"{adaptation.frozen_layers} layers can't be frozen: the model has {len(config.layers)}")
         self.path, self.adaptation = path, adaptation
