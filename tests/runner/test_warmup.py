@@ -36,6 +36,7 @@ from tests.runner.test_graphs import RerunRecorder
 
 TINY = replace(SHAPES["tiny"], layers=SHAPES["tiny"].layers[:2], max_context=256)
 PICTURES = PictureIds(100, 64, 4, 4, 1, 2, 3)
+WITH_EXPERTS = replace(SHAPES["tiny-experts"], max_context=256)
 WITH_PICTURES = replace(
     TINY, pictures=PICTURES, layers=tuple(replace(layer, radius=(1, 1) if layer.window else None) for layer in TINY.layers)
 )
@@ -94,7 +95,9 @@ def params_of(rng: random.Random) -> SamplingParams:
 
 
 @pytest.mark.parametrize(
-    ("config", "weights"), [(TINY, "dense"), (WITH_PICTURES, "dense"), (TINY, "int8")], ids=["text", "pictures", "int8"]
+    ("config", "weights"),
+    [(TINY, "dense"), (WITH_PICTURES, "dense"), (TINY, "int8"), (WITH_EXPERTS, "dense")],
+    ids=["text", "pictures", "int8", "experts"],
 )
 def test_traffic_needs_no_kernel_that_warm_up_has_not_met(config: ModelConfig, weights: Literal["dense", "int8"]) -> None:
     runner, limits = runner_of(config, weights)
