@@ -128,7 +128,9 @@ def test_what_runs_at_start_is_what_the_scheduler_may_plan() -> None:
             lengths = [len(piece.tokens) for piece in plan.slices]
             assert 0 < sum(lengths) <= limits.max_batch_tokens
             assert len(lengths) <= limits.max_sequences
-            assert 0 < min(lengths) <= max(lengths) <= limits.max_context
+            assert min(lengths) > 0
+            assert max(piece.start + len(piece.tokens) for piece in plan.slices) <= limits.max_context
+            assert all(len(table) * 16 >= piece.start + len(piece.tokens) for piece in plan.slices for table in piece.tables)
             assert lengths == sorted(lengths), "those with one token come first"
             assert len({piece.sequence_id for piece in plan.slices}) == len(lengths)
         most = min(limits.max_batch_tokens, limits.max_sequences * limits.max_context)
