@@ -110,7 +110,9 @@ def steps_of(limits: Limits) -> Iterator[StepPlan]:
         yield _step([min(16, limits.max_batch_tokens, context)], limits, context=context, first_code=code)
     has_both = limits.max_sequences > 1 and limits.max_context > 1
     if has_both and limits.max_batch_tokens > 2:
-        yield _step([1, min(16, limits.max_batch_tokens - 1, limits.max_context)], limits)
+        for count, length in product((1, 16, 64), (16, 64, 512)):
+            own = min(count, limits.max_sequences - 1, limits.max_batch_tokens - 2)
+            yield _step([1] * own + [min(length, limits.max_batch_tokens - own, limits.max_context)], limits)
     if limits.pictures is not None:
         most_codes = min(limits.pictures.num_places, limits.max_batch_tokens - 1, limits.max_context)
         for lengths in ([1], [most_codes], [1, most_codes]) if has_both else ([1], [most_codes]):
@@ -152,7 +154,7 @@ def _prompts(num_tokens: int, limits: Limits) -> list[int]:
 
 
 def _step(lengths: Sequence[int], limits: Limits, *, context: int = 0, first_code: int | None = None) -> StepPlan:
-    """Slices of so many tokens, each of a sequence of its own: its beginning, or where it reaches a context. All codes, where one is given."""
+    """Slices of so many tokens, each of a sequence of its own: its beginning, or where it reaches a context. first_code: of all tokens."""
     slices = []
     for row, length in enumerate(lengths):
         start = max(context - length, 0)
