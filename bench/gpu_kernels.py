@@ -59,7 +59,7 @@ def row(ours: Callable[[], Any], plain: Callable[[], Any] | None, *, moved: floa
 
 def attention(case: attention_cases.AttentionCase) -> dict[str, Any]:
     q, kv = attention_cases.build(case, DTYPE, "cuda")
-    token_bytes = 2 * case.num_kv_heads * case.head_width * DTYPE.itemsize
+    token_bytes = 2 * case.num_kv_heads * (case.head_width * kv.keys.itemsize + (0 if kv.key_scales is None else 4))
     window = case.window or 1 << 30
     keys = sum(min(context, window + queries - 1 + case.sink) for queries, context in case.sequences)
     pairs = sum(

@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.ops import Ops
 from service.model.config import Experts, LayerAttention, ModelConfig, expected_shapes
 from service.model.transformer import Precision, Transformer, build_transformer
-from service.runner.kv_cache import KVCache, partition_layers
+from service.runner.kv_cache import QUANTISED, KVCache, partition_layers
 from service.runner.runner import Runner
 from service.scheduling.plan import Sample, Slice, StepPlan
 from service.scheduling.sampling import SamplingParams
@@ -62,12 +62,20 @@ class RandomSource:
 
 
 def build_runner(
-    config: ModelConfig, ops: Ops, *, device: torch.device, dtype: torch.dtype, num_blocks: int, block_size: int = 16
+    config: ModelConfig,
+    ops: Ops,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_blocks: int,
+    block_size: int = 16,
+    kv_dtype: torch.dtype | None = None,
 ) -> Runner:
+    """kv_dtype: of keys and values where it is not dtype; of a quantised one, layers with a window keep dtype."""
     with torch.inference_mode():
         model: Transformer = build_transformer(config, RandomSource(config, device), ops, precision=Precision(dtype), device=device)
-    layout = partition_layers(config)
-    cache = KVCache(config, layout, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device)
+    layout = partition_layers(config, dtype if kv_dtype in QUANTISED else None)
+    cache = KVCache(config, layout, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype or dtype, device=device)
     return Runner(model, cache, num_groups=len(layout.groups), device=device)
 
 

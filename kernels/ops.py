@@ -86,7 +86,8 @@ class GroupedWeight:
     """A matrix [out, in] as unsigned whole numbers of `bits` bits (4 or 8), with a scale and an offset for every 32 inputs of an output:
     weight ~ values * scale + offset. The blocks of GGUF's Q4_0, Q4_1 and Q8_0 are this, number by number.
 
-    Products quantise x to int8 with a scale for every 32 inputs too. packed: as in `Int8Weight`.
+    Products quantise x to int8 with a scale for every 32 inputs too; a back end may keep x as it is, which is more exact. packed: as in
+    `Int8Weight`.
     """
 
     out_features: int
@@ -98,7 +99,21 @@ class GroupedWeight:
     packed: object | None = None
 
 
-Weight = Tensor | Int8Weight | GroupedWeight
+@dataclass(frozen=True, eq=False, slots=True)
+class Fp8Weight:
+    """A matrix [out, in] as 8-bit floats with one scale per output row: weight ~ values * scales[:, None]. No value is NaN.
+
+    Products keep x as it is; a back end may quantise each row of x by its own scale where the rows are many. packed: as in `Int8Weight`.
+    """
+
+    out_features: int
+    in_features: int
+    values: Tensor  # float8_e4m3fn [out, in]
+    scales: Tensor  # float32 [out]
+    packed: object | None = None
+
+
+Weight = Tensor | Int8Weight | GroupedWeight | Fp8Weight
 """A matrix [out, in]: dense, or quantised."""
 
 
@@ -183,7 +198,7 @@ class PagedKV:
     """One layer's keys and values in the paged pool, and where this step's tokens are.
 
     keys, values [B, K, P, H] (views of the pool: only the last dimension is sure to be contiguous; blocks may be strided).
-    key_scales, value_scales: float32 [B, K, P], what the whole numbers of an int8 pool are multiplied by; None for others.
+    key_scales, value_scales: float32 [B, K, P], what the numbers of a pool of int8 or float8_e4m3fn are multiplied by; None for others.
     """
 
     keys: Tensor
@@ -254,7 +269,7 @@ class Ops:
       draw(x [R, D], head [V, D], rows) -> Sampled: sample(linear(x, head)), whose logits a back end need not write.
     Fine.
       linear(x [M, in], weight) -> [M, out], x's dtype; an int8 weight quantises each row of x by its own scale, so that a row's
-          result is bit-equal whatever the other rows are.
+          result is bit-equal whatever the other rows are. What the other weights do with x stands with them.
       embed(ids int64 [T], weight [V, D], dtype) -> [T, D]
       rms_norm(x [T, D], residual or None, weight [D], eps) -> (normed [T, D], residual [T, D])
       kv_write(qkv [T, (N + 2K) * H], weights, positions, kv) -> q [T, N, H]

@@ -14,8 +14,7 @@ from kernels.experts.triton import deterministic_experts, experts
 from kernels.gated.triton import gated
 from kernels.kv_write.triton import kv_write
 from kernels.linear.fused_triton import fused
-from kernels.linear.reference import embed, pack
-from kernels.linear.triton import deterministic_linear, linear
+from kernels.linear.triton import deterministic_linear, embed, linear, pack
 from kernels.norm.triton import rms_norm
 from kernels.ops import Ops, StepOps
 from kernels.sample.head_triton import draw

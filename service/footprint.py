@@ -40,7 +40,9 @@ class Footprint:
 
 def weight_bytes(config: ModelConfig, storage: Storage, source: WeightSource | None = None) -> int:
     """Of all matrices, each counted once; beside a quantised head there are a bfloat16 embedding and the basis of the rotation, unless
-    numbers in groups are kept, which int4 does where source has them, or nothing can be rotated."""
+    numbers in groups are kept, which int4 does where source has them, or nothing can be rotated. Of fp8 only the layers are quantised."""
+    if storage.precision.weights == "fp8":
+        return _fp8_bytes(config, storage)
     has_groups = source is not None and source.layers_have_groups(config)
     if storage.precision.weights != "dense" and (config.has_post_norms or (storage.precision.weights == "int4" and has_groups)):
         return _grouped_bytes(config, source, has_4_bits=storage.precision.weights == "int4") + _router_bytes(config, storage)
@@ -66,6 +68,15 @@ def _router_bytes(config: ModelConfig, storage: Storage) -> int:
         return 0
     rows = config.experts.count + (1 if config.experts.shared_width else 0)
     return sum(config.experts.is_sparse) * rows * config.width * storage.precision.dtype.itemsize
+
+
+def _fp8_bytes(config: ModelConfig, storage: Storage) -> int:
+    matrices = [(name, *shape) for name, shape in expected_shapes(config).items() if len(shape) == 2]
+    sizes = (
+        rows * (columns + 4 if name.startswith("layers.") else columns * storage.precision.dtype.itemsize)
+        for name, rows, columns in matrices
+    )
+    return sum(sizes)
 
 
 def _grouped_bytes(config: ModelConfig, source: WeightSource | None, *, has_4_bits: bool) -> int:
@@ -101,7 +112,7 @@ def footprint(config: ModelConfig, storage: Storage, memory_bytes: int, source: 
         kv_bytes = max(memory_bytes - weights, 0)
     else:
         kv_bytes = min(max(available_bytes() - weights, 0) // 2, MOST_KV_BYTES_CPU)
-    layout = partition_layers(config)
+    layout = partition_layers(config, storage.local_kv_dtype)
     block_bytes = layout.block_bytes(config, BLOCK_SIZE, storage.kv_dtype)
     num_blocks = kv_bytes // block_bytes
     return Footprint(
@@ -150,8 +161,8 @@ def print_plan(model: Resolved, memory_bytes: int, max_context: int) -> None:
     )
     table = Table("dtype", "weights", "K/V per token", "K/V memory", "K/V tokens", f"sequences of {config.max_context}")
     most, source = 0, open_weights(model.path, config)
-    for name in ("int4", "int8", "bfloat16", "float32"):
-        size = footprint(config, choose_storage(name, torch.device("cpu")), memory_bytes, source)
+    for name, storage in _storages().items():
+        size = footprint(config, storage, memory_bytes, source)
         most = max(most, size.kv_tokens)
         numbers = (format_bytes(size.weight_bytes), format_bytes(size.kv_token_bytes), format_bytes(size.kv_bytes))
         table.add_row(name, *numbers, f"{size.kv_tokens}", f"{size.num_sequences}")
@@ -160,6 +171,19 @@ def print_plan(model: Resolved, memory_bytes: int, max_context: int) -> None:
         console.print(f"local layers give back what lies behind their windows: {saving}", highlight=False)
     if not most:
         raise StartupError("nothing is left for K/V beside the weights; give more --memory")
+
+
+def _storages() -> dict[str, Storage]:
+    """By the name of their row: each precision of a CPU with its own K/V, and what a GPU has beside them."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    return {
+        "int4": choose_storage("int4", cpu),
+        "int8": choose_storage("int8", cpu),
+        "GPU, fp8": choose_storage("fp8", gpu),
+        "bfloat16": choose_storage("bfloat16", cpu),
+        "GPU, fp8 K/V": choose_storage("bfloat16", gpu, "fp8"),
+        "float32": choose_storage("float32", cpu),
+    }
 
 
 def _print_encoder(console: Console, name: str, config: EncoderConfig, memory_bytes: int) -> None:

@@ -206,7 +206,7 @@ def check_load(load: Load) -> None:
     if load.draft is not None:
         raise StartupError(f"{flag} and --draft-model do not go together; leave one of them out")
     if load.dtype == "int4":
-        raise StartupError(f"{flag} and --dtype int4 do not go together; a split model is float32, bfloat16 or int8")
+        raise StartupError(f"{flag} and --dtype int4 do not go together; a split model is float32, bfloat16, int8 or fp8")
     if ":" in load.device:
         raise StartupError(f"{flag} takes the first {load.tensor_parallel} GPUs and --device {load.device} names one; use --device cuda")
 

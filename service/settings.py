@@ -39,8 +39,8 @@ class Settings:
     models: tuple[str, ...] = DEFAULT_MODELS
     host: str = "127.0.0.1"
     port: int = 8000
-    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
-    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4", "fp8"] = "auto"
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"
     device: str = "auto"
     memory: int = 0
     max_context: int = 0
@@ -254,14 +254,14 @@ _OPTIONS = (
     _option(
         "--dtype",
         "dtype",
-        type=click.Choice(["auto", "float32", "bfloat16", "int8", "int4"]),
-        help="Of the weights. auto is int8 on a CPU and bfloat16 on a GPU.",
+        type=click.Choice(["auto", "float32", "bfloat16", "int8", "int4", "fp8"]),
+        help="Of the weights. auto is int8 on a CPU and bfloat16 on a GPU; fp8 is for GPUs alone.",
     ),
     _option(
         "--kv-dtype",
         "kv_dtype",
-        type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
-        help="Of keys and values. auto is int8 beside quantised weights on a CPU, else as the weights or bfloat16.",
+        type=click.Choice(["auto", "float32", "bfloat16", "int8", "fp8"]),
+        help="Of keys and values; fp8 on a GPU. auto is int8 beside quantised weights on a CPU, else as the weights or bfloat16.",
     ),
     _option("--device", "device", type=Device(), help="auto, cpu, cuda or cuda:N."),
     _option(

@@ -101,7 +101,7 @@ def test_ranks_do_not_outlive_the_first() -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"dtype": "int4"}, "--tensor-parallel 2 and --dtype int4 do not go together; .*float32, bfloat16 or int8"),
+        ({"dtype": "int4"}, "--tensor-parallel 2 and --dtype int4 do not go together; .*float32, bfloat16, int8 or fp8"),
         ({"draft": ModelSource("d", "")}, "--tensor-parallel 2 and --draft-model do not go together"),
         ({"device": "cuda:1"}, "--tensor-parallel 2 takes the first 2 GPUs and --device cuda:1 names one; use --device cuda"),
     ],

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention.reference import visible
+from kernels.kv_write.cases import POOL_DTYPES, PoolKind
+from kernels.kv_write.reference import quantize_heads
 from kernels.ops import AttentionSpec, Neighbourhood, PagedBatch, PagedKV
 
 Size = Literal["tiny", "small", "bench", "huge"]
@@ -25,6 +27,7 @@ class AttentionCase:
 
     pictures: of each sequence, (position of the first code, codes so far) of its pictures; empty where no sequence has any.
     block_gap: blocks skipped in the pool between two that are used, which makes offsets large at no cost in data.
+    pool: what the pool holds, numbers in q's dtype or quantised ones with a scale for each head of a token.
     """
 
     name: str
@@ -40,6 +43,7 @@ class AttentionCase:
     near: Neighbourhood | None = None
     pictures: tuple[tuple[tuple[int, int], ...], ...] = ()
     block_gap: int = 0
+    pool: PoolKind = "plain"
     size: Size = "tiny"
 
     @property
@@ -54,6 +58,7 @@ class AttentionCase:
         return starts
 
 
+QUANTISED = ((1, 17), (1, 0), (1, 300), (40, 100))
 CASES = (
     AttentionCase("one_key", "a softmax over a single key must be exactly one", ((1, 1),)),
     AttentionCase("full_block", "a context that ends exactly where a block ends", ((1, 16), (1, 32))),
@@ -130,6 +135,30 @@ CASES = (
         near=Neighbourhood(24, 4, 4),
         pictures=(((20, 576),), ((20, 330),), ((3, 490),)),
     ),
+    AttentionCase("int8", "keys and values in int8: both launches, a padded row, two splits", QUANTISED, pool="int8"),
+    AttentionCase("fp8", "keys and values in e4m3: both launches, a padded row, two splits", QUANTISED, pool="fp8"),
+    AttentionCase(
+        "fp8_narrow",
+        "scales behind a window, a sink and a cap, at a width that is no power of two",
+        ((1, 90), (25, 120)),
+        num_heads=4,
+        num_kv_heads=2,
+        head_width=48,
+        block_size=12,
+        window=37,
+        sink=4,
+        softcap=2.0,
+        pool="fp8",
+    ),
+    AttentionCase(
+        "int8_near",
+        "numbers that a neighbourhood hides have scales that nobody may read",
+        ((1, 60), (30, 70)),
+        near=Neighbourhood(8, 2, 1),
+        pictures=(((20, 40),), ((6, 64),)),
+        head_width=128,
+        pool="int8",
+    ),
     AttentionCase(
         "grouped_prefill",
         "group 3 leaves idle rows in each tile of queries",
@@ -139,6 +168,7 @@ CASES = (
         num_kv_heads=3,
     ),
     AttentionCase("long_decode", "more keys than 32 splits of 256 hold, so a split grows", ((1, 9000), (1, 8193), (1, 8192)), size="small"),
+    AttentionCase("fp8_long", "many tiles of e4m3, in a split that grows", ((1, 8500), (50, 700)), size="small", pool="fp8"),
     AttentionCase(
         "long_window",
         "a local layer of a long context: few splits, whatever the length",
@@ -161,6 +191,10 @@ CASES = (
         "bench_decode_long", "one sequence, long context: the split must fill the device", ((1, 32768),), 32, 8, 128, size="bench"
     ),
     AttentionCase("bench_decode_window", "a local layer of a hybrid model", ((1, 8192),) * 32, 8, 1, 256, window=512, size="bench"),
+    AttentionCase("bench_decode_fp8", "a full batch over e4m3", ((1, 1024),) * 64, 9, 3, pool="fp8", size="bench"),
+    AttentionCase("bench_decode_long_fp8", "one sequence, long context, e4m3", ((1, 32768),), 32, 8, 128, pool="fp8", size="bench"),
+    AttentionCase("bench_decode_long_int8", "the same in int8", ((1, 32768),), 32, 8, 128, pool="int8", size="bench"),
+    AttentionCase("bench_prefill_fp8", "one long fresh prompt over e4m3", ((4096, 4096),), 32, 8, 128, pool="fp8", size="bench"),
     AttentionCase("bench_prefill", "one long fresh prompt", ((4096, 4096),), 32, 8, 128, size="bench"),
     AttentionCase("bench_chunks", "a step of chunked prefill beside decodes", ((1, 2048),) * 32 + ((512, 2048),) * 4, 9, 3, size="bench"),
 )
@@ -169,24 +203,33 @@ CASES = (
 def build(case: AttentionCase, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> tuple[Tensor, PagedKV]:
     """(q [T, N, H], kv) of a case. Blocks lie in random order in one pool that holds keys beside values, so both are strided.
 
-    Everything that no query sees is NaN: blocks nobody owns, places past a context, positions behind every query's window, and codes
-    outside every query's neighbourhood.
+    Everything that no query sees is NaN (of int8 its scales): blocks nobody owns, places past a context, positions behind every query's
+    window, and codes outside every query's neighbourhood. Heads of a quantised pool differ in size, and so do their scales.
     """
     generator = torch.Generator().manual_seed(seed)
     block_size, stride = case.block_size, case.block_gap + 1
     width = max(-(-context // block_size) for _, context in case.sequences)
     num_blocks = len(case.sequences) * width
     table = (torch.randperm(num_blocks, generator=generator) * stride).view(-1, width).int()
-    pool = torch.empty((num_blocks * stride, 2, case.num_kv_heads, block_size, case.head_width), dtype=dtype, device=device)
-    pool[::stride] = float("nan")
+    shape = (num_blocks * stride, 2, case.num_kv_heads, block_size, case.head_width)
+    pool = torch.empty(shape, dtype=POOL_DTYPES.get(case.pool, dtype), device=device)
+    pool[::stride] = 99 if case.pool == "int8" else float("nan")
     kv = PagedKV(pool[:, 0], pool[:, 1], _batch(case, table.to(device), device))
+    if case.pool != "plain":
+        of_rows = torch.full(shape[:-1], float("nan"), device=device)
+        kv.key_scales, kv.value_scales = of_rows[:, 0], of_rows[:, 1]
     for index, (num_queries, context) in enumerate(case.sequences):
         starts = torch.tensor(case.grid_starts(index)[context - num_queries :], dtype=torch.int32) if case.pictures and context else None
         positions, _ = visible(num_queries, context, case.spec, starts, "cpu")
         block, place = table[index, positions // block_size].long(), positions % block_size
-        for side in (kv.keys, kv.values):
+        where = (block.to(device), slice(None), place.to(device))
+        for side, scales in ((kv.keys, kv.key_scales), (kv.values, kv.value_scales)):
             rows = torch.randn((len(positions), case.num_kv_heads, case.head_width), generator=generator)
-            side[block.to(device), :, place.to(device)] = rows.to(device, dtype)
+            if scales is None:
+                side[where] = rows.to(device, dtype)
+                continue
+            sizes = 0.5 + torch.rand((len(positions), case.num_kv_heads, 1), generator=generator)
+            side[where], scales[where] = (x.to(device) for x in quantize_heads(rows * sizes, side.dtype))
     num_tokens = sum(num_queries for num_queries, _ in case.sequences)
     q = torch.randn((num_tokens, case.num_heads, case.head_width), generator=generator)
     return q.to(device, dtype), kv

@@ -63,11 +63,11 @@ def _is_near(at_Q1: Tensor, keys_C: Tensor, start_Q1: Tensor, near: Neighbourhoo
 
 
 def _gather(pool: Tensor, scales: Tensor | None, kv: PagedKV, index: int, seen_C: Tensor) -> Tensor:
-    """[K, C, H] of one sequence out of the pool [B, K, P, H]."""
+    """[K, C, H] of one sequence out of the pool [B, K, P, H]; a quantised pool's numbers times their scales."""
     block_size = pool.shape[2]
     blocks, places = kv.batch.block_table[index, seen_C // block_size].long(), seen_C % block_size
     numbers = pool[blocks, :, places].transpose(0, 1)
-    return numbers if scales is None else numbers * scales[blocks, :, places].T[..., None]
+    return numbers if scales is None else numbers.to(scales.dtype) * scales[blocks, :, places].T[..., None]
 
 
 def _attend_one(q_QNH: Tensor, k_KCH: Tensor, v_KCH: Tensor, mask_QC: Tensor, spec: AttentionSpec) -> Tensor:

@@ -15,13 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.kv_write.pool import pool_words
 from kernels.ops import AttentionSpec, PagedBatch, PagedKV
 
 SPLIT = 256
 """Keys one decode program reads. Fixed in tokens, so that a row's sum never depends on its neighbours or on the batch's size."""
+PACKED_STAGES = 4
+"""Of a decode over a quantised pool, whose tiles have twice the keys and so a plain pool's bytes. Compiled for sm_90 at width 64, a tile
+of 64 keys takes 616 instructions and one of 128 takes 954, while their bytes take about 610 and 1,220 clocks to arrive (3.0 TB/s, 132
+multiprocessors at 1.7 GHz)."""
 MAX_SPLITS = 32
 """A row with more than SPLIT * MAX_SPLITS keys reads a multiple of SPLIT per program (a function of its own length alone): this bounds
 the grid and the scratch of a graph captured for long contexts."""
+E4M3_BIAS = tl.constexpr(2.0**120)
+"""What e4m3 in the places of bfloat16 is short of."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 """Scores are kept in units of log 2, because exp2 is the exponential that the hardware has."""
 
@@ -70,11 +77,9 @@ def attend(q_TNH: Tensor, kv: PagedKV, spec: AttentionSpec) -> Tensor:
     """y [T, N * H] in q's dtype: decodes first, then prefills, a launch for each kind that the step has.
 
     Lengths are read on the device and the grid comes from the host's upper bounds, so a captured launch stays right. Rows that belong
-    to no sequence are left as they are. Raises: ValueError when keys and values are strided differently. Source: Dao et al. 2023
+    to no sequence are left as they are. A pool may be quantised. Raises: ValueError of `pool_words`. Source: Dao et al. 2023
     (FlashAttention-2), section 3.1; Dao et al. 2023 (Flash-Decoding) for the split.
     """
-    if kv.keys.stride() != kv.values.stride() or kv.keys.stride(3) != 1:
-        raise ValueError("keys and values must have equal strides and a contiguous last dimension")
     q_TNH = q_TNH.contiguous()
     out = torch.empty_like(q_TNH)
     batch = kv.batch
@@ -93,44 +98,49 @@ def num_splits_of(max_context_len: int, window: int | None, tile: int) -> int:
 
 def _decode(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
     batch = kv.batch
+    keys, values, key_scales, value_scales = pool_words(kv)
     _, num_heads, width = q.shape
     num_kv_heads = kv.keys.shape[1]
     tiling = decode_tiling(num_heads // num_kv_heads, width, q.element_size())
+    if key_scales is not None and q.element_size() == 2:
+        tiling = tiling._replace(keys=2 * tiling.keys, num_stages=PACKED_STAGES)
     near = near_of(batch, spec)
     num_splits = num_splits_of(batch.max_context_len, spec.window, tiling.keys)
     sums = torch.empty((batch.num_decodes, num_heads, num_splits, width), dtype=torch.float32, device=q.device)
     stats = torch.empty((batch.num_decodes, num_heads, num_splits, 2), dtype=torch.float32, device=q.device)
-    shared = {"H": width, "WIDTH": triton.next_power_of_2(width), "TILE": tiling.keys, "WINDOW": spec.window or 0, "SPLIT": SPLIT}
+    shared = {"H": width, "TILE": tiling.keys, "SPLIT": SPLIT, "MAX_SPLITS": MAX_SPLITS}
     decode_kernel[(batch.num_decodes, num_kv_heads, num_splits)](
         q,
-        kv.keys,
-        kv.values,
+        keys,
+        values,
         batch.block_table,
         batch.context_len,
         batch.context_len if near is None else batch.grid_start,
         sums,
         stats,
+        key_scales,
+        value_scales,
         batch.block_table.stride(0),
-        *kv.keys.stride()[:3],
+        *keys.stride()[:3],
         spec.scale,
         **shared,
         G=num_heads // num_kv_heads,
         ROWS=tiling.rows,
         P=kv.keys.shape[2],
-        SINK=spec.sink,
+        SPAN=(spec.window or 0, spec.sink),
         SOFTCAP=spec.softcap,
         NEAR=near,
-        MAX_SPLITS=MAX_SPLITS,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )
     reduce_kernel[(batch.num_decodes, num_heads)](
-        sums, stats, batch.context_len, out, num_splits, **shared, MAX_SPLITS=MAX_SPLITS, num_warps=4
+        sums, stats, batch.context_len, out, num_splits, **shared, WINDOW=spec.window or 0, num_warps=4
     )
 
 
 def _prefill(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
     batch = kv.batch
+    keys, values, key_scales, value_scales = pool_words(kv)
     num_tokens, num_heads, width = q.shape
     num_kv_heads = kv.keys.shape[1]
     group = num_heads // num_kv_heads
@@ -140,26 +150,26 @@ def _prefill(q: Tensor, kv: PagedKV, spec: AttentionSpec, out: Tensor) -> None:
     num_query_blocks = (num_tokens - batch.num_decodes) // (tiling.rows // group) + num_prefills
     prefill_kernel[(num_query_blocks, num_kv_heads)](
         q,
-        kv.keys,
-        kv.values,
+        keys,
+        values,
         batch.block_table,
         batch.query_start,
         batch.context_len,
         batch.context_len if near is None else batch.grid_start,
         out,
+        key_scales,
+        value_scales,
         batch.num_decodes,
         num_prefills,
         batch.block_table.stride(0),
-        *kv.keys.stride()[:3],
+        *keys.stride()[:3],
         spec.scale,
         G=group,
         ROWS=tiling.rows,
         H=width,
-        WIDTH=triton.next_power_of_2(width),
         P=kv.keys.shape[2],
         TILE=tiling.keys,
-        WINDOW=spec.window or 0,
-        SINK=spec.sink,
+        SPAN=(spec.window or 0, spec.sink),
         SOFTCAP=spec.softcap,
         NEAR=near,
         num_warps=tiling.num_warps,
@@ -199,17 +209,53 @@ def _in_bounds(live, at, position, WINDOW: tl.constexpr, SINK: tl.constexpr):
 
 
 @triton.jit
+def _halves(pairs):
+    """Two bfloat16 each of 32 bits, the lower first."""
+    low, high = (pairs & 0xFFFF).to(tl.uint16), (pairs >> 16).to(tl.uint16)
+    return low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def unpacked(words, like):
+    """[TILE, 4 * W] in the dtype of `like`, which holds them without rounding, of words [TILE, W] of four numbers: int8 in int32, e4m3 in
+    uint32. In whole numbers, two to an instruction, on every chip alike: conversions of single numbers, and loads of single bytes from
+    shared memory, would take longer than the numbers take to arrive.
+    """
+    even = words.to(tl.uint32, bitcast=True)
+    odd = even >> 8
+    if words.dtype == tl.uint32:  # sign, exponent and mantissa where bfloat16 has them; the exponent's bias is 7 and not 127
+        n0, n2 = _halves(((even << 8) & 0x80008000) | ((even << 4) & 0x07F007F0))
+        n1, n3 = _halves((even & 0x80008000) | ((odd << 4) & 0x07F007F0))
+        numbers = tl.join(tl.join(n0, n2), tl.join(n1, n3)) * E4M3_BIAS
+    else:  # the lower seven bits are the mantissa of 128 + n, the eighth makes 128 to 256, which is taken away
+        n0, n2 = _halves((even & 0x007F007F) | 0x43004300)
+        n1, n3 = _halves((odd & 0x007F007F) | 0x43004300)
+        m0, m2 = _halves((even & 0x00800080) | 0x43004300)
+        m1, m3 = _halves((odd & 0x00800080) | 0x43004300)
+        numbers = tl.join(tl.join(n0 - m0, n2 - m2), tl.join(n1 - m1, n3 - m3))
+    return tl.reshape(numbers, [words.shape[0], 4 * words.shape[1]]).to(like.dtype)
+
+
+@triton.jit
 def _attend_tile(
     q, peak, total, acc, start, limit, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
     H: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
     WINDOW: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr, MASKED: tl.constexpr,
+    k_scale_ptr=None, v_scale_ptr=None,
 ):  # fmt: skip
     """One tile of keys into the running softmax (peak [M], total [M], acc [M, WIDTH]); scores are in units of log 2.
+
+    k_scale_ptr, v_scale_ptr: of the head, None for a plain pool. A quantised pool comes in words of four numbers, strides in words too.
+    Its numbers become q's dtype in registers, unrounded; a key's scale goes into its scores, a value's into its weights. So both products
+    are a plain pool's, summed in float32, tile by tile: products of e4m3 itself would be faster, and keep but 14 bits of a sum on sm_90.
 
     With MASKED, keys at or past limit, those below low that no sink keeps, and those that a neighbourhood leaves to no row are neither
     read nor counted: their block may be another sequence's, or never written.
     """
-    columns = tl.arange(0, WIDTH)
+    PACK: tl.constexpr = 1 if k_scale_ptr is None else 4
+    if PACK > 1 and H % 16 == 0:
+        stride_place = stride_place // 4 * 4  # it is that, which the compiler must know to read 16 bytes at once of 96 or 80
+    columns = tl.arange(0, WIDTH // PACK)
     at = start + tl.arange(0, TILE)
     if MASKED:
         live = (at < limit) & ((at >= low) | (at < SINK))
@@ -218,13 +264,22 @@ def _attend_tile(
             seen = seen & _is_near(position[:, None], grid_start[:, None], at[None, :], NEAR)
             live = tl.max(seen.to(tl.int32), 0) > 0
         block = tl.load(table_ptr + at // P, mask=live, other=0).to(tl.int64)
-        readable = live[:, None] & (columns < H)[None, :]
+        readable = live[:, None] & (columns < H // PACK)[None, :]
     else:
         block = tl.load(table_ptr + at // P).to(tl.int64)
-        readable = (at >= 0)[:, None] & (columns < H)[None, :]
+        live = at >= 0
+        readable = live[:, None] & (columns < H // PACK)[None, :]
     offsets = (block * stride_block + (at % P) * stride_place)[:, None] + columns[None, :]
-    k = tl.load(k_ptr + offsets, mask=readable, other=0.0)
-    v = tl.load(v_ptr + offsets, mask=readable, other=0.0)
+    k = tl.load(k_ptr + offsets, mask=readable, other=0)
+    v = tl.load(v_ptr + offsets, mask=readable, other=0)
+    if PACK > 1:
+        k = unpacked(k, q)
+        # Scales lie as rows do. A sum over one column brings them to where scores are through shared memory; loaded there at once, every
+        # thread would ask for 32 of them by itself, and a prefill's inner loop have 904 instructions and not 653 (sm_90, width 128).
+        rows = (block * (stride_block // (H // PACK)) + (at % P) * (stride_place // (H // PACK)))[:, None]
+        scale = (tl.sum(tl.load(k_scale_ptr + rows, mask=live[:, None], other=0.0), 1) * scale)[None, :]
+    else:
+        k = k.to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP > 0:
         scores = _tanh(scores * (scale / SOFTCAP)) * (SOFTCAP * LOG2_E)
@@ -239,6 +294,11 @@ def _attend_tile(
     weights = tl.exp2(scores - base[:, None])
     decay = tl.exp2(peak - base)
     total = total * decay + tl.sum(weights, 1)
+    if PACK > 1:
+        v = unpacked(v, q)
+        weights = weights * tl.sum(tl.load(v_scale_ptr + rows, mask=live[:, None], other=0.0), 1)[None, :]
+    else:
+        v = v.to(q.dtype)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new_peak, total, acc
 
@@ -255,15 +315,19 @@ def _split_bounds(context, WINDOW: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.c
 
 @triton.jit(do_not_specialize=["table_stride"])
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, context_ptr, grid_ptr, sums_ptr, stats_ptr, table_stride,
+    q_ptr, k_ptr, v_ptr, table_ptr, context_ptr, grid_ptr, sums_ptr, stats_ptr, k_scale_ptr, v_scale_ptr, table_stride,
     stride_block, stride_head, stride_place, scale,
-    G: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
-    WINDOW: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    G: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
+    SPAN: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One (sequence, key/value head, split): all G query heads of the group share each key that is read.
 
     Writes unnormalised sums [S, N, splits, H] and (peak, total) [S, N, splits, 2], both float32. Splits past the row's end write nothing.
+    SPAN: window (0 without one) and sink.
     """
+    WINDOW: tl.constexpr = SPAN[0]
+    SINK: tl.constexpr = SPAN[1]
+    WIDTH: tl.constexpr = triton.next_power_of_2(H)
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context = tl.load(context_ptr + sequence)
     low, base, size = _split_bounds(context, WINDOW, TILE, SPLIT, MAX_SPLITS)
@@ -280,6 +344,9 @@ def decode_kernel(
     q = tl.load(q_ptr + head_row[:, None] * H + columns[None, :], mask=stored, other=0.0)
     k_ptr += kv_head.to(tl.int64) * stride_head
     v_ptr += kv_head.to(tl.int64) * stride_head
+    if k_scale_ptr is not None:
+        k_scale_ptr += kv_head.to(tl.int64) * (stride_head // (H // 4))
+        v_scale_ptr += kv_head.to(tl.int64) * (stride_head // (H // 4))
     table_ptr += sequence.to(tl.int64) * table_stride
     position = tl.zeros([ROWS], dtype=tl.int32) + (context - 1)
     grid_start = position
@@ -293,12 +360,12 @@ def decode_kernel(
         for start in range(0, sink_end, TILE):
             peak, total, acc = _attend_tile(
                 q, peak, total, acc, start, sink_end, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
-                H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True,
+                H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True, k_scale_ptr, v_scale_ptr,
             )  # fmt: skip
     for start in range(begin, end, TILE):  # masked throughout: a decode waits for memory, not for comparisons
         peak, total, acc = _attend_tile(
             q, peak, total, acc, start, end, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
-            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True,
+            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True, k_scale_ptr, v_scale_ptr,
         )  # fmt: skip
     partial = head_row * tl.num_programs(2) + split
     tl.store(sums_ptr + partial[:, None] * H + columns[None, :], acc, mask=stored)
@@ -309,9 +376,10 @@ def decode_kernel(
 @triton.jit(do_not_specialize=["num_splits"])
 def reduce_kernel(
     sums_ptr, stats_ptr, context_ptr, out_ptr, num_splits,
-    H: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    H: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Merges the splits of one (sequence, query head). The tile is always MAX_SPLITS wide, so its order of summing is fixed too."""
+    WIDTH: tl.constexpr = triton.next_power_of_2(H)
     sequence, head = tl.program_id(0), tl.program_id(1)
     context = tl.load(context_ptr + sequence)
     _, base, size = _split_bounds(context, WINDOW, TILE, SPLIT, MAX_SPLITS)
@@ -348,12 +416,16 @@ def _find_sequence(query_start_ptr, num_decodes, num_prefills, block_index, BLOC
 
 @triton.jit(do_not_specialize=["num_decodes", "num_prefills", "table_stride"])
 def prefill_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, query_start_ptr, context_ptr, grid_ptr, out_ptr, num_decodes, num_prefills, table_stride,
-    stride_block, stride_head, stride_place, scale,
-    G: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
-    WINDOW: tl.constexpr, SINK: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, table_ptr, query_start_ptr, context_ptr, grid_ptr, out_ptr, k_scale_ptr, v_scale_ptr,
+    num_decodes, num_prefills, table_stride, stride_block, stride_head, stride_place, scale,
+    G: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
+    SPAN: tl.constexpr, SOFTCAP: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
-    """One (block of queries of one sequence, key/value head). Row r is query r // G of head r % G of the group."""
+    """One (block of queries of one sequence, key/value head). Row r is query r // G of head r % G of the group. SPAN: window (0 without
+    one) and sink."""
+    WINDOW: tl.constexpr = SPAN[0]
+    SINK: tl.constexpr = SPAN[1]
+    WIDTH: tl.constexpr = triton.next_power_of_2(H)
     BLOCK_Q: tl.constexpr = ROWS // G
     block_index = tl.num_programs(0) - 1 - tl.program_id(0)  # a prompt's last queries see the most keys: start them first
     kv_head = tl.program_id(1)
@@ -375,6 +447,9 @@ def prefill_kernel(
     q = tl.load(q_ptr + head_row[:, None] * H + columns[None, :], mask=stored, other=0.0)
     k_ptr += kv_head.to(tl.int64) * stride_head
     v_ptr += kv_head.to(tl.int64) * stride_head
+    if k_scale_ptr is not None:
+        k_scale_ptr += kv_head.to(tl.int64) * (stride_head // (H // 4))
+        v_scale_ptr += kv_head.to(tl.int64) * (stride_head // (H // 4))
     table_ptr += sequence.to(tl.int64) * table_stride
 
     first_position = context - query_len + first_query
@@ -402,22 +477,22 @@ def prefill_kernel(
             for start in range(0, sink_end, TILE):
                 peak, total, acc = _attend_tile(
                     q, peak, total, acc, start, sink_end, low, position, grid_start, k_ptr, v_ptr, table_ptr,
-                    stride_block, stride_place, scale, H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True,
+                    stride_block, stride_place, scale, H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True, k_scale_ptr, v_scale_ptr,
                 )  # fmt: skip
         for start in range(base, tl.minimum(full_begin, end), TILE):
             peak, total, acc = _attend_tile(
                 q, peak, total, acc, start, end, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
-                H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True,
+                H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True, k_scale_ptr, v_scale_ptr,
             )  # fmt: skip
     for start in range(full_begin, full_end, TILE):
         peak, total, acc = _attend_tile(
             q, peak, total, acc, start, end, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
-            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, False,
+            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, False, k_scale_ptr, v_scale_ptr,
         )  # fmt: skip
     for start in range(full_end, end, TILE):
         peak, total, acc = _attend_tile(
             q, peak, total, acc, start, end, low, position, grid_start, k_ptr, v_ptr, table_ptr, stride_block, stride_place, scale,
-            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True,
+            H, WIDTH, P, TILE, WINDOW, SINK, SOFTCAP, NEAR, True, k_scale_ptr, v_scale_ptr,
         )  # fmt: skip
     y = acc / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out_ptr + head_row[:, None] * H + columns[None, :], y.to(out_ptr.dtype.element_ty), mask=stored)

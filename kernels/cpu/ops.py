@@ -26,6 +26,7 @@ from kernels.ops import (
     Activation,
     AttentionSpec,
     ExpertWeights,
+    Fp8Weight,
     GroupedWeight,
     Int8Weight,
     LayerWeights,
@@ -261,7 +262,7 @@ class _Native:
         return with_logprobs(ids, logits, rows)
 
     def pack(self, weight: Weight) -> Weight:
-        if isinstance(weight, Tensor) or weight.packed is not None:
+        if isinstance(weight, Tensor | Fp8Weight) or weight.packed is not None:
             return weight
         return pack_groups(weight) if isinstance(weight, GroupedWeight) else pack_strips(weight)
 

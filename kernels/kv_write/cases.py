@@ -15,11 +15,13 @@ from torch import Tensor
 from kernels.ops import AttentionSpec, LayerSpec, LayerWeights, PagedBatch, PagedKV
 
 NUM_POSITIONS = 512
+PoolKind = Literal["plain", "int8", "fp8"]
+POOL_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True, slots=True)
 class KVWriteCase:
-    """padded: how many of the tokens at the end have slot -1."""
+    """padded: how many of the tokens at the end have slot -1. pool: what it holds, numbers in the input's dtype or quantised ones."""
 
     name: str
     why: str
@@ -30,6 +32,7 @@ class KVWriteCase:
     block_size: int = 16
     padded: int = 0
     has_norms: bool = False
+    pool: PoolKind = "plain"
     size: Literal["tiny", "small", "bench"] = "tiny"
 
 
@@ -40,6 +43,10 @@ CASES = (
     KVWriteCase("all_padded", "a graph is captured on padding alone", 4, padded=4),
     KVWriteCase("odd_width", "half a head of 24 columns is no power of two", 5, head_width=48, block_size=12, has_norms=True),
     KVWriteCase("widest", "head width 256", 4, 2, 2, 256, has_norms=True),
+    KVWriteCase("int8", "a scale for each head of a token, and a padded row", 6, 4, 2, padded=1, has_norms=True, pool="int8"),
+    KVWriteCase("fp8", "the same of e4m3, at a width that is no power of two", 6, 4, 2, 48, 12, 1, has_norms=True, pool="fp8"),
+    KVWriteCase("prompt_int8", "many tiles of int8", 41, 6, 2, size="small", pool="int8"),
+    KVWriteCase("prompt_fp8", "many tiles of e4m3", 41, 6, 2, 128, size="small", pool="fp8"),
     KVWriteCase("prompt", "many tiles of tokens", 133, 9, 3, size="small"),
     KVWriteCase("bench_decode", "a full batch of decodes", 64, 9, 3, size="bench"),
     KVWriteCase("bench_prefill", "a full token budget", 8192, 32, 8, 128, has_norms=True, size="bench"),
@@ -57,7 +64,9 @@ def build(
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     num_blocks = num_tokens // case.block_size + 3
-    pool = torch.zeros((num_blocks, 2, case.num_kv_heads, case.block_size, width), dtype=dtype, device=device)
+    shape = (num_blocks, 2, case.num_kv_heads, case.block_size, width)
+    pool = torch.zeros(shape, dtype=POOL_DTYPES.get(case.pool, dtype), device=device)
+    scales = (None, None) if case.pool == "plain" else torch.zeros(shape[:-1], device=device).unbind(1)
     slots = torch.randperm(num_blocks * case.block_size, generator=generator)[:num_tokens]
     slots[num_tokens - case.padded :] = -1
     angles = torch.rand((NUM_POSITIONS, width // 2), generator=generator, dtype=torch.float64) * 6.3
@@ -75,7 +84,8 @@ def build(
         k_norm=None if norm is None else norm[1],
     )
     positions = torch.randint(NUM_POSITIONS, (num_tokens,), generator=generator).to(device)
-    return normal(num_tokens, heads * width), weights, positions, PagedKV(pool[:, 0], pool[:, 1], _batch(slots.to(device)))
+    kv = PagedKV(pool[:, 0], pool[:, 1], _batch(slots.to(device)), *scales)
+    return normal(num_tokens, heads * width), weights, positions, kv
 
 
 def _batch(slots: Tensor) -> PagedBatch:

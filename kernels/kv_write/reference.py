@@ -9,16 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.linear.reference import quantize_rows
 from kernels.norm.reference import rms_norm
 from kernels.ops import LayerWeights, PagedKV
+
+LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
+"""Of the numbers that a quantised pool may hold."""
 
 
 def kv_write(qkv: Tensor, weights: LayerWeights, positions_T: Tensor, kv: PagedKV) -> Tensor:
     """q [T, N, H] in the input's dtype from qkv [T, (N + 2K) * H], whose bias is already in. positions int64 [T].
 
     Norm and rotation are float32 or wider and rounded once. A row whose slot is -1 is returned but not stored.
-    An int8 pool gets each head of a token by its own scale. Mutates: kv.keys, kv.values and their scales at the batch's slots.
+    A pool of int8 or float8_e4m3fn gets each head of a token by its own scale (`quantize_heads`).
+    Mutates: kv.keys, kv.values and their scales at the batch's slots.
     """
     spec = weights.spec
     wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).view(len(qkv), -1, spec.head_width)
@@ -52,6 +55,16 @@ def _store(k_TKH: Tensor, v_TKH: Tensor, kv: PagedKV) -> None:
         if scales is None:
             pool[block, :, place] = numbers.to(pool.dtype)
         else:
-            whole, of_row = quantize_rows(numbers.flatten(0, 1))
-            pool[block, :, place] = whole.view(numbers.shape)
-            scales[block, :, place] = of_row.view(numbers.shape[:2]).float()
+            pool[block, :, place], scales[block, :, place] = quantize_heads(numbers, pool.dtype)
+
+
+def quantize_heads(x_TKH: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(numbers [T, K, H] in `dtype`, int8 or float8_e4m3fn; scales float32 [T, K]) with x ~ numbers * scales[..., None].
+
+    A scale is a head's absolute maximum by the largest number of the dtype (1 for zeros); rounded to the nearest, ties to even.
+    """
+    wide = x_TKH.to(torch.promote_types(x_TKH.dtype, torch.float32))
+    scales = wide.abs().amax(-1) / LARGEST[dtype]
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    numbers = (wide / scales[..., None]).clamp_(-LARGEST[dtype], LARGEST[dtype])
+    return (numbers.round_() if dtype is torch.int8 else numbers).to(dtype), scales.float()

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ops import GROUP, GroupedWeight, Int8Weight, Weight
+from kernels.ops import GROUP, Fp8Weight, GroupedWeight, Int8Weight, Weight
 
 _SHARES = ((0.9, 1.0), (1.0, 0.9), (0.9, 0.9), (1.0, 0.8), (0.8, 1.0), (0.8, 0.9), (0.9, 0.8), (0.8, 0.8))
 # Of a group's range, below and above, that `quantize_grouped` tries.
 _ROWS_AT_ONCE = 1024  # of a matrix that is quantised: what lies between then fits the caches, and needs no new pages
+MOST_FP8 = 448.0
+"""The largest number of float8_e4m3fn."""
 EXACT_COLUMNS = 1024
 """Columns summed at once in float32: 127 * 127 * 1024 < 2 ** 24, so every partial sum is a whole number that float32 holds."""
 
@@ -38,10 +40,13 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """x [M, in] by the weight's rows, [M, out] in x's dtype.
 
-    int8: both sides are whole numbers, so the sum is exact and a row's result can't depend on the other rows.
+    int8: both sides are whole numbers, so the sum is exact and a row's result can't depend on the other rows. fp8: the weight is rounded
+    to x's dtype, which only its scales' digits can lose by, and multiplied as a dense one.
     """
     if isinstance(weight, Tensor):
         return F.linear(x, weight)
+    if isinstance(weight, Fp8Weight):
+        return F.linear(x, dense_of_fp8(weight).to(x.dtype))
     if isinstance(weight, GroupedWeight):
         return _linear_grouped(x, weight)
     values, scales = quantize_rows(x)
@@ -70,6 +75,13 @@ def quantize_grouped(weight: Tensor, bits: int) -> GroupedWeight:
     is then smaller: with few bits cutting an outlier off can cost less than coarse steps for all others.
     """
     out_features, in_features = weight.shape
+    parts = zip(*(_quantize_groups(rows, bits) for rows in torch.split(weight, _ROWS_AT_ONCE)), strict=True)
+    return GroupedWeight(out_features, in_features, bits, *map(torch.cat, parts))
+
+
+def _quantize_groups(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, scales, offsets) as a `GroupedWeight` has them."""
+    out_features, in_features = weight.shape
     groups = weight.float().view(-1, GROUP)
     least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     best = _grid(groups, least, most, bits)
@@ -79,8 +91,7 @@ def quantize_grouped(weight: Tensor, bits: int) -> GroupedWeight:
         best = tuple(torch.where(is_better, new, old) for new, old in zip(other, best, strict=True))
     _, values, scales, offsets = best
     shape = (out_features, in_features // GROUP)
-    numbers = values.to(torch.uint8).view(out_features, in_features)
-    return GroupedWeight(out_features, in_features, bits, numbers, scales.half().view(shape), offsets.half().view(shape))
+    return values.to(torch.uint8).view(out_features, in_features), scales.half().view(shape), offsets.half().view(shape)
 
 
 def _grid(groups: Tensor, least: Tensor, most: Tensor, bits: int) -> tuple[Tensor, ...]:
@@ -91,6 +102,26 @@ def _grid(groups: Tensor, least: Tensor, most: Tensor, bits: int) -> tuple[Tenso
     values = ((groups - offsets) / torch.where(scales > 0, scales, 1)).round_().clamp_(0, 2**bits - 1)
     error = (values * scales + offsets - groups).square().sum(-1, keepdim=True)
     return error, values, scales, offsets
+
+
+def quantize_fp8(weight: Tensor) -> Fp8Weight:
+    """A float matrix [out, in] as 8-bit floats, each output row by its own scale (its absolute maximum / 448; 1 for a row of zeros)."""
+    out_features, in_features = weight.shape
+    values, scales = zip(*map(quantize_rows_fp8, torch.split(weight, _ROWS_AT_ONCE)), strict=True)
+    return Fp8Weight(out_features, in_features, torch.cat(values), torch.cat(scales))
+
+
+def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(values float8_e4m3fn [M, in], scales float32 [M]) with x ~ values * scales[:, None], ties rounded to even."""
+    wide = x.float()
+    scales = wide.abs().amax(-1) / MOST_FP8
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    return (wide / scales[:, None]).clamp_(-MOST_FP8, MOST_FP8).to(torch.float8_e4m3fn), scales
+
+
+def dense_of_fp8(weight: Fp8Weight) -> Tensor:
+    """float32 [out, in]."""
+    return weight.values.float() * weight.scales[:, None]
 
 
 def dense_of(weight: GroupedWeight) -> Tensor:

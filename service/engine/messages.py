@@ -36,7 +36,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     on the others. kernel_folder: where compiled GPU kernels are kept; "" leaves it to Triton."""
 
     models: tuple[ModelSource, ...]
-    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"]
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4", "fp8"]
     device: str
     memory_bytes: int
     max_context: int
@@ -45,7 +45,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     prefix_cache: bool
     threads: int = 0
     log_level: str = "info"
-    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"
     draft: ModelSource | None = None
     max_prefill_s: float = 0.0
     prepared_folder: str = ""

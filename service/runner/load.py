@@ -30,7 +30,7 @@ from service.model.vq_files import FOLDER, read_image_tokenizer
 from service.model.weights import open_encoder_weights, open_weights
 from service.runner.encoder import EncoderRunner
 from service.runner.image_tokenizer import Painter
-from service.runner.kv_cache import KVCache, KVLayout, partition_layers
+from service.runner.kv_cache import QUANTISED, KVCache, KVLayout, partition_layers
 from service.runner.parallel import Leader, Peers, Share, ShareSource, add_up, gather_head, join, lead, split_ops
 from service.runner.runner import Runner
 from service.runner.warmup import CompileWatch, Limits, keep_kernels, run_steps, warm_up
@@ -63,24 +63,29 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """What --dtype means on a device: its name, how the model is held, and the dtype of K/V."""
+    """What --dtype means on a device: its name, how the model is held, and the dtype of K/V; local_kv_dtype: of layers with a window,
+    where that is another."""
 
     name: str
     precision: Precision
     kv_dtype: torch.dtype
+    local_kv_dtype: torch.dtype | None = None
 
 
 def choose_storage(dtype: str, device: torch.device, kv_dtype: str = "auto") -> Storage:
     """auto is bfloat16 on a GPU and int8 on a CPU, also for files of 4 bits: it reads prompts and serves crowds faster. Beside int8 and
-    int4 K/V is int8 on a CPU. Raises: StartupError for what a GPU does not have yet: int4, and K/V in int8."""
+    int4 K/V is int8 on a CPU. On a GPU, layers with a window are not quantised: of their few keys nothing is saved in a long context,
+    and what is read of them costs more to widen than to read. Raises: StartupError for fp8 on a CPU, of weights and of K/V."""
     if dtype == "auto":
         dtype = "int8" if device.type == "cpu" else "bfloat16"
     storage = _choose_weights(dtype, device)
     if kv_dtype == "auto":
         return storage
-    if kv_dtype == "int8" and device.type != "cpu":
-        raise StartupError("--kv-dtype int8 runs on the CPU alone so far; use bfloat16 on a GPU")
-    return replace(storage, kv_dtype=getattr(torch, kv_dtype))
+    if kv_dtype == "fp8" and device.type == "cpu":
+        raise StartupError("--kv-dtype fp8 runs on a GPU alone; use int8, bfloat16 or float32 on a CPU")
+    chosen = torch.float8_e4m3fn if kv_dtype == "fp8" else getattr(torch, kv_dtype)
+    local = storage.precision.dtype if chosen in QUANTISED and device.type != "cpu" else None
+    return replace(storage, kv_dtype=chosen, local_kv_dtype=local)
 
 
 def _choose_weights(dtype: str, device: torch.device) -> Storage:
@@ -91,9 +96,13 @@ def _choose_weights(dtype: str, device: torch.device) -> Storage:
             return Storage(dtype, Precision(torch.float32, "int8"), torch.int8)
         return Storage(dtype, Precision(torch.bfloat16, "int8"), torch.bfloat16)
     if dtype == "int4":
-        if device.type != "cpu":
-            raise StartupError("--dtype int4 runs on the CPU alone so far; use bfloat16 or int8 on a GPU")
-        return Storage(dtype, Precision(torch.float32, "int4"), torch.int8)
+        if device.type == "cpu":
+            return Storage(dtype, Precision(torch.float32, "int4"), torch.int8)
+        return Storage(dtype, Precision(torch.bfloat16, "int4"), torch.bfloat16)
+    if dtype == "fp8":
+        if device.type == "cpu":
+            raise StartupError("--dtype fp8 runs on a GPU alone; on a CPU there are float32, bfloat16, int8 and int4")
+        return Storage(dtype, Precision(torch.bfloat16, "fp8"), torch.bfloat16)
     return Storage(dtype, Precision(torch.bfloat16), torch.bfloat16)
 
 
@@ -257,7 +266,7 @@ def _kv_budgets(models: Sequence[_Read], load: Load, kv_bytes: int) -> dict[str,
     wishes = {}
     for one in models:
         if isinstance(one.model, Transformer):
-            layout = partition_layers(one.model.config)
+            layout = partition_layers(one.model.config, one.storage.local_kv_dtype)
             block_bytes = layout.block_bytes(one.model.config, BLOCK_SIZE, one.storage.kv_dtype)
             wishes[one.source.name] = _most_blocks(one.model.config, layout, _num_sequences(one.source, load)) * block_bytes
     budgets, left = {}, kv_bytes
@@ -278,6 +287,7 @@ def _kv_budget(load: Load, device: torch.device, weight_bytes: int, mapped_bytes
             )
         return left
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what quantising took lies there, and would count as taken
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * 0.85)
     return min(available_bytes(mapped_bytes) // 2, MOST_KV_BYTES_CPU) // load.tensor_parallel
@@ -286,7 +296,7 @@ def _kv_budget(load: Load, device: torch.device, weight_bytes: int, mapped_bytes
 def _equip(source: ModelSource, model: Transformer, load: Load, storage: Storage, kv_bytes: int, painter: Painter | None) -> Loaded:
     """Sizes and allocates the K/V pool."""
     config, device = model.config, model.final_norm.device
-    layout = partition_layers(config)
+    layout = partition_layers(config, storage.local_kv_dtype)
     num_blocks = _num_blocks(config, layout, _num_sequences(source, load), storage.kv_dtype, kv_bytes)
     cache = KVCache(config, layout, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=storage.kv_dtype, device=device)
     info = ModelInfo(

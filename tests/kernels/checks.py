@@ -23,6 +23,7 @@ from kernels.norm import reference as norm_reference
 from kernels.ops import PagedKV
 from kernels.sample import cases as sample_cases
 from kernels.sample import reference as sample_reference
+from tests.kernels.checks_kv import check_quantised_write, dequantised, widened
 from tests.kernels.rule import assert_earned, assert_guards_whole, guard_module, guarded
 
 
@@ -33,13 +34,16 @@ def check_attention(case: attention_cases.AttentionCase, dtype: torch.dtype, dev
     guards = guard_module(monkeypatch, triton)
     got = triton.attend(q, kv, case.spec)
     guards.check()
-    exact = attention_reference.attend(q.double(), PagedKV(kv.keys.double(), kv.values.double(), kv.batch), case.spec)
-    assert_earned(got, attention_reference.attend(q, kv, case.spec), exact)
+    exact = attention_reference.attend(q.double(), widened(kv), case.spec)
+    assert_earned(got, attention_reference.attend(q, dequantised(kv, dtype), case.spec), exact)
 
 
 def check_kv_write(case: kv_write_cases.KVWriteCase, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from kernels.kv_write import triton
 
+    if case.pool != "plain":
+        check_quantised_write(case, dtype, device, monkeypatch)
+        return
     qkv, weights, positions, kv = kv_write_cases.build(case, dtype, device)
     shape = (kv.keys.shape[0], 2, *kv.keys.shape[1:])
     pool, memory = guarded(shape, dtype, device)

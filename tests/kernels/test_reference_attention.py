@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.attention.cases import CASES, AttentionCase, build
 from kernels.attention.reference import attend
 from kernels.ops import PagedKV
+from tests.kernels.checks_kv import dequantised
 
 CPU_CASES = [case for case in CASES if case.size in ("tiny", "small")]
 
@@ -33,7 +34,7 @@ def sees(position: int, key: int, case: AttentionCase, start: int) -> bool:
 
 
 def naive(case: AttentionCase, q: Tensor, kv: PagedKV) -> Tensor:
-    outputs, row = [], 0
+    kv, outputs, row = dequantised(kv, torch.float32), [], 0
     for index, (num_queries, context) in enumerate(case.sequences):
         rows = q[row : row + num_queries].double().transpose(0, 1)
         row += num_queries

@@ -15,7 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import save_file
 
-from kernels.ops import GroupedWeight, Int8Weight, select_ops
+from kernels.ops import GroupedWeight, select_ops
 from service.checkpoint import open_gguf
 from service.errors import WeightsError
 from service.footprint import weight_bytes
@@ -320,16 +320,15 @@ def test_a_files_groups_are_kept_in_int8_too(tmp_path: Path) -> None:
     assert weight_bytes(config, choose_storage("int8", torch.device("cpu")), open_weights(path, config)) == model.held_bytes
 
 
-def test_without_a_product_in_groups_rows_have_a_scale_each(tmp_path: Path) -> None:
-    """As on a GPU."""
+def test_numbers_are_in_groups_on_every_device(tmp_path: Path) -> None:
     path = write_file(tmp_path / "tiny.gguf")
     config = read_config(path)
     with torch.device("meta"):
         model = build_transformer(
             config, open_weights(path, config), select_ops("reference"), precision=Precision(torch.bfloat16, "int8"), device="meta"
         )
-    assert isinstance(model.head, Int8Weight)
-    assert isinstance(model.layers[0].weights.down, Int8Weight)  # type: ignore[union-attr]
+    assert isinstance(model.head, GroupedWeight)
+    assert isinstance(model.layers[0].weights.down, GroupedWeight)  # type: ignore[union-attr]
     assert model.basis is None
 
 

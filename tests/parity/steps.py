@@ -16,12 +16,20 @@ from service.scheduling.plan import Slice, StepPlan
 class Steps:
     """A model with a small K/V pool. Sequence s owns blocks spread through the pool, so that a wrong table shows."""
 
-    def __init__(self, model: Transformer, *, block_size: int = 4, num_blocks: int = 96, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        block_size: int = 4,
+        num_blocks: int = 96,
+        dtype: torch.dtype = torch.float32,
+        local_dtype: torch.dtype | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
         self.model = model
-        self.layout = partition_layers(model.config)
-        self.cache = KVCache(
-            model.config, self.layout, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=torch.device("cpu")
-        )
+        self.layout = partition_layers(model.config, local_dtype)
+        self.cache = KVCache(model.config, self.layout, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=self.device)
         self.free = list(range(num_blocks))[::-2] + list(range(num_blocks))[num_blocks % 2 :: 2]
         self.tables: dict[int, list[list[int]]] = {}
         self.lengths: dict[int, int] = {}
@@ -37,7 +45,7 @@ class Steps:
     def forget(self, sequence: int) -> None:
         """Gives the blocks back as preemption does; their content is overwritten with rubbish."""
         for table in self.tables.pop(sequence):
-            self.cache.pool[:, :, table] = 1e3
+            self.cache.pool[:, :, table] = 1e3 if self.cache.pool.itemsize > 1 else 100
             self.free.extend(table)
         del self.lengths[sequence], self.grid_starts[sequence]
 
@@ -46,9 +54,9 @@ class Steps:
         order = sorted(range(len(pieces)), key=lambda i: len(pieces[i][1]) != 1)
         plan = StepPlan(0, tuple(self._slice(*pieces[i]) for i in order), ())
         with torch.inference_mode():
-            inputs = build_inputs(plan, len(self.layout.groups), self.cache.block_size, torch.device("cpu"))
+            inputs = build_inputs(plan, len(self.layout.groups), self.cache.block_size, self.device)
             x, residual = self.model(inputs.ids, inputs.positions, self.cache.of_layers(inputs.batches))
-            logits = self.model.logits(x, residual, torch.arange(len(inputs.ids)))
+            logits = self.model.logits(x, residual, torch.arange(len(inputs.ids), device=self.device))
         parts = dict(zip(order, logits.split([len(pieces[i][1]) for i in order]), strict=True))
         return [parts[i] for i in range(len(pieces))]
 

@@ -71,6 +71,16 @@ def test_a_files_own_4_bits_within_half_a_percent(smollm2_path: Path, passage: t
     assert abs(compared(steps, "int4", passage) - 1) < 0.005
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_keys_and_values_alone_within_half_a_percent(
+    smollm2_path: Path, passage: tuple[list[int], torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Beside float32 weights, so that nothing else is coarser. Every layer of this model sees everything."""
+    steps = Steps(build(smollm2_path), block_size=16, num_blocks=96, dtype=dtype)
+    assert abs(compared(steps, f"K/V in {dtype}", passage) - 1) < 0.005
+
+
 def test_4_bits_that_are_made_at_load_within_three_percent(
     smollm2_path: Path, passage: tuple[list[int], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,8 +118,9 @@ def test_a_rank_reads_and_holds_its_part_alone(tmp_path: Path, name: str, rank: 
 def test_a_rank_keeps_the_keys_and_values_of_its_heads_alone(name: str, size: int) -> None:
     config, share = CONFIGS[name], Share(CONFIGS[name], 1, size).config("it")
     layout = partition_layers(share)
-    whole, part = (layout.block_bytes(each, 16, torch.float32) for each in (config, share))
-    assert part == whole // min(size, config.num_kv_heads)
+    for dtype in (torch.float32, torch.int8, torch.float8_e4m3fn):  # scales are a head's, and go with it
+        whole, part = (layout.block_bytes(each, 16, dtype) for each in (config, share))
+        assert part == whole // min(size, config.num_kv_heads)
     cache = KVCache(share, layout, num_blocks=3, block_size=16, dtype=torch.float32, device=torch.device("cpu"))
     assert cache.pool.shape[3] == max(config.num_kv_heads // size, 1)
 

@@ -1,4 +1,4 @@
-"""Keeps this folder out of an ordinary run, and mends three things in Triton's interpreter that would fail right kernels.
+"""Keeps this folder out of an ordinary run, and mends four things in Triton's interpreter that would fail right kernels.
 
 TRITON_INTERPRET is read when a kernel is defined, so the tests here run in a process of their own, which `test_interpreter.py` in the
 folder above starts.
@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
 else:
     import numpy as np
+    import torch
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -29,7 +30,12 @@ else:
     _convert_float = interpreter._convert_float
 
     def _convert_rounded(data: Any, source: Any, target: Any, rounding: Any) -> Any:
-        """The interpreter cuts float32 down to bfloat16; the hardware rounds to the nearest, ties to even, as this does."""
+        """The interpreter cuts float32 down to bfloat16 and to 8 bits; the hardware rounds to the nearest, ties to even, as this does. On
+        the way back from bfloat16 it loses subnormal numbers."""
+        if source == tl.float32 and target == tl.float8e4nv:
+            return torch.from_numpy(np.ascontiguousarray(data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        if source == tl.bfloat16 and target == tl.float32:
+            return np.ascontiguousarray(data).view(np.uint16).astype(np.uint32) << 16
         if source != tl.float32 or target != tl.bfloat16:
             return _convert_float(data, source, target, rounding)
         bits = np.ascontiguousarray(data).view(np.uint32).astype(np.uint64)
@@ -46,3 +52,15 @@ else:
         return _create_dot(self, *wide, *rest)
 
     interpreter.InterpreterBuilder.create_dot = _dot_wide
+
+    _binary_op = interpreter.InterpreterBuilder.binary_op
+
+    def _binary_wide(self: Any, a: Any, b: Any, operation: Any) -> Any:
+        """The interpreter adds and multiplies the bit patterns of bfloat16 as whole numbers, and knows no constant of that type."""
+        if a.dtype.scalar != tl.bfloat16 or operation not in (np.add, np.subtract, np.multiply):
+            return _binary_op(self, a, b, operation)
+        wide = _binary_op(self, self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32), operation)
+        return self.cast_impl(wide, tl.bfloat16)
+
+    interpreter.InterpreterBuilder.binary_op = _binary_wide
+    interpreter.InterpreterBuilder.get_bf16 = lambda self, value: self.cast_impl(self.get_fp32(value), tl.bfloat16)
