@@ -43,11 +43,15 @@ ATTENTION = (
     AttentionCase("256_window", "with local layers", STEP, 4, 1, 256, window=512),
     AttentionCase("256_softcap", "with capped scores", STEP, 2, 1, 256, softcap=50.0),
 )
+FAST = ("64", "64_near", "128", "128_window", "256")
+"""In the ordinary run: compiling takes seconds each."""
 
 
 @pytest.mark.parametrize("capability", CHIPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.long)], ids=str)
-@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.long] * (case.name not in FAST)) for case in ATTENTION]
+)
 def test_attention(case: AttentionCase, dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, kv = attention_cases.build(case, dtype)
     launches = record(monkeypatch, attention, lambda: attention.attend(q, kv, case.spec))
