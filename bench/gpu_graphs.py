@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
+from bench.gpu_clock import Clock, NeedsDeviceError
+from bench.gpu_score import Step
 from bench.models import SHAPES, build_runner, step_of
 from kernels.ops import select_ops
 
 CONTEXTS = (1, 17, 300, 2047)
 
 
-def steps() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    for name in ("tiny", "smollm2-135m"):
-        for batch in (1, 3, 16):
-            yield f"graph equals eager, {name}, {batch} sequences", lambda name=name, batch=batch: compare(name, batch)  # type: ignore[misc]
+def steps(clock: Clock) -> list[Step]:
+    return [
+        ({"case": f"graph equals eager, {name}, {batch} sequences"}, partial(compare, clock, name, batch))
+        for name in ("tiny", "tiny-experts", "smollm2-135m")
+        for batch in (1, 3, 16)
+    ]
 
 
-def compare(name: str, batch: int) -> dict[str, Any]:
+def compare(clock: Clock, name: str, batch: int) -> dict[str, Any]:
     """Largest difference between the logits of a replayed step and of the same step run eagerly: it must be exactly zero."""
-    device = torch.device("cuda")
+    if not clock.is_gpu:
+        raise NeedsDeviceError("a CPU has no graphs")
+    device = clock.device
     blocks = batch * 128 * (2 if name == "tiny" else 1)
     runner = build_runner(SHAPES[name], select_ops("triton"), device=device, dtype=torch.bfloat16, num_blocks=blocks)
     runner.cache.pool.normal_()

@@ -31,6 +31,16 @@ def shape(layers: int, width: int, feed_forward_width: int, heads: tuple[int, in
     )
 
 
+def gemma(
+    layers: int, width: int, feed_forward_width: int, heads: tuple[int, int, int], vocab_size: int, local: tuple[int, int] = (512, 5)
+) -> ModelConfig:
+    """As Gemma 3: local layers and a global one in turn, post norms, scaled embeddings. local: the window, and how many in a row."""
+    window, count = local
+    attention = tuple(LayerAttention(rope_base=1e6) if at % (count + 1) == count else LayerAttention(window=window) for at in range(layers))
+    own = {"has_qk_norm": True, "has_post_norms": True, "activation": "gelu_tanh", "embedding_scale": width**0.5, "norm_offset": 1.0}
+    return shape(layers, width, feed_forward_width, heads, vocab_size, attention=attention, **own)
+
+
 HYBRID = tuple(LayerAttention(window=None if at % 6 == 5 else 512) for at in range(18))
 SHAPES = {
     "smollm2-135m": shape(30, 576, 1536, (9, 3, 64), 49_152),
@@ -38,6 +48,12 @@ SHAPES = {
     "llama-1b": shape(16, 2048, 8192, (32, 8, 64), 128_256),
     "llama-8b": shape(32, 4096, 14_336, (32, 8, 128), 128_256),
     "hybrid-270m": shape(18, 640, 2048, (4, 1, 256), 262_144, attention=HYBRID, has_qk_norm=True),
+    "gemma3-1b": gemma(26, 1152, 6912, (4, 1, 256), 262_144),
+    "gemma3-270m": gemma(18, 640, 2048, (4, 1, 256), 262_144),
+    "llamagen-111m": shape(12, 768, 2048, (12, 12, 64), 16_384),
+    "llamagen-1.4b": shape(48, 1536, 4096, (24, 24, 64), 16_384),
+    "tiny-dense": shape(2, 64, 96, (4, 2, 16), 211),
+    "tiny-gemma": gemma(3, 64, 96, (4, 1, 16), 211, (24, 2)),
     "qwen3-30b-a3b": shape(
         48, 2048, 6144, (32, 4, 128), 151_936, has_qk_norm=True, experts=Experts(128, 8, 768, is_normalised=True, is_sparse=(True,) * 48)
     ),
@@ -66,16 +82,18 @@ def build_runner(
     ops: Ops,
     *,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Precision,
     num_blocks: int,
     block_size: int = 16,
     kv_dtype: torch.dtype | None = None,
 ) -> Runner:
-    """kv_dtype: of keys and values where it is not dtype; of a quantised one, layers with a window keep dtype."""
+    """dtype: of activations, K/V and dense weights, or a precision that says more of the weights. kv_dtype: of keys and values where it is
+    not the activations'; of a quantised one, layers with a window keep the activations'."""
+    precision = dtype if isinstance(dtype, Precision) else Precision(dtype)
     with torch.inference_mode():
-        model: Transformer = build_transformer(config, RandomSource(config, device), ops, precision=Precision(dtype), device=device)
-    layout = partition_layers(config, dtype if kv_dtype in QUANTISED else None)
-    cache = KVCache(config, layout, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype or dtype, device=device)
+        model: Transformer = build_transformer(config, RandomSource(config, device), ops, precision=precision, device=device)
+    layout = partition_layers(config, precision.dtype if kv_dtype in QUANTISED else None)
+    cache = KVCache(config, layout, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype or precision.dtype, device=device)
     return Runner(model, cache, num_groups=len(layout.groups), device=device)
 
 

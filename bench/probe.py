@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import time
@@ -45,6 +46,16 @@ def int8_rate(float_rate: float) -> float:
     return 4 * float_rate
 
 
+def commit_of_tree() -> str:
+    """By git, or where the tree is a copy without it by BRAID_COMMIT, or "unknown"."""
+    try:
+        run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        found = run.stdout.strip()
+    except OSError:  # no git here
+        found = ""
+    return found or os.environ.get("BRAID_COMMIT", "") or "unknown"
+
+
 def describe_machine() -> dict[str, Any]:
     """Processor, cores and versions, and the commit of the tree that is measured."""
     processor = platform.processor() or platform.machine()
@@ -55,12 +66,11 @@ def describe_machine() -> dict[str, Any]:
                 break
     except OSError:
         pass
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "processor": processor,
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit or "unknown",
+        "commit": commit_of_tree(),
     }

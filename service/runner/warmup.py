@@ -31,6 +31,10 @@ log = logging.getLogger("braid.runner")
 STEP_TOKENS = (2, 4, 8, 16, 17, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256, 257, 512, 1024, 2048, 4096, 8192)
 """Of prompts: both sides of every number of rows at which a product may change its tiles, and PyTorch's library its algorithm."""
 DECODES = (1, 2, 4, 8, 16, 17, 32, 33, 48, 64, 65, 128, 129, 256)
+CONTEXTS = tuple(2**power for power in range(6, 21))
+"""Up to which sequences have come: attention may keep more tiles in flight where there is more to read."""
+MOST_READ = 2**20
+"""Keys that the decodes of one step read here: a quarter of a second in a large model, and more would show no other kernel."""
 SAMPLED = (1, 2, 16, 17, 64, 65, 128, 129)
 """Rows: both sides of where the head's kernel changes its blocks, and where it is no longer used."""
 _GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
@@ -98,12 +102,20 @@ def steps_of(limits: Limits) -> Iterator[StepPlan]:
         yield _step(_prompts(count, limits), limits)
     for count in sorted({min(count, limits.max_sequences, limits.max_batch_tokens) for count in (*DECODES, limits.max_sequences)}):
         yield _step([1] * count, limits)
+    codes = () if limits.pictures is None else (limits.pictures.first_code,)
+    for context, code in product(sorted({min(context, limits.max_context) for context in CONTEXTS}), (None, *codes)):
+        for count in sorted({min(count, limits.max_sequences, limits.max_batch_tokens) for count in DECODES}):
+            if count == 1 or count * context <= MOST_READ:
+                yield _step([1] * count, limits, context=context, first_code=code)
+        yield _step([min(16, limits.max_batch_tokens, context)], limits, context=context, first_code=code)
     has_both = limits.max_sequences > 1 and limits.max_context > 1
     if has_both and limits.max_batch_tokens > 2:
-        yield _step([1, min(16, limits.max_batch_tokens - 1, limits.max_context)], limits)
+        for count, length in product((1, 16, 64), (16, 64, 512)):
+            own = min(count, limits.max_sequences - 1, limits.max_batch_tokens - 2)
+            yield _step([1] * own + [min(length, limits.max_batch_tokens - own, limits.max_context)], limits)
     if limits.pictures is not None:
-        codes = min(limits.pictures.num_places, limits.max_batch_tokens - 1, limits.max_context)
-        for lengths in ([1], [codes], [1, codes]) if has_both else ([1], [codes]):
+        most_codes = min(limits.pictures.num_places, limits.max_batch_tokens - 1, limits.max_context)
+        for lengths in ([1], [most_codes], [1, most_codes]) if has_both else ([1], [most_codes]):
             yield _step(lengths, limits, first_code=limits.pictures.first_code)
 
 
@@ -141,13 +153,14 @@ def _prompts(num_tokens: int, limits: Limits) -> list[int]:
     return sorted(min(limits.max_context, num_tokens - start) for start in range(0, num_tokens, limits.max_context))
 
 
-def _step(lengths: Sequence[int], limits: Limits, first_code: int | None = None) -> StepPlan:
-    """Slices of so many tokens, each the beginning of a sequence of its own; all codes where a code is given."""
+def _step(lengths: Sequence[int], limits: Limits, *, context: int = 0, first_code: int | None = None) -> StepPlan:
+    """Slices of so many tokens, each of a sequence of its own: its beginning, or where it reaches a context. first_code: of all tokens."""
     slices = []
     for row, length in enumerate(lengths):
-        tables = ((0,) * -(-length // limits.block_size),) * limits.num_groups
-        grid_starts = () if first_code is None else (0,) * length
-        slices.append(Slice(-1 - row, 0, (first_code or 0,) * length, tables, grid_starts))
+        start = max(context - length, 0)
+        tables = ((0,) * -(-(start + length) // limits.block_size),) * limits.num_groups
+        grid_starts = () if first_code is None else (start,) * length
+        slices.append(Slice(-1 - row, start, (first_code or 0,) * length, tables, grid_starts))
     return StepPlan(step_id=-1, slices=tuple(slices), samples=())
 
 

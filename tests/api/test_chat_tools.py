@@ -90,7 +90,7 @@ def plain(choice: dict[str, Any]) -> dict[str, Any]:
 PIECES = st.sampled_from(["Hm. ", "🙂", "é<", "<tool", "</tool_call>", "<think>a🙂b</think>", CALL, TICK, '<tool_call>{"name": 5}', "\n"])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     pieces=st.lists(PIECES, max_size=5),
     per_event=st.sampled_from([1, 2, 5, 20]),

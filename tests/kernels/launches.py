@@ -1,11 +1,10 @@
 """Every launch the back end would make for a case, recorded instead of run, and compiled ahead of time for a GPU that need not be there.
 
-So what is compiled is what the wrappers launch: their constants, tile sizes and warps. Called by `test_compile`.
+So what is compiled is what the wrappers launch: their constants, tile sizes and warps. Called by `test_compile*`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -22,6 +21,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from tests.kernels import resources
 
 TYPES = {
     torch.float32: "*fp32",
@@ -41,7 +42,6 @@ SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 NEVER_SPILL = {"decode_kernel", "reduce_kernel", "kv_write_kernel", "norm_kernel"} | {
     f"{name}_kernel" for name in ("score", "threshold", "draw", "choose")
 }
-SPILLS = json.loads((Path(__file__).parent / "spills.json").read_text())
 CHIPS = [pytest.param(90), pytest.param(80, marks=pytest.mark.long), pytest.param(100, marks=pytest.mark.long)]
 
 
@@ -120,11 +120,28 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
 
 
 def assert_fits(launch: Launch, capability: int, detail: str = "") -> None:
+    """Shared memory within the chip's, and what `resources.json` says."""
     compiled = compile_launch(launch, capability)
-    where = f"sm_{capability} {launch.name} {detail}".strip()
-    assert compiled.shared_bytes <= SHARED_BYTES[capability], where
-    allowed = 0 if launch.name in NEVER_SPILL else SPILLS.get(where, {"bytes": 0})["bytes"]
-    assert compiled.stack_bytes <= allowed, f"{where} spills {compiled.stack_bytes} bytes a thread"
+    key = " ".join(f"sm_{capability} {launch.name} {detail}".split()) + f" | {_variant(launch)}"
+    assert compiled.shared_bytes <= SHARED_BYTES[capability], key
+    found = {"registers": compiled.registers, "shared_bytes": compiled.shared_bytes, "spilled_bytes": compiled.stack_bytes}
+    resources.check(key, found, never_spills=launch.name in NEVER_SPILL)
+
+
+def _variant(launch: Launch) -> str:
+    """What tells a compiled launch from others of its kernel: types, constants, which numbers are 1 or divisible by 16, warps, stages, and
+    whether it is launched dependent."""
+    types, constants, numbers = [], [], ""
+    for param in launch.kernel.params:
+        value = launch.arguments[param.name]
+        if isinstance(value, Tensor):
+            types.append(str(value.dtype).removeprefix("torch."))
+        elif param.is_constexpr or value is None:
+            constants.append(f"{param.name}={str(value).replace(' ', '').removeprefix('torch.')}")
+        elif isinstance(value, int):
+            numbers += "1" if value == 1 else "d" if value % 16 == 0 else "n"
+    kinds, how = ",".join(dict.fromkeys(types)), f"{launch.num_warps} warps, {launch.num_stages} stages"
+    return " ".join([kinds, *constants, *([numbers] if numbers else []), how + ", dependent" * launch.launch_pdl])
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

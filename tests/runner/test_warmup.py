@@ -36,19 +36,22 @@ from tests.runner.test_graphs import RerunRecorder
 
 TINY = replace(SHAPES["tiny"], layers=SHAPES["tiny"].layers[:2], max_context=256)
 PICTURES = PictureIds(100, 64, 4, 4, 1, 2, 3)
+WITH_EXPERTS = replace(SHAPES["tiny-experts"], max_context=256)
 WITH_PICTURES = replace(
     TINY, pictures=PICTURES, layers=tuple(replace(layer, radius=(1, 1) if layer.window else None) for layer in TINY.layers)
 )
 
 
-def runner_of(config: ModelConfig, weights: Literal["dense", "int8"] = "dense") -> tuple[Runner, Limits]:
+def runner_of(
+    config: ModelConfig, weights: Literal["dense", "int8"] = "dense", kv_dtype: torch.dtype = torch.bfloat16
+) -> tuple[Runner, Limits]:
     """As it would be on a GPU, but for the device."""
     device, ops, max_sequences, max_batch_tokens = torch.device("cpu"), select_ops("triton"), 70, 128
     with torch.inference_mode():
         precision = Precision(torch.bfloat16, weights)
         model = build_transformer(config, RandomSource(config, device), ops, precision=precision, device=device)
     layout = partition_layers(config)
-    cache = KVCache(config, layout, num_blocks=64, block_size=16, dtype=torch.bfloat16, device=device)
+    cache = KVCache(config, layout, num_blocks=64, block_size=16, dtype=kv_dtype, device=device)
     runner = Runner(model, cache, num_groups=len(layout.groups), device=device)
     runner.cache.views = [(pool[0], pool[1]) for pool in runner.cache.pool]  # as keys lie on a GPU
     limits = Limits(runner.num_groups, 16, max_batch_tokens, max_sequences, config.max_context, config.vocab_size, config.pictures)
@@ -94,10 +97,19 @@ def params_of(rng: random.Random) -> SamplingParams:
 
 
 @pytest.mark.parametrize(
-    ("config", "weights"), [(TINY, "dense"), (WITH_PICTURES, "dense"), (TINY, "int8")], ids=["text", "pictures", "int8"]
+    ("config", "weights", "kv_dtype"),
+    [
+        (TINY, "dense", torch.bfloat16),
+        (WITH_PICTURES, "dense", torch.bfloat16),
+        (TINY, "int8", torch.int8),
+        (WITH_EXPERTS, "dense", torch.bfloat16),
+    ],
+    ids=["text", "pictures", "int8", "experts"],
 )
-def test_traffic_needs_no_kernel_that_warm_up_has_not_met(config: ModelConfig, weights: Literal["dense", "int8"]) -> None:
-    runner, limits = runner_of(config, weights)
+def test_traffic_needs_no_kernel_that_warm_up_has_not_met(
+    config: ModelConfig, weights: Literal["dense", "int8"], kv_dtype: torch.dtype
+) -> None:
+    runner, limits = runner_of(config, weights, kv_dtype)
     with recorded_keys() as warm:
         run_steps(runner, limits)
         runner.capture_graphs(limits.max_sequences, RerunRecorder())
@@ -125,7 +137,9 @@ def test_what_runs_at_start_is_what_the_scheduler_may_plan() -> None:
             lengths = [len(piece.tokens) for piece in plan.slices]
             assert 0 < sum(lengths) <= limits.max_batch_tokens
             assert len(lengths) <= limits.max_sequences
-            assert 0 < min(lengths) <= max(lengths) <= limits.max_context
+            assert min(lengths) > 0
+            assert max(piece.start + len(piece.tokens) for piece in plan.slices) <= limits.max_context
+            assert all(len(table) * 16 >= piece.start + len(piece.tokens) for piece in plan.slices for table in piece.tables)
             assert lengths == sorted(lengths), "those with one token come first"
             assert len({piece.sequence_id for piece in plan.slices}) == len(lengths)
         most = min(limits.max_batch_tokens, limits.max_sequences * limits.max_context)

@@ -328,6 +328,7 @@ def _offline(materials: Materials, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "load_text", lambda sources: TextSet([], ["Braid: a plait\nOf three strands.", "short", "third"]))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_offline")
 def test_any_checkpoint_is_measured_and_written_up(artefact: Path, materials: Materials, tmp_path: Path) -> None:
     found = evaluate(artefact, tmp_path / "one", True, data=materials.recipe, amounts=TINY)
