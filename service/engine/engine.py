@@ -111,7 +111,7 @@ class Flying:
 class Lane:
     """One model: what it is, who decides, who computes, who paints, who guesses, how long its steps take and how long its prompts may hold
     them up. counts: what its runner counts. ahead: its runner, where steps are begun one ahead; flying: the one that was, while another is
-    not. finished: when a step was known last."""
+    not."""
 
     info: ModelInfo
     scheduler: Scheduler
@@ -125,7 +125,6 @@ class Lane:
     counts: Callable[[], RunnerCounts] = RunnerCounts
     ahead: Ahead | None = None
     flying: Flying | None = None
-    finished: float = 0.0
 
     def __post_init__(self) -> None:
         self.masks = PictureMasks(self.info.pictures, self.info.vocab_size) if self.info.pictures is not None else None
@@ -134,10 +133,8 @@ class Lane:
     def is_compiling(self) -> bool:
         return self.constraints is not None and self.constraints.num_waiting > 0
 
-    def learn(self, step: Flying, now: float) -> None:
-        """It is known: takes what it cost into account, from the end of the one in front of it. Mutates: the step's seconds."""
-        step.seconds = now - max(step.started, self.finished)
-        self.finished = now
+    def learn(self, step: Flying) -> None:
+        """It is known: takes what it cost into account."""
         self.estimate.learn(step.plan.num_tokens, step.seconds)
         if self.drafting is not None:
             self.drafting.learn(step.plan)
@@ -174,6 +171,7 @@ class Engine:
         self._clock = clock
         self._events: list[Event] = []
         self._num_failures = 0
+        self._finished = 0.0  # when a step of any lane was known last: the device computes in order, so those begun earlier waited for it
         self._is_stopping = False
         self._is_unchecked = False
         for lane in lanes:
@@ -422,15 +420,13 @@ class Engine:
             return False
         self.pulse.begin(started, lane.estimate.of(max(step.num_tokens for step in steps)))
         begun = None if plan is None else self._begin(lane, plan, started)
-        if before is not None:
-            self._finish(lane, before)
+        known = before if before is not None and self._finish(lane, before) else None
         if begun is not None and self._draw(lane, begun):
-            if lane.ahead is None:
-                self._finish(lane, begun)
-            else:
+            if lane.ahead is not None:
                 lane.flying = begun
+            elif self._finish(lane, begun):
+                known = begun
         self.pulse.end()
-        known = begun if before is None and lane.flying is None else before
         if known is not None:
             self._deliver(known.plan.num_tokens, known.seconds, lane.info.name)
         elif self._events:
@@ -491,8 +487,8 @@ class Engine:
             return False
         return True
 
-    def _finish(self, lane: Lane, flying: Flying) -> None:
-        """Waits for what the step has brought, and commits it."""
+    def _finish(self, lane: Lane, flying: Flying) -> bool:
+        """Waits for what the step has brought, and commits it. False when it failed."""
         plan = flying.plan
         try:
             drawn = flying.drawn if flying.drawing is None else flying.drawing.wait()
@@ -501,10 +497,15 @@ class Engine:
             check_readings(plan, readings)
             self._take(lane.scheduler.commit(plan, drawn, self._clock(), readings))
         except Exception:
+            self._finished = self._clock()
             self._fail(lane, plan)
-            return
+            return False
         self._num_failures = 0
-        lane.learn(flying, self._clock())
+        now = self._clock()
+        flying.seconds = now - max(flying.started, self._finished)
+        self._finished = now
+        lane.learn(flying)
+        return True
 
     def _fail(self, lane: Lane, plan: StepPlan) -> None:
         """Called where the exception is handled."""

@@ -115,12 +115,15 @@ def choose_encoder_storage(dtype: str) -> Storage:
 
 
 def choose_device(device: str) -> torch.device:
-    """Raises: StartupError when CUDA is asked for and there is none."""
+    """Raises: StartupError when CUDA is asked for and there is none, or none of that number."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise StartupError(f"--device {device}: this installation of torch finds no CUDA device; use --device cpu, or install a CUDA build")
-    return torch.device(device)
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is not None and chosen.index >= (count := torch.cuda.device_count()):
+        raise StartupError(f"--device {device}: torch finds {count} CUDA devices, cuda:0 to cuda:{count - 1}")
+    return chosen
 
 
 def load_models(load: Load, progress: Callable[[str, float], None], peers: Peers | None = None) -> list[Loaded]:
@@ -131,6 +134,8 @@ def load_models(load: Load, progress: Callable[[str, float], None], peers: Peers
     device = choose_device(load.device)
     if device.type == "cuda":
         keep_kernels(load.kernel_folder)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # Triton launches on the current one, and graphs and events are its
     if load.deterministic and device.type == "cpu" and load.dtype in ("float32", "bfloat16"):
         raise StartupError(f"--deterministic with --dtype {load.dtype} needs a GPU; on a CPU int8 and int4 are deterministic")
     ops = select_ops("cpu" if device.type == "cpu" else "triton", load.deterministic)

@@ -34,10 +34,14 @@ class Reader:
         self.model = model
         self.device = device
         self._pooled: dict[int, _Pooled] = {}
+        self._released: tuple[int, ...] = ()
 
     def release(self, sequence_ids: Sequence[int]) -> None:
-        for sequence_id in sequence_ids:
+        """Called once for each step that is begun. What is kept of these goes with the step after: the one in front of this may hold
+        slices of them, and be read later than this one is begun."""
+        for sequence_id in self._released:
             self._pooled.pop(sequence_id, None)
+        self._released = tuple(sequence_ids)
 
     def read(self, plan: StepPlan, x_TD: Tensor, residual_TD: Tensor) -> list[PromptReading]:
         """One `PromptReading` per read of the plan. Mutates: what is kept of sequences whose prompts go on."""

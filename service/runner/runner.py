@@ -95,12 +95,19 @@ class Runner:
             self.compiles.of = self
         with torch.inference_mode():
             rows = self.state.admit(plan.slices)
-            hidden = None if self.graphs is None else self.graphs.run(plan, rows)
-            if hidden is not None:
-                return Handle(plan, hidden if plan.samples else None)
-            inputs = self._build(plan, rows)
-            x, residual = self._run_layers(inputs)
-            return Handle(plan, self._hidden(x, residual, inputs), states=(x, residual) if plan.reads else None)
+            try:
+                return self._forward(plan, rows)
+            except Exception:
+                self.state.forget_tables(rows)
+                raise
+
+    def _forward(self, plan: StepPlan, rows: Rows) -> Handle:
+        hidden = None if self.graphs is None else self.graphs.run(plan, rows)
+        if hidden is not None:
+            return Handle(plan, hidden if plan.samples else None)
+        inputs = self._build(plan, rows)
+        x, residual = self._run_layers(inputs)
+        return Handle(plan, self._hidden(x, residual, inputs), states=(x, residual) if plan.reads else None)
 
     def _build(self, plan: StepPlan, rows: Rows) -> StepInputs:
         """Of a step that no graph runs."""

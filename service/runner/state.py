@@ -162,6 +162,11 @@ class StateTable:
 
     # -- block tables --
 
+    def forget_tables(self, rows: Rows) -> None:
+        """What counts as sent of these may not have come there: next time all of it is sent, whoever has the row then."""
+        for row in rows.tolist():
+            self._sent[row] = ()
+
     def new_blocks(self, slices: Sequence[Slice], rows: Rows) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """(columns, blocks) int32 [G, S]: the one block that each table has won since it was last sent, column -1 where there is none.
 

@@ -259,9 +259,9 @@ class Scheduler:
         return outputs + [self._complete(gang, now) for gang in flight.ending if gang.state is State.RUNNING]
 
     def grammars(self, plan: StepPlan) -> list[Grammar | None]:
-        """Of each sample of a plan in flight; how they stand tells nothing before the steps in front of it are committed. Raises:
-        RuntimeError when this is none."""
-        return [gang.grammar for gang in self._require_flight(plan).sampled]
+        """Of each sample of a plan in flight, None where its choice has ended meanwhile; how they stand tells nothing before the steps in
+        front of it are committed. Raises: RuntimeError when this is none."""
+        return [gang.grammar if gang.state is State.RUNNING else None for gang in self._require_flight(plan).sampled]
 
     def conclude(self, plan: StepPlan, index: int, error: GrammarError | None) -> None:
         """The choice of this sample of a plan in flight ends at `commit`, with "error" or, without one, "stop"; what is drawn for it

@@ -15,7 +15,7 @@ from service.engine.engine import MAX_FAILURES, BrokenEngineError, Engine, Lane
 from service.engine.messages import MAX_CHOICES, Abort, Delivery, Down, Event, Shutdown, Unreadable, Up
 from service.engine.prompt_pace import PromptPace
 from service.scheduling.budget import PromptLimit
-from service.scheduling.plan import KVGroup, RunnerCounts, StepPlan
+from service.scheduling.plan import Drawn, KVGroup, RunnerCounts, StepPlan
 from service.scheduling.scheduler import Scheduler
 from tests.fakes import (
     DRAW_OUTSIDE,
@@ -24,6 +24,7 @@ from tests.fakes import (
     FAIL_SAMPLE,
     OUT_OF_MEMORY,
     VOCAB,
+    ScriptedDrawing,
     ScriptedModel,
     ScriptedRunner,
     generate,
@@ -158,6 +159,47 @@ def test_steps_are_begun_before_the_ids_of_those_in_front_are_known() -> None:
         assert tokens_of(mailbox, name) == scripted_tokens(prompt, 40)
 
 
+class InOrder(ScriptedRunner):
+    """Of a device on which every step takes 100 ms of the test's clock, whosever it is, and begins when the one before it ends."""
+
+    def __init__(self, mailbox: ListMailbox, device: list[float]) -> None:
+        super().__init__()
+        self.mailbox, self.device = mailbox, device
+        self.ends: dict[int, float] = {}
+
+    def forward(self, plan: StepPlan) -> StepPlan:
+        self.device[0] = self.ends[plan.step_id] = max(self.device[0], self.mailbox.now) + 0.1
+        return super().forward(plan)
+
+    def draw(self, handle: StepPlan, masks: None = None) -> ScriptedDrawing:
+        drawing = Late(self, handle, masks)
+        drawing.try_to_draw()
+        return drawing
+
+
+class Late(ScriptedDrawing):
+    """Its ids are there when the device has come so far."""
+
+    def wait(self) -> list[Drawn]:
+        mailbox = self._runner.mailbox
+        mailbox.now = max(mailbox.now, self._runner.ends[self._handle.step_id])
+        return super().wait()
+
+
+def test_a_step_is_not_charged_with_those_of_other_lanes() -> None:
+    mailbox = ListMailbox([[generate(name, model=name, max_tokens=12) for name in ("one", "two", "three")]])
+    device, lanes = [0.0], []
+    for name in ("one", "two", "three"):
+        lane = lane_of(scripted_model(name))
+        lane.runner = lane.ahead = InOrder(mailbox, device)
+        lanes.append(lane)
+    Engine(lanes, mailbox, mailbox.clock).run()
+    steps = [delivery.step_s for delivery in mailbox.deliveries if delivery.step_tokens == 1]
+    assert len(steps) == 3 * 11
+    assert max(steps) < 0.2
+    assert sum(steps) / len(steps) == pytest.approx(0.1, abs=0.03)
+
+
 def test_a_stop_id_ends_and_is_no_token() -> None:
     first, second = scripted_tokens([1, 2, 3], 2)
     mailbox = run([generate("a", stop_ids=(second,))])
@@ -254,6 +296,8 @@ def test_a_failed_step_ends_only_who_was_in_it(trigger: int, caplog: pytest.LogC
     assert any(record.exc_info for record in caplog.records), "the trace is not in the log"
     for request_id, prompt in (("waiting", [3]), ("other", [4]), ("later", [5])):
         assert tokens_of(mailbox, request_id) == scripted_tokens(prompt, 8)
+    assert all((delivery.step_tokens > 0) == (delivery.step_s > 0) for delivery in mailbox.deliveries), "a step that failed is counted"
+    assert sum(delivery.step_model == "one" and delivery.step_tokens == 2 for delivery in mailbox.deliveries) == 0
 
 
 def test_failures_without_end_break_the_engine() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels.ops import select_ops
-from service.runner.inputs import send
+from service.runner.inputs import copy_into
 from service.runner.runner import Runner
 from service.scheduling.plan import PENDING, Sample, Slice, StepPlan
 from service.scheduling.sampling import SamplingParams
@@ -69,12 +69,48 @@ def test_nothing_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+DRAWN_AS = {
+    "greedy": ({"temperature": 0.0}, {}),
+    "filtered": ({"top_k": 5, "top_p": 0.9, "min_p": 0.01}, {}),
+    "penalised": ({"repetition_penalty": 1.2, "presence_penalty": 0.5}, {"history": (5, 6, 7, 8, 9, PENDING), "prompt_len": 5}),
+    "biased": ({"logit_bias": ((3, 1.5), (4, -1.0))}, {}),
+    "with logprobs": ({"logprobs": 3}, {}),
+    "banned": ({}, {"banned": (3, 40)}),
+}
+
+
+@pytest.mark.parametrize("kind", [*DRAWN_AS, "guided", "masked"])
+def test_nothing_waits_for_what_is_drawn(kind: str) -> None:
+    """Drawing, whatever the samples ask for, until the ids are wanted; and they are there then."""
+    runner = on_gpu("windows", has_graphs=True)
+    params, more = DRAWN_AS.get(kind, ({}, {}))
+    own = SamplingParams(max_tokens=1, **params)
+    samples = tuple(Sample(at, (at,), own, 6, 0, **more) for at in range(3))
+    if kind == "guided":
+        samples = (Sample(0, (0, 2), replace(own, min_p=0.05), 6, 0, guidance=2.0), samples[1])
+    masks = np.full((len(samples), -(-runner.model.config.vocab_size // 32)), -2, dtype=np.int32) if kind in ("guided", "masked") else None
+    pieces = tuple(Slice(at, 5, (7,), ((2 * at, 2 * at + 1), (20 + 2 * at, 21 + 2 * at))) for at in range(3))
+    known = tuple(replace(sample, history=sample.history and (*sample.history[:-1], 10)) for sample in samples)
+    first = runner.draw(runner.forward(StepPlan(0, pieces, known)), masks).wait()  # kernels are compiled here
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawing = runner.draw(runner.forward(StepPlan(1, pieces, samples, released=())), masks)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    drawn = drawing.wait()
+    assert len(drawn) == len(first) == len(samples)
+    assert all(0 <= one.token < runner.model.config.vocab_size for one in drawn)
+    if kind != "penalised":  # what was drawn first counts there
+        assert [one.token for one in drawn] == [one.token for one in first]
+
+
 def test_numbers_in_flight_are_not_overwritten() -> None:
     """Copies wait behind long work while the host goes on and asks for the memory of the next one."""
     targets = [torch.zeros(4096, dtype=torch.int32, device="cuda") for _ in range(40)]
-    send(np.zeros(4096, dtype=np.int32), targets[0])
+    copy_into(np.zeros(4096, dtype=np.int32), targets[0])
     torch.cuda._sleep(500_000_000)
     for number, target in enumerate(targets):
-        send(np.full(4096, number, dtype=np.int32), target)
+        copy_into(np.full(4096, number, dtype=np.int32), target)
     torch.cuda.synchronize()
     assert [target.unique().tolist() for target in targets] == [[number] for number in range(40)]

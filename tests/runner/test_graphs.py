@@ -121,6 +121,31 @@ def test_rows_come_in_the_order_of_the_samples() -> None:
     assert torch.equal(runner.logits(runner.forward(StepPlan(0, pieces, gang))), every[[1, 3, 0]])
 
 
+@pytest.mark.parametrize("is_replayed", [True, False])
+def test_blocks_of_a_step_that_failed_do_not_count_as_sent(is_replayed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may run out between what the host notes and what the device gets; the row's next sequence must not read by what was there."""
+    runner, untouched = captured("plain"), captured("plain")
+    samples = (Sample(1, (0,), SamplingParams(max_tokens=1), 5, 0),)
+    length = 1 if is_replayed else 2
+
+    def step(sequence: int, table: tuple[int, ...], released: tuple[int, ...] = ()) -> StepPlan:
+        return StepPlan(0, (Slice(sequence, 4, (7,) * length, (table,)),), (replace(samples[0], sequence_id=sequence),), released)
+
+    def fail(array: object, target: object) -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    for each in (runner, untouched):
+        each.forward(StepPlan(0, (Slice(0, 0, (5, 6, 8, 9), ((3,),)),), ()))
+    failing = "service.runner.graphs.copy_into" if is_replayed else "service.runner.state.on_device"
+    with monkeypatch.context() as broken:
+        broken.setattr(failing, fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            runner.forward(step(0, (3, 9)))
+    later = step(1, (3, 9), released=(0,))
+    assert torch.equal(runner.logits(runner.forward(later)), untouched.logits(untouched.forward(later)))
+    assert torch.equal(runner.cache.pool, untouched.cache.pool)
+
+
 def test_nothing_of_a_picture_stays_in_the_graph() -> None:
     """Codes beside text, then text alone with the same rows."""
     graphed, eager = captured("pictures"), build_runner(CONFIGS["pictures"], NUM_BLOCKS)

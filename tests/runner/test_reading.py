@@ -110,7 +110,27 @@ def test_sums_end_with_the_vector_or_with_the_sequence(runner: Runner, pool: Poo
     assert not runner.reader._pooled
     run(runner, [piece(runner, 0, 0, 30)], [first])
     run(runner, [piece(runner, 1, 0, 3)], [], released=(0,))
+    run(runner, [piece(runner, 1, 3, 4)], [])
     assert not runner.reader._pooled
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("start", [0, 30])
+def test_who_was_aborted_in_flight_costs_nobody_his_reading(runner: Runner, pool: Pool, start: int) -> None:
+    """The step behind, which releases the sequence, is begun before the one that still has a slice of it is read."""
+    (expected,) = run(runner, [piece(runner, 1, 0, 20)], [PromptRead(0, 1, pool=pool, is_last=True)])
+    if start:
+        run(runner, [piece(runner, 0, 0, start)], [PromptRead(0, 0, pool=pool)])
+    reads = (PromptRead(0, 0, pool=pool), PromptRead(1, 1, pool=pool, is_last=True))
+    flying = runner.forward(StepPlan(0, (piece(runner, 0, start, 40), piece(runner, 1, 0, 20)), (), reads=reads))
+    runner.forward(StepPlan(1, (piece(runner, 1, 20, 21),), (), released=(0,)))
+    _, reading = runner.read(flying)
+    assert reading.vector is not None
+    assert expected.vector is not None
+    vectors = [torch.frombuffer(bytearray(vector), dtype=torch.float32) for vector in (expected.vector, reading.vector)]
+    torch.testing.assert_close(*vectors, atol=1e-5, rtol=1e-5)
+    runner.forward(StepPlan(2, (piece(runner, 1, 21, 22),), ()))
+    assert not runner.reader._pooled, "a sequence that is gone is kept for ever"
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])

@@ -79,6 +79,17 @@ def test_who_ends_on_a_stop_id_leaves_a_row_that_counts_for_nothing() -> None:
     assert request.request_id in {key[0] for key in bench.ends}
 
 
+def test_the_grammar_of_who_has_ended_is_asked_for_nothing_more() -> None:
+    """A matcher that ended in an error would be asked for a mask, and its fault be logged as ours once more."""
+    bench = make_bench()
+    bench.add(make_request("ends", max_tokens=9, grammars=(CountingGrammar(1),)))
+    bench.add(make_request("more", (7, 8), max_tokens=9, grammars=(more := CountingGrammar(9),)))
+    plan, ahead = begun(bench)
+    assert len(ahead.samples) == 2
+    bench.commit(plan)
+    assert bench.scheduler.grammars(ahead) == [None, more]
+
+
 @pytest.mark.parametrize("kind", ["reads", "guesses", "is forced", "wants no id"])
 def test_who_goes_on_from_what_the_step_brings_waits_for_it(kind: str) -> None:
     more = {
