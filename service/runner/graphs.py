@@ -23,7 +23,7 @@ from service.runner.inputs import StepInputs, copy_into, on_device
 from service.runner.state import Rows, StateTable
 from service.scheduling.plan import Slice, StepPlan
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 Compute = Callable[[StepInputs], Tensor]
 
 
@@ -41,14 +41,14 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # one: memory is kept for each
 
     def capture(self, launch: Callable[[], Tensor]) -> tuple[Replayable, Tensor]:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(2):  # the first launch of a kernel compiles it, which must not be captured
                 launch()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             output = launch()
@@ -83,7 +83,8 @@ class DecodeGraphs:
         self.state = state
         self.ops = ops
         self.recorder = recorder
-        self.sizes = tuple(size for size in BATCH_SIZES if size <= limits.max_sequences) or (1,)
+        most = min(limits.max_sequences, BATCH_SIZES[-1])
+        self.sizes = (*(size for size in BATCH_SIZES if size < most), most)  # the last one holds every step there can be
         self.captured: dict[int, Captured] = {}
         self.num_replays = 0
         self.num_misses = 0

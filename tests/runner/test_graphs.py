@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from service.runner.graphs import DecodeGraphs, GraphLimits
 from service.runner.runner import Runner
 from service.scheduling.plan import PENDING, PromptRead, Sample, Slice, StepPlan
 from service.scheduling.sampling import SamplingParams
 from tests.runner.served import CONFIGS, PLAIN, Served, build_runner
 
 NUM_BLOCKS = 40
-MOST = 6  # sequences in a step; the largest graph has 4 rows
+MOST, GRAPHED = 6, 4  # sequences in a step, and rows of the largest graph
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ class RerunRecorder:
         return Rerun(launch, output), output
 
 
-def captured(name: str, max_sequences: int = MOST) -> Runner:
+def captured(name: str, max_sequences: int = GRAPHED) -> Runner:
     runner = build_runner(CONFIGS[name], NUM_BLOCKS)
     runner.capture_graphs(max_sequences, RerunRecorder())
     return runner
@@ -106,6 +107,17 @@ def test_which_steps_a_graph_runs() -> None:
     ):
         runner.forward(step)
         assert (graphs.num_replays, graphs.num_misses) == counts
+
+
+@pytest.mark.parametrize(
+    ("most", "largest"), [(1, [1]), (3, [1, 2, 3]), (100, [48, 64, 96, 100]), (256, [128, 192, 256]), (5000, [512, 768, 1024])]
+)
+def test_the_largest_graph_holds_every_step_there_can_be(most: int, largest: list[int]) -> None:
+    runner = build_runner(CONFIGS["plain"], NUM_BLOCKS)
+    assert runner.model.ops.step is not None
+    limits = GraphLimits(1, 4, 64, most, False)
+    graphs = DecodeGraphs(lambda inputs: inputs.ids, limits, runner.state, runner.model.ops.step, RerunRecorder())
+    assert list(graphs.sizes[-len(largest) :]) == largest
 
 
 def test_rows_come_in_the_order_of_the_samples() -> None:
