@@ -44,6 +44,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ, **environment))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a device nothing fails")
 def test_without_a_device_every_row_says_why(tmp_path: Path) -> None:
     done = run("--budget", "60", "--out", str(tmp_path), "--only", "probe_before", "--only", "graphs")

@@ -194,7 +194,8 @@ def test_the_same_pictures_and_texts_when_steps_are_begun_ahead(served: Callable
     one_by_one, ahead = desks
     assert ahead.ids == one_by_one.ids
     assert one_by_one.num_pending == 0
-    assert ahead.num_pending > 10
+    # Where every free place has a kept one behind it, each id is followed by one that is forced, and waits for it.
+    assert (ahead.num_pending > 10) == (rule != "half")
 
 
 @pytest.mark.parametrize("case", CASES)

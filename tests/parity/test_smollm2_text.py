@@ -81,6 +81,7 @@ def test_keys_and_values_alone_within_half_a_percent(
     assert abs(compared(steps, f"K/V in {dtype}", passage) - 1) < 0.005
 
 
+@pytest.mark.long
 def test_4_bits_that_are_made_at_load_within_three_percent(
     smollm2_path: Path, passage: tuple[list[int], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def test_an_arm_that_another_process_is_at_is_left_to_it(bench: Bench) -> None:
     assert read_results(bench.results) == []
 
 
+@pytest.mark.long
 def test_the_tokenizer_arms_share_their_first_stage(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablate, "told_apart", partial(told_apart, steps=2))
     at_once = changed(bench.recipe, {"tokenizer.settings.alone_steps": 0, "tokenizer.settings.ramp_steps": 1})

@@ -67,6 +67,7 @@ def _rank(folder: Path, rank: Rank) -> None:
     torch.save([each.detach() for each in _taught(matrices, Muon(matrices, RATE, DECAY, rank))], folder / f"{rank.index}.pt")
 
 
+@pytest.mark.long
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     run_ranks(2, partial(_rank, tmp_path))
     alone = _matrices()

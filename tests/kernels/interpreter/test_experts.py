@@ -21,7 +21,7 @@ def test_experts(case: cases.ExpertsCase, monkeypatch: pytest.MonkeyPatch) -> No
     check_experts(case, DTYPES[cases.CASES.index(case) % 3], "cpu", monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["crowded", "ties"])
+@pytest.mark.parametrize("name", ["crowded", pytest.param("ties", marks=pytest.mark.long)])
 def test_more_entries_than_are_grouped_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "GROUP_BLOCK", 16)
     case = next(case for case in cases.CASES if case.name == name)

@@ -34,7 +34,15 @@ def test_scores(num_rows: int, dtype: torch.dtype) -> None:
     checks_head.check_scores(num_rows, 200, 96, dtype, "cpu")
 
 
-@pytest.mark.parametrize("filters", [{"top_k": 9}, {"top_p": 0.7}, {"top_k": 30, "top_p": 0.5}, {"top_k": 500}])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        pytest.param({"top_k": 9}, marks=pytest.mark.long),
+        pytest.param({"top_p": 0.7}, marks=pytest.mark.long),
+        {"top_k": 30, "top_p": 0.5},
+        {"top_k": 500},
+    ],
+)
 def test_floors_of_more_tiles_than_registers_hold(filters: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of a large vocabulary, made small."""
     monkeypatch.setattr(sampling, "FEW_TILES", 2)
