@@ -2,7 +2,7 @@
 
 What lives here: the values that cross the line (specs, weights, paged K/V, sampling rows), the `Ops` table of callables with each
 contract written once, and `select_ops`. What must not: a formula, a model family, a request. Called by `service/model`,
-`service/runner`, training, tests and benchmarks.
+`service/runner`, training, tests and benchmarks. Long, because every contract of the line stands here and nowhere else.
 
 Shape suffixes: T tokens, S sequences, D model width, N query heads, K key/value heads, H head width, F feed-forward width,
 B blocks in the pool, P places in a block, W blocks in the widest table, R sampled rows, V vocabulary, G groups of layers with block

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.tiling import MAX_SPLITS, decode_tiling, mixed_tiling, num_splits_of, split_of
-from kernels.attention.triton import _attend_tile, _find_sequence, _split_bounds, reduce_kernel
+from kernels.attention.triton import _attend_tile, _block_bounds, _find_sequence, _split_bounds, reduce_kernel
 from kernels.ops import AttentionSpec, PagedKV
 
 PROGRAMS_EACH = 2
@@ -127,13 +127,7 @@ def _prefill_item(
         table_ptr += sequence.to(tl.int64) * table_stride
         first_position = context - query_len + first_query
         end = tl.minimum(first_position + BLOCK_Q, context)
-        low = context * 0
-        full_begin = context * 0
-        if WINDOW > 0:
-            low = tl.maximum(first_position - WINDOW + 1, 0)
-            full_begin = tl.cdiv(tl.maximum(end - WINDOW, 0), TILE) * TILE
-        base = low // TILE * TILE
-        full_end = tl.maximum((first_position + 1) // TILE * TILE, full_begin)
+        low, base, full_begin, full_end = _block_bounds(first_position, end, WINDOW, TILE)
         peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
         state = (peak, tl.zeros([ROWS], dtype=tl.float32), tl.zeros([ROWS, WIDTH], dtype=tl.float32))
         if WINDOW > 0:

@@ -271,6 +271,18 @@ def _split_bounds(context, WINDOW: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.c
     return low, base, SPLIT * tl.maximum(tl.cdiv(context - base, SPLIT * MAX_SPLITS), 1)
 
 
+@triton.jit
+def _block_bounds(first_position, end, WINDOW: tl.constexpr, TILE: tl.constexpr):
+    """(first position that the queries at first_position ... end - 1 see, where its tile begins, first and last end of the tiles of which
+    each of them sees every key)."""
+    low = end * 0
+    full_begin = end * 0
+    if WINDOW > 0:
+        low = tl.maximum(first_position - WINDOW + 1, 0)
+        full_begin = tl.cdiv(tl.maximum(end - WINDOW, 0), TILE) * TILE
+    return low, low // TILE * TILE, full_begin, tl.maximum((first_position + 1) // TILE * TILE, full_begin)
+
+
 @triton.jit(do_not_specialize=["table_stride"])
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, context_ptr, grid_ptr, sums_ptr, stats_ptr, k_scale_ptr, v_scale_ptr, table_stride,
@@ -418,13 +430,7 @@ def prefill_kernel(
 
     first_position = context - query_len + first_query
     end = tl.minimum(first_position + BLOCK_Q, context)
-    low = context * 0
-    full_begin = context * 0
-    if WINDOW > 0:
-        low = tl.maximum(first_position - WINDOW + 1, 0)
-        full_begin = tl.cdiv(tl.maximum(end - WINDOW, 0), TILE) * TILE
-    base = low // TILE * TILE
-    full_end = tl.maximum((first_position + 1) // TILE * TILE, full_begin)
+    low, base, full_begin, full_end = _block_bounds(first_position, end, WINDOW, TILE)
     grid_start = position
     if NEAR is not None:  # before the first picture that a query is in, nothing is hidden; idle rows must keep no key alive
         position = tl.where(is_row, position, -1)

@@ -1,6 +1,7 @@
 """The decoder: embedding, layers, final norm, head. One class for every family; what differs is in `ModelConfig` and in the weights.
 
-Serving calls it with paged K/V on flat tokens; it owns no cache and knows no request. Used by the runner and by training.
+Serving calls it with paged K/V on flat tokens; it owns no cache and knows no request. Used by the runner and by training. Long, because
+what the class holds and the builder that reads, turns and packs it are one agreement.
 Shape suffixes: T tokens, R rows to sample, D width, V vocabulary.
 """
 

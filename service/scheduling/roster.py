@@ -9,7 +9,8 @@ Why nothing starves and nothing thrashes:
 - Only waiting gangs wait for a block that another one computes, and only for running gangs of at least their priority; a gang that
   stops running stops being waited for.
 
-No clock, no outputs: those are `scheduler`'s, its only caller.
+No clock, no outputs: those are `scheduler`'s, its only caller. Long, because coming in, getting tokens and losing blocks are rules about
+the same two lists, and the promises above hold only for all of them together.
 """
 
 from __future__ import annotations
